@@ -1,0 +1,1022 @@
+"""E-SimCLR: contrastive learning that also predicts how an image was turned.
+
+R. Dangovski, L. Jing, C. Loh, S. Han, A. Srivastava, B. Cheung, P. Agrawal, M. Soljacic,
+"Equivariant Contrastive Learning" (E-SSL), ICLR 2022, arXiv:2111.00899.
+
+Idea. SimCLR makes the features of two random views of an image agree: they become *invariant* to the
+augmentation. Four-fold rotation hurts when it is added to the views, yet helps when a head has to
+*predict* it, which keeps the features sensitive (equivariant) to it. E-SimCLR does both at once.
+
+Algorithm 1 of the paper, for a batch of N images, backbone f, projector p1, predictor p2:
+  1. draw two large views V_large and one small view v_small of every image;
+  2. loss_invariance = InfoNCE between the two p1(f(V_large));
+  3. v_cat = v_small turned by 0, 90, 180 and 270 degrees (4N images);
+  4. loss_equivariance = cross-entropy of p2(f(v_cat)) against the turn;
+  5. step f, p1 and p2 on loss_invariance + lam * loss_equivariance. lam = 0 is SimCLR.
+
+Usage
+  python simclr_essl.py --quick                       built-in data, two CPU cores, two minutes
+  python simclr_essl.py                               the paper's CIFAR-10 run, on one GPU
+  python simclr_essl.py --lam 0 --lr 0.03             its SimCLR baseline
+  python simclr_essl.py --crop-only --transform inversion --role invariant     a bar of Figure 1
+  torchrun --nproc_per_node=8 simclr_essl.py --dataset imagenet --data-root PATH
+
+Measured results: README.md. Paper, linear probe, CIFAR-10: SimCLR 92.0, E-SimCLR 94.1 % (Table 1).
+
+Differences from the paper [P] and the authors' code [C]:
+  1. [P] compares E-SimCLR at --lr 0.06 with SimCLR at --lr 0.03; the default here is 0.06 for both,
+     so that one flag changes one thing.
+  2. [C] trains five linear probes in turn, on views of their own; here side by side, on the same views,
+     each with its own initial weights and order. Accuracy counts every test image once.
+  3. [C] turns normalised images; here every transformation comes before normalisation.
+  4. [C] augments with PIL, in 8 bits; here in float32 on the device, ImageNet's blur a true Gaussian.
+  5. [C] builds p2 for lam = 0 too, where it has no effect, and on ImageNet trains a classifier beside;
+     our ImageNet probe reads cached features of center crops.
+  6. Kept from [C]: InfoNCE across the views only (N-1 negatives, both directions averaged); three
+     forward passes, so that each view has its own BatchNorm statistics and the running ones mix 32
+     and 16 pixels; no affine parameters in p1's last BatchNorm; weight decay on every parameter; a
+     peak rate of lr * batch / 256, and 0 in the first step.
+  7. Ours: cifar100 and stl10 (64 pixels) take CIFAR-10's values. Figure 1 has no published code: a
+     class is drawn uniformly for an invariance (inferred), jigsaw predicts one drawn class (ours).
+"""
+import argparse
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
+from itertools import pairwise, permutations
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+from torchvision import datasets, models
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.utils import make_grid, save_image
+
+SCRIPT = Path(__file__).stem
+
+# ------------------------------------------------------------------------------------------- CONFIG
+
+
+def option(default, help, *choices):
+    """A field of Config: its default, its line of --help and, for a word, the words allowed."""
+    return field(default=default, metadata={"help": f"{help} [{default}]", "choices": choices or None})
+
+
+@dataclass
+class Config:
+    """One field, one flag. Defaults: the paper's CIFAR-10 run. Other datasets: PRESETS."""
+    dataset: str = option("cifar10", "imagenet: any folder with train/ and val/, a folder per class",
+                          "cifar10", "cifar100", "stl10", "imagenet", "patterns")
+    data_root: str = option("data", "folder of the data; CIFAR and STL-10 are downloaded into it")
+    arch: str = option("resnet18", "small: a conv net for CPUs", "resnet18", "resnet50", "small")
+    epochs: int = option(800, "passes over the training images (paper: 800)")
+    batch_size: int = option(512, "images per step, over all processes (paper: 512)")
+    lr: float = option(0.06, "learning rate per 256 images (paper: 0.06; SimCLR baseline: 0.03)")
+    final_lr: float = option(0.0, "share of the rate that is left after the cosine (paper: 0)")
+    warmup_epochs: int = option(10, "epochs of linear warm-up (paper: 10)")
+    weight_decay: float = option(5e-4, "on every parameter (paper: 5e-4)")
+    seed: int = option(0, "of the weights, the order and the augmentation")
+    device: str = option("auto", "cpu, cuda, cuda:1 (auto: cuda where there is one)")
+    precision: str = option("auto", "of the networks (auto: bf16 on cuda)", "auto", "bf16", "fp32")
+    compile: bool = option(False, "torch.compile the step")
+    knn_every: int = option(10, "epochs between kNN evaluations (0: only at the end)")
+    save_every: float = option(5.0, "minutes between checkpoints (0: every step)")
+    out: str = option("", "folder of the run (default: in runs/, named after the flags)")
+    quick: bool = option(False, "built-in data, small encoder: everything in two minutes on a CPU")
+    eval: str = option("", "evaluate this checkpoint.pt, train nothing")
+    limit: int = option(0, "use the first N images of the shuffled training split (0: all)")
+    # the method
+    lam: float = option(0.4, "lambda, weight of the prediction loss; 0 is SimCLR (paper: 0.4)")
+    temperature: float = option(0.5, "of InfoNCE (paper: 0.5)")
+    transform: str = option("rotation", "the transformation (paper: rotation; Figure 1: all)",
+                            "rotation", "vflip", "hflip", "jigsaw", "grayscale", "inversion", "blur")
+    role: str = option("predict", "predict it, or add it to both views", "predict", "invariant")
+    crop_only: bool = option(False, "crop only, and predict at full size: the paper's Figure 1")
+    size: int = option(32, "side of the large views in pixels")
+    small_size: int = option(16, "side of the small view in pixels (paper: 16)")
+    projector: str = option("2048-2048", "widths of p1 (paper: 2048-2048)")
+    predictor: str = option("2048-2048", "hidden widths of p2 (paper: 2048-2048)")
+
+
+PRESETS = {
+    "cifar10": {},
+    "cifar100": {},  # ours
+    "stl10": dict(size=64, small_size=32),  # ours
+    "imagenet": dict(arch="resnet50", size=224, small_size=96, epochs=100, batch_size=4096, lr=0.3,
+                     final_lr=0.001, weight_decay=1e-6, temperature=0.2,  # authors' code
+                     projector="2048-2048-2048-128", predictor="2048-2048-128"),
+    "patterns": dict(arch="small", epochs=100, batch_size=256, lr=0.12, warmup_epochs=1),  # ours
+}
+QUICK = dict(PRESETS["patterns"], dataset="patterns", epochs=12, knn_every=2, limit=4000,
+             projector="512-512", predictor="512-512")
+FREE = ("data_root", "device", "compile", "knn_every", "save_every", "out", "eval")  # change no result
+
+
+def check(condition, message, code=2):
+    """Ends the program with one line and an exit code unless the condition holds."""
+    if not condition:
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(code)
+
+
+def parse_args(argv=None):
+    """Config of a command line: defaults < preset of the dataset < --quick < explicit flags."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = lambda message: check(False, f"{message} (see --help)")
+    for f in fields(Config):
+        kind = {"type": f.type, "choices": f.metadata["choices"]}
+        kind = {"action": "store_true"} if f.type is bool else kind
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=f.metadata["help"], **kind)
+    given = vars(parser.parse_args(argv))
+    if "eval" in given:
+        blocked = sorted(given.keys() - set(FREE))
+        check(not blocked, f"--eval takes its settings from the checkpoint, without {blocked}")
+        return Config(**load_checkpoint(Path(given["eval"]))["config"] | given)
+    quick = QUICK if "quick" in given else {}
+    dataset = (quick | given).get("dataset", Config.dataset)
+    preset = asdict(Config()) | PRESETS[dataset] | quick | {"dataset": dataset}
+    if "crop_only" in given:
+        preset["small_size"] = preset["size"]
+    config = Config(**preset | given)
+    for name, value in vars(config).items():
+        above_0 = name in ("epochs", "batch_size", "lr", "temperature", "size", "small_size")
+        check(isinstance(value, str) or (0 < value if above_0 else 0 <= value) and value < math.inf,
+              f"--{name.replace('_', '-')} cannot be {value}")
+    for widths in (config.projector, config.predictor):
+        check(all(w.isdecimal() and int(w) for w in widths.split("-")),
+              f"widths look like 2048-2048, not like {widths}")
+    check(config.role == "predict" or dataset != "imagenet", "--role invariant cannot be streamed")
+    varies = "".join(f"-{name}{value}" for name, value in given.items()
+                     if name not in (*FREE, "dataset", "seed") and value != preset[name])
+    config.out = config.out or f"runs/{SCRIPT}-{dataset}{varies}-s{config.seed}"
+    return config
+
+
+# --------------------------------------------------------------------------------------------- DATA
+
+MEAN_STD = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # authors' code
+    "cifar100": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "stl10": ((0.441, 0.428, 0.387), (0.268, 0.261, 0.269)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "patterns": ((0.4, 0.4, 0.4), (0.25, 0.25, 0.25)),
+}
+
+
+def draw_patterns(n, seed):
+    """The built-in data: uint8 images (n, 3, 32, 32) and labels (n,) of ten two-tone patterns.
+
+    A class is a level set of a fixed random Fourier sum. An image of it has a random shift, zoom (1.2
+    to 2.2 periods) and tilt (up to 20 degrees) and is lit from a random side.
+    """
+    waves = [(i, j) for i in range(-2, 3) for j in range(3) if (j, i) > (0, 0)]
+    phases = 2 * math.pi * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (n,), generator=generator)
+    zoom, tilt, light, shift_x, shift_y = torch.rand(5, n, 1, 1, generator=generator)
+    zoom, tilt, light = 1.2 + zoom, (2 * tilt - 1) * math.radians(20), 2 * math.pi * light
+    y, x = torch.meshgrid(*[(torch.arange(32) - 15.5) / 32] * 2, indexing="ij")
+    u = zoom * (tilt.cos() * x - tilt.sin() * y) + shift_x  # (n, 32, 32)
+    v = zoom * (tilt.sin() * x + tilt.cos() * y) + shift_y
+    pattern = sum(torch.cos(2 * math.pi * (i * u + j * v) + phase[labels, None, None])
+                  / (i * i + j * j) for (i, j), phase in zip(waves, phases))
+    tone = 0.1 + 0.6 * torch.sigmoid(6 * pattern / pattern.std())
+    lit = tone * (1 + 1.2 * (light.cos() * x + light.sin() * y))
+    tint = 0.98 + 0.04 * torch.rand(n, 3, 1, 1, generator=generator)
+    noise = 0.02 * torch.randn(n, 3, 32, 32, generator=generator)
+    return ((lit[:, None] * tint + noise).clamp(0, 1) * 255).byte(), labels
+
+
+class Folder(datasets.ImageFolder):
+    """Image files too many for the device, decoded by worker processes when they are needed.
+
+    self[i] is a center crop; self[seed, i] is a list of one random crop for each view, and the label.
+    They follow from (seed, i) alone, so a resumed run needs no state of the loader. All are uint8.
+    """
+
+    def __init__(self, path, config, limit=0):
+        super().__init__(path)
+        self.config = config
+        self.samples = [self.samples[i] for i in first_of(limit, len(self.samples))]
+        self.targets = [label for _, label in self.samples]
+
+    def find_classes(self, directory):
+        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
+        return (names, {name: i for i, name in enumerate(names)}) if names else (["."], {".": -1})
+
+    def __getitem__(self, key):
+        seed, i = key if isinstance(key, tuple) else (None, key)
+        image, size = self.loader(self.samples[i][0]), self.config.size
+        if seed is None:
+            return TF.pil_to_tensor(TF.center_crop(TF.resize(image, size * 8 // 7), size))
+        torch.manual_seed(hash(key))
+        return [TF.pil_to_tensor(TF.resized_crop(
+            image, *RandomResizedCrop.get_params(image, view.scale, RATIO), [view.size] * 2,
+            view.interpolation)) for view in view_policies(self.config)], self.targets[i]
+
+    def load(self, **batching):
+        """A DataLoader that leaves torch's random state alone."""
+        return torch.utils.data.DataLoader(
+            self, num_workers=max(1, os.cpu_count() // process()[1]), generator=torch.Generator(),
+            pin_memory=torch.cuda.is_available(), **batching)
+
+    def split(self, n):
+        """Center crops in batches of n, as a tensor's split would give them."""
+        return self.load(batch_size=n)
+
+
+def first_of(limit, n):
+    """Indices of the first `limit` of n things in a fixed random order; for limit 0 of all."""
+    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    return shuffled[:limit] if limit else torch.arange(n)
+
+
+def load_data(config, device):
+    """(images, labels) of three splits: to train on, bank (for kNN and probe to learn from), test.
+
+    Images are uint8 (N, 3, size, size) on the device or, for imagenet, a Folder. Without labels or
+    val/, bank and test are None. torchvision downloads the files and checks their md5.
+    """
+    root, name = Path(config.data_root), config.dataset
+    try:
+        if name == "imagenet":
+            parts = [Folder(root / "train", config, config.limit)]
+            parts += [Folder(root / "val", config)] if (root / "val").is_dir() else []
+            parts = [(part, torch.tensor(part.targets)) for part in parts]
+        elif name == "patterns":
+            parts = [draw_patterns(4000, 1), draw_patterns(1000, 2)]
+        elif name == "stl10":
+            parts = [datasets.STL10(root, split, download=True)
+                     for split in ("train+unlabeled", "train", "test")]
+            parts = [(torch.from_numpy(part.data), torch.from_numpy(part.labels)) for part in parts]
+        else:
+            kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+            parts = [kind(root, train, download=True) for train in (True, False)]
+            parts = [(torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets))
+                     for part in parts]
+    except (OSError, RuntimeError) as problem:
+        check(False, f"cannot read {name} in {root}: {problem}")
+    if name == "imagenet":
+        if len(parts) == 1 or parts[0][0].classes == ["."]:
+            print(f"no class folders in {root / 'train'} or no {root / 'val'}: no evaluation")
+            return parts[0], None, None
+        check(parts[0][0].classes == parts[1][0].classes, "train/ and val/ differ in their classes")
+        return parts[0], *parts
+    for i, (images, labels) in enumerate(parts):
+        rows = first_of(config.limit if i < len(parts) - 1 else 0, len(labels))
+        images = torch.cat([TF.resize(part, config.size) for part in images[rows].split(1000)])
+        parts[i] = images.to(device), labels[rows].long().to(device)
+    return parts[0], *parts[-2:]
+
+
+def batches(train, config, epoch, first, device):
+    """Yields images and labels, this process's rows of each batch of an epoch from step `first` on.
+
+    The order follows from seed and epoch: the same on every process and after a resume.
+    """
+    (images, labels), seed = train, 1000003 * config.seed + epoch
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    steps = len(order) // config.batch_size  # the ragged rest is left out
+    rows = mine(order[:steps * config.batch_size].view(steps, -1).T).T[first:]  # (steps, local batch)
+    if isinstance(images, torch.Tensor):
+        yield from ((images[row], labels[row]) for row in rows.to(device))
+    else:
+        keys = [[(seed, i) for i in row] for row in rows.tolist()]
+        for views, labels in images.load(batch_sampler=keys):
+            yield [view.to(device, non_blocking=True) for view in views], labels.to(device)
+
+
+# ------------------------------------------------------------------------------------------ AUGMENT
+
+RATIO = (3 / 4, 4 / 3)  # aspect ratios of torchvision's RandomResizedCrop
+BRIGHTNESS, CONTRAST, SATURATION = 0, 1, 2
+
+
+class Policy(NamedTuple):
+    """How a view is drawn, in torchvision's terms; flip, gray, blur and solarize are probabilities."""
+    size: int
+    scale: tuple  # least and largest area of the crop, as shares of the image; None: no crop
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR
+    jitter: tuple = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue; probability 0.8
+    flip: float = 0.5
+    gray: float = 0.2
+    blur: float = 0.0
+    solarize: float = 0.0
+
+
+def view_policies(config):
+    """Policies of the two large views and the small one (CIFAR: paper; ImageNet: authors' code)."""
+    large, small = Policy(config.size, (0.2, 1.0)), Policy(config.small_size, (0.2, 1.0))
+    views = [large, large, small]
+    if config.dataset == "imagenet":
+        large = Policy(config.size, (0.08, 1.0), InterpolationMode.BICUBIC, (0.4, 0.4, 0.2, 0.1))
+        small = Policy(config.small_size, (0.05, 0.14), jitter=(0.4, 0.4, 0.2, 0.1), blur=0.1)
+        views = [large._replace(blur=1.0), large._replace(blur=0.1, solarize=0.2), small]
+    if config.crop_only:
+        views = [Policy(view.size, view.scale, jitter=None, flip=0, gray=0) for view in views]
+    if config.role == "predict":
+        views[2] = views[2]._replace(**TRANSFORMS[config.transform][2])
+    return views
+
+
+def draw_augmentation(n, policy, height, width, device):
+    """What happens to each of n images of height x width pixels: a dict of tensors of n rows."""
+    def uniform(low, high, *shape):
+        return torch.empty(n, *shape, device=device).uniform_(low, high)
+
+    def happens(probability):
+        return uniform(0, 1) < probability
+
+    drawn = {"flip": happens(policy.flip)}
+    if policy.scale is None:
+        drawn["box"] = torch.stack([uniform(v, v) for v in (0, 0, height, width)], dim=1)
+    else:  # the law of RandomResizedCrop: the first of ten boxes that fits, else a central one
+        area = height * width * uniform(*policy.scale, 10)
+        ratio = uniform(math.log(RATIO[0]), math.log(RATIO[1]), 10).exp()
+        h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+        fits = (h > 0) & (h <= height) & (w > 0) & (w <= width)
+        first, found = fits.byte().argmax(1, keepdim=True), fits.any(1)
+        h = torch.where(found, h.gather(1, first)[:, 0], min(height, round(width * RATIO[1])))
+        w = torch.where(found, w.gather(1, first)[:, 0], min(width, round(height * RATIO[1])))
+        place = torch.where(found[:, None], uniform(0, 1, 2), 0.5)
+        top = (place[:, 0] * (height - h + found)).floor().minimum(height - h)
+        left = (place[:, 1] * (width - w + found)).floor().minimum(width - w)
+        drawn["box"] = torch.stack([top, left, h, w], dim=1)  # (n, 4), in whole pixels
+    if policy.jitter:
+        *strengths, hue = policy.jitter
+        jittered = happens(0.8)
+        factors = torch.stack([uniform(max(0, 1 - s), 1 + s) for s in strengths], dim=1)  # (n, 3)
+        order = uniform(0, 1, 3).argsort(1)  # of brightness, contrast and saturation,
+        early = torch.arange(3, device=device) < uniform(0, 4, 1).floor()  # of which some precede hue
+        factors = torch.where(jittered[:, None], factors, 1.0).gather(1, order)  # 1: no change
+        drawn["kind"] = order.repeat(1, 2)  # (n, 6): three places before the shift of hue, three after
+        drawn["factor"] = torch.cat([factors.where(early, 1.0), factors.where(~early, 1.0)], dim=1)
+        drawn["hue"] = uniform(-hue, hue) * jittered
+    if policy.gray:
+        drawn["gray"] = happens(policy.gray)
+    if policy.blur:
+        drawn["sigma"] = torch.where(happens(policy.blur), uniform(0.1, 2.0), 0.0)
+    if policy.solarize:
+        drawn["solarize"] = happens(policy.solarize)
+    return drawn
+
+
+@torch.no_grad()
+def augment(images, parameters, size, interpolation=InterpolationMode.BILINEAR):
+    """Views of images (N, 3, H, W), uint8 or float in [0, 1]: float (N, 3, size, size) in [0, 1].
+
+    Row i of each of the parameters, which draw_augmentation makes, belongs to image i.
+    """
+    p = {name: rows[:, None, None, None] if rows.ndim == 1 else rows
+         for name, rows in parameters.items()}
+    images = images.float() / 255 if images.dtype == torch.uint8 else images
+    top, left, height, width = parameters["box"].T
+    rows = resize_weights(top, height, size, images.shape[2], interpolation)
+    columns = resize_weights(left, width, size, images.shape[3], interpolation)
+    images = weigh(images, rows, torch.where(p["flip"][..., 0], columns.flip(1), columns)).clamp(0, 1)
+    if "hue" in p:  # torchvision's ColorJitter, with an order of its own for every image
+        for i, (kind, factor) in enumerate(zip(p["kind"].T, p["factor"].T)):
+            images = shift_hue(images, p["hue"]) if i == 3 else images
+            images = blend(images, kind, factor)
+    if "gray" in p:
+        images = torch.where(p["gray"], grayscale(images), images)
+    if "sigma" in p:
+        images = gaussian_blur(images, parameters["sigma"], radius=6)
+    if "solarize" in p:
+        images = torch.where(p["solarize"] & (images >= 128 / 255), 1 - images, images)
+    return images
+
+
+def weigh(images, rows, columns):
+    """rows @ image @ columns^T for image i: (N, 3, H, W), (N, S, H), (N, S, W) -> (N, 3, S, S)."""
+    return rows[:, None] @ (images @ columns.mT[:, None])
+
+
+def resize_weights(start, length, size, source, interpolation):
+    """(N, size, source): weights of the source pixels in each pixel of a crop resized to `size`.
+
+    start, length (N,) of the crop. The triangle or cubic kernel (a = -0.5) is widened when shrinking,
+    as torchvision's resized_crop does with antialias=True.
+    """
+    start, length = start[:, None, None], length[:, None, None]
+    center = (torch.arange(size, device=start.device)[:, None] + 0.5) * length / size
+    pixel = torch.arange(source, device=start.device) + 0.5 - start
+    t = (pixel - center).abs() / (length / size).clamp(min=1)
+    if interpolation == InterpolationMode.BICUBIC:
+        near, far = (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2
+        weights = torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
+    else:
+        weights = (1 - t).clamp(min=0)
+    weights = weights * ((pixel > 0) & (pixel < length))
+    return weights / weights.sum(2, keepdim=True)
+
+
+def grayscale(images):
+    """Luma (N, 1, H, W), with torchvision's weights."""
+    return 0.2989 * images[:, :1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:]
+
+
+def blend(images, kind, factor):
+    """Brightness, contrast or saturation of image i: a mix with black, its mean luma or its luma."""
+    kind, factor = kind[:, None, None, None], factor[:, None, None, None]
+    gray = grayscale(images)
+    plain = torch.where(kind == SATURATION, gray, gray.mean((2, 3), True) * (kind == CONTRAST))
+    return torch.lerp(plain, images, factor).clamp_(0, 1)
+
+
+def shift_hue(images, shift):
+    """Hue moved by shift (N, 1, 1, 1) turns; value and chroma of the HSV colour stay."""
+    red, green, blue = images.split(1, dim=1)
+    value = images.amax(1, keepdim=True)
+    chroma = value - images.amin(1, keepdim=True)
+    safe = torch.where(chroma > 0, chroma, 1.0)
+    sextant = torch.where(value == red, (green - blue) / safe, torch.where(
+        value == green, (blue - red) / safe + 2, (red - green) / safe + 4))
+    offset = torch.arange(5, 0, -2, device=shift.device)[:, None, None]  # red 5, green 3, blue 1
+    k = torch.remainder(sextant + 6 * shift + offset, 6)
+    return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def gaussian_blur(images, sigma, radius):
+    """Image i blurred by sigma[i] pixels (0: not), with 2 radius + 1 taps and mirrored borders."""
+    last = images.shape[-1] - 1
+    offset = torch.arange(-radius, radius + 1, device=images.device)
+    taps = torch.exp(-0.5 * (offset / sigma[:, None].clamp(min=1e-3)) ** 2)
+    taps = (taps / taps.sum(1, keepdim=True))[:, None].expand(-1, last + 1, -1)
+    source = (torch.arange(last + 1, device=images.device)[:, None] + offset).abs()
+    source = (last - (last - source).abs()).expand_as(taps)  # (N, S, 2 radius + 1)
+    weights = taps.new_zeros(len(images), last + 1, last + 1).scatter_add_(2, source, taps)
+    return weigh(images, weights, weights)
+
+
+# -------------------------------------------------------------------------------------------- MODEL
+
+
+def make_encoder(arch, size):
+    """Backbone: images (N, 3, H, W) to features (N, D), D = 512, 2048 or, for small, 128.
+
+    A torchvision ResNet without its classifier; up to 64 pixels with a 3x3 stem and no max-pool.
+    """
+    if arch == "small":
+        blocks = [(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(),
+                   nn.MaxPool2d(2)) for a, b in pairwise((3, 16, 32, 64, 128))]
+        return nn.Sequential(*sum(blocks, ())[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    encoder = models.get_model(arch, zero_init_residual=size > 64)
+    encoder.fc = nn.Identity()
+    if size <= 64:
+        encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+        encoder.maxpool = nn.Identity()
+    return encoder
+
+
+def make_projector(widths, last_affine):
+    """p1: Linear without bias, BatchNorm and ReLU from width to width, but no ReLU at the end."""
+    blocks = [(nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU()) for a, b in pairwise(widths)]
+    return nn.Sequential(*sum(blocks, ())[:-2], nn.BatchNorm1d(widths[-1], affine=last_affine))
+
+
+def make_predictor(widths, last_relu):
+    """p2: Linear, LayerNorm and ReLU from width to width, then Linear to the classes, the last width."""
+    blocks = [(nn.Linear(a, b), nn.LayerNorm(b), nn.ReLU()) for a, b in pairwise(widths[:-1])]
+    return nn.Sequential(*sum(blocks, ())[:None if last_relu else -1], nn.Linear(*widths[-2:]))
+
+
+# ------------------------------------------------------------------------------------------- METHOD
+
+
+def info_nce(z1, z2, temperature):
+    """Contrast of two views (N, D) across the views: z1 against all z2, and z2 against all z1.
+
+    Mean over both directions of -log(exp(s_ii / T) / sum_j exp(s_ij / T)), with the cosine s.
+    """
+    z1, z2 = (F.normalize(z.to(torch.promote_types(z.dtype, torch.float32))) for z in (z1, z2))
+    s = z1 @ z2.T / temperature  # (N, N)
+    same = torch.arange(len(z1), device=z1.device)
+    return (F.cross_entropy(s, same) + F.cross_entropy(s.T, same)) / 2
+
+
+def rotate4(x):
+    """(N, C, S, S) -> (4N, C, S, S): all by 0, all by 90, 180, 270 degrees counter-clockwise."""
+    return torch.cat([torch.rot90(x, k, (2, 3)) for k in range(4)])
+
+
+def jigsaw(x):
+    """(N, C, S, S) -> (24N, C, S, S): the four quadrants in every order."""
+    tiles = [tile for half in x.chunk(2, dim=2) for tile in half.chunk(2, dim=3)]
+    rows = {(a, b): torch.cat([tiles[a], tiles[b]], 3) for a, b in permutations(range(4), 2)}
+    return torch.cat([torch.cat([rows[a, b], rows[c, d]], 2) for a, b, c, d in permutations(range(4))])
+
+
+def blur4(x):
+    """(N, C, S, S) -> (4N, C, S, S): unblurred, and kernels of 5, 9, 15 at torchvision's own sigma."""
+    return torch.cat([x] + [gaussian_blur(x, x.new_full((len(x),), 0.15 * k + 0.35), k // 2)
+                            for k in (5, 9, 15)])
+
+
+# Figure 1: number of classes; all classes of a batch, one by one; what the predicted view leaves out
+TRANSFORMS = {
+    "rotation": (4, rotate4, {}),
+    "vflip": (2, lambda x: torch.cat([x, x.flip(2)]), {}),
+    "hflip": (2, lambda x: torch.cat([x, x.flip(3)]), {"flip": 0}),
+    "jigsaw": (24, jigsaw, {}),
+    "grayscale": (2, lambda x: torch.cat([x, grayscale(x).expand_as(x)]), {"gray": 0}),
+    "inversion": (2, lambda x: torch.cat([x, 1 - x]), {}),
+    "blur": (4, blur4, {"blur": 0}),
+}
+
+
+class Method(nn.Module):
+    """E-SimCLR. forward(images, labels) -> (loss, terms), terms being scalars for the log.
+
+    images: uint8 (N, 3, H, W) or, streamed, a list of three uint8 crops. labels: (N,), not read.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        imagenet = config.dataset == "imagenet"
+        width = {"resnet18": 512, "resnet50": 2048, "small": 128}[config.arch]
+        p1, p2 = ([width, *map(int, w.split("-"))] for w in (config.projector, config.predictor))
+        self.config, self.policies = config, view_policies(config)
+        self.classes, self.transform, _ = TRANSFORMS[config.transform]
+        self.encoder = make_encoder(config.arch, config.size)
+        self.projector = make_projector(p1, last_affine=imagenet)
+        self.predictor = make_predictor([*p2, self.classes], last_relu=not imagenet) if (
+            config.lam and config.role == "predict") else None
+        mean_std = torch.tensor(MEAN_STD[config.dataset])[..., None, None]  # (2, 3, 1, 1)
+        self.register_buffer("mean_std", mean_std, persistent=False)
+
+    def forward(self, images, labels):
+        f, p1, p2, config = self.f, self.projector, self.predictor, self.config
+        V_large1, V_large2 = self.view(images, 0), self.view(images, 1)  # (N, 3, S, S)
+        with autocast(config, labels.device):
+            z1 = p1(f(V_large1))  # (N, D)
+            z2 = p1(f(V_large2))
+        loss_invariance = info_nce(gather(z1), gather(z2), config.temperature)
+        terms = {"invariance": loss_invariance.detach(), "std": spread(z1)}
+        if p2 is None:
+            return loss_invariance, terms
+
+        v_small = self.view(images, 2)  # (N, 3, s, s)
+        v_cat, target = self.versions(v_small, one=self.classes > 4)  # (4N, 3, s, s), (4N,)
+        with autocast(config, labels.device):
+            v_equivariance = p2(f(v_cat))  # (4N, 4)
+        loss_equivariance = F.cross_entropy(v_equivariance.float(), target)
+        terms["equivariance"] = loss_equivariance.detach()
+        return loss_invariance + config.lam * loss_equivariance, terms
+
+    def f(self, V):
+        """Features (N, D) of images in [0, 1]: normalisation and backbone."""
+        mean, std = self.mean_std
+        return self.encoder((V - mean) / std)
+
+    def view(self, images, i):
+        """View i of the images, in [0, 1]. Every process draws for the whole batch, and takes its rows."""
+        policy = self.policies[i]
+        if isinstance(images, list):  # streamed images are cropped already
+            images, policy = images[i], policy._replace(scale=None)
+        if self.config.role == "invariant":
+            images = self.versions(images.float() / 255, one=True)[0]
+        n = len(images) * process()[1]
+        drawn = draw_augmentation(n, policy, *images.shape[2:], images.device)
+        drawn = {name: mine(rows) for name, rows in drawn.items()}
+        return augment(images, drawn, policy.size, policy.interpolation)
+
+    def versions(self, images, one):
+        """All classes of the transformation of n images, class by class, or one drawn class of each;
+        and the classes."""
+        n, every = len(images), self.transform(images)
+        if not one:
+            return every, torch.arange(self.classes, device=every.device).repeat_interleave(n)
+        drawn = mine(torch.randint(self.classes, (n * process()[1],), device=every.device))
+        return every.view(-1, *images.shape)[drawn, torch.arange(n, device=every.device)], drawn
+
+
+def spread(z):
+    """Std of the normalised embeddings (N, D) over its ideal 1 / sqrt(D): 0 is collapse."""
+    return F.normalize(z.detach().float()).std(0).mean() * z.shape[1] ** 0.5
+
+
+# -------------------------------------------------------------------------------------------- TRAIN
+
+
+def process():
+    """(rank, number of processes); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def mine(rows):
+    """This process's part of something that has a row for every image of the global batch."""
+    rank, world = process()
+    return rows.chunk(world)[rank]
+
+
+def gather(z):
+    """Embeddings (N, D) of all processes, in the order of the batch; gradients reach one's own rows.
+
+    Every process computes the same loss of all rows, so its own rows get their whole gradient there.
+    DistributedDataParallel takes the mean over the processes where their sum is due: hence the factor.
+    (torch's differentiable all_gather adds up the equal gradients of all processes: the same factor.)
+    """
+    rank, world = process()
+    if world == 1:
+        return z
+    parts = [torch.empty_like(z) for _ in range(world)]
+    dist.all_gather(parts, z.detach().contiguous())
+    parts[rank] = world * z - (world - 1) * z.detach()
+    return torch.cat(parts)
+
+
+def autocast(config, device):
+    """bf16 for the networks, on CUDA unless --precision fp32; bf16 needs no loss scaling."""
+    bf16 = config.precision == "bf16" or config.precision == "auto" and device.type == "cuda"
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def learning_rate(step, total_steps, warmup_steps, peak, final=0.0):
+    """Linear from 0 to peak at warmup_steps, then a cosine to final at total_steps."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    turn = math.pi * (step - warmup_steps) / (total_steps - warmup_steps)
+    return final + (peak - final) * (1 + math.cos(turn)) / 2
+
+
+class LARS(torch.optim.SGD):
+    """SGD in which a weight matrix p has its gradient g, after weight decay, scaled by eta |p| / |g|.
+
+    Parameters of one dimension get neither weight decay nor the scaling.
+    """
+
+    def __init__(self, parameters, lr, weight_decay=0.0, momentum=0.9, eta=0.001):
+        super().__init__(parameters, lr, momentum)
+        self.decay, self.eta = weight_decay, eta
+
+    @torch.no_grad()
+    def step(self):
+        for p in (p for group in self.param_groups for p in group["params"] if p.ndim > 1):
+            p.grad.add_(p, alpha=self.decay)
+            trust = self.eta * p.norm() / p.grad.norm()
+            p.grad.mul_(torch.where((trust > 0) & trust.isfinite(), trust, 1.0))
+        super().step()
+
+
+def make_optimizer(method, config):
+    """SGD, or LARS for imagenet; fit sets the rate of every step."""
+    if config.dataset == "imagenet":
+        return LARS(method.parameters(), 0.0, config.weight_decay)
+    return torch.optim.SGD(method.parameters(), 0.0, momentum=0.9, weight_decay=config.weight_decay,
+                           fused=next(method.parameters()).is_cuda)
+
+
+def pack(state):
+    """A state as the bytes that torch.load reads."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def write(path, content):
+    """Writes bytes whole or not at all: into a file beside, to the disk, and only then renamed."""
+    if process()[0] == 0:
+        beside = path.with_name(path.name + ".part")
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+
+
+def load_checkpoint(path):
+    """The dict that fit saved in the file."""
+    check(path.is_file(), f"there is no checkpoint {path}")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        script = saved["script"]
+    except Exception as problem:  # a damaged file can raise nearly anything
+        check(False, f"{path} is damaged or not a checkpoint ({type(problem).__name__}): remove it")
+    check(script == SCRIPT, f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
+    return saved
+
+
+def open_run(config):
+    """Makes the folder of a new run, or checks that it holds this very run; its checkpoint or None."""
+    out, now = Path(config.out), asdict(config)
+    if (out / "config.json").exists():
+        then = json.loads((out / "config.json").read_text())
+        differ = [f"{name}: {then.get(name)} then, {value} now" for name, value in now.items()
+                  if name not in FREE and then.get(name) != value]
+        check(not differ, f"{out} holds another run ({'; '.join(differ)}); choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "config.json", json.dumps(now, indent=1).encode())
+    return load_checkpoint(out / "checkpoint.pt") if (out / "checkpoint.pt").exists() else None
+
+
+def start(config):
+    """The device. Under torchrun also the process group, of which only the first process prints."""
+    cuda = torch.cuda.is_available()
+    name = config.device if config.device != "auto" else "cuda" if cuda else "cpu"
+    check(name == "cpu" or name.startswith("cuda") and cuda, f"no device {name} here: try cpu")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        name = "cpu" if name == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}"
+        dist.init_process_group("gloo" if name == "cpu" else "nccl")
+        sys.stdout = sys.stdout if process()[0] == 0 else open(os.devnull, "w")
+    if name != "cpu":
+        torch.cuda.set_device(name)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    return torch.device(name)
+
+
+def forecast(images_and_labels, config, device):
+    """Says how long training takes on this CPU, from a forward and backward of 32 images."""
+    with torch.random.fork_rng(devices=[]):
+        method = Method(config)
+        for n in (8, 32):  # the first warms up
+            few = replace(config, batch_size=min(n, config.batch_size))
+            images, labels = next(batches(images_and_labels, few, 0, 0, device))
+            began = time.perf_counter()
+            method(images, labels)[0].backward()
+    seconds = (time.perf_counter() - began) / len(labels) * len(images_and_labels[1]) * config.epochs
+    print(f"about {timedelta(seconds=round(seconds))} on this CPU" + (
+        "; sooner: --quick, --arch small, fewer --epochs, --limit" if seconds > 7200 else ""))
+
+
+def train(config):
+    """Trains the run of config.out, from its checkpoint if it has one: (method, data, state)."""
+    device = start(config)
+    saved = load_checkpoint(Path(config.eval)) if config.eval else open_run(config)
+    data = load_data(config, device)
+    n, world = len(data[0][1]), process()[1]
+    check(config.batch_size <= n, f"--batch-size {config.batch_size} exceeds the {n} training images")
+    check(config.batch_size % world == 0, f"--batch-size must be a multiple of the {world} processes")
+    check(not data[1] or len(data[1][1]) >= K, f"kNN needs {K} training images, not {n}: raise --limit")
+    torch.manual_seed(config.seed)
+    method = Method(config).to(device, memory_format=torch.channels_last)
+    if device.type == "cuda" and world > 1:
+        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    optimizer = make_optimizer(method, config)
+    header = {"command": " ".join(["python", *sys.argv]), "torch": torch.__version__, "device": str(
+        torch.cuda.get_device_name() if device.type == "cuda" else device),
+        "threads": torch.get_num_threads(), "processes": world}
+    state = {"step": 0, "seconds": 0.0, "sums": {}, "log": [json.dumps(header)]}
+    if saved:
+        state = saved["state"]
+        state["sums"] = {name: value.to(device) for name, value in state["sums"].items()}
+        method.load_state_dict(saved["method"])
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+        if device.type == "cuda" and saved["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(saved["cuda_rng"], device)
+        changed = {k: v for k, v in header.items() if k != "command" and json.loads(state["log"][0])[k] != v}
+        if changed:
+            print(f"warning: begun elsewhere, now {changed}: the last digits may differ")
+    if not config.eval:
+        fit(method, optimizer, data, config, state, device)
+    return method, data, state
+
+
+def fit(method, optimizer, data, config, state, device):
+    """Takes the steps that are left, saving now and then. state: step, seconds, sums of terms, log."""
+    out, steps = Path(config.out), len(data[0][1]) // config.batch_size
+    total, warmup = config.epochs * steps, config.warmup_epochs * steps
+    peak = config.lr * config.batch_size / 256
+    print(f"{out}: {config.epochs} epochs of {steps} steps, peak learning rate {peak:g}"
+          + (f", continued after step {state['step']}" if state["step"] else ""))
+    if device.type == "cpu" and state["step"] == 0:
+        forecast(data[0], config, device)
+    if config.compile:
+        method.compile()  # in place: the names of the parameters stay
+    model = nn.parallel.DistributedDataParallel(method) if process()[1] > 1 else method
+    bad_step, stops = torch.zeros((), dtype=torch.int64, device=device), []
+    for number in (signal.SIGINT, signal.SIGTERM):  # a signal waits for the end of the step
+        signal.signal(number, lambda number, frame: stops.append(number))
+    clock = saved_at = time.perf_counter()
+    while state["step"] < total:
+        for images, labels in batches(data[0], config, *divmod(state["step"], steps), device):
+            rate = learning_rate(state["step"], total, warmup, peak, config.final_lr * peak)
+            for group in optimizer.param_groups:
+                group["lr"] = peak if group.get("constant") else rate
+            loss, terms = model(images, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            state["step"] += 1
+            bad_step = torch.where((bad_step == 0) & ~loss.detach().isfinite(), state["step"], bad_step)
+            for name, value in {"loss": loss.detach(), **terms}.items():
+                state["sums"][name] = state["sums"].get(name, 0) + value
+
+            now, done = time.perf_counter(), state["step"] % steps
+            due = stops or state["step"] == total or now - saved_at >= 60 * config.save_every
+            if done and not due:  # the host does not wait for the device
+                if sys.stderr.isatty():
+                    print(f" step {done}/{steps}", end="\r", file=sys.stderr)
+                continue
+            check(bad_step == 0, f"the loss was not finite at step {int(bad_step)}, learning rate "
+                  f"{rate:.3g}; the last good checkpoint is in {out}; try a lower --lr", code=1)
+            state["seconds"] += time.perf_counter() - clock
+            if done == 0:
+                log_epoch(method, data, config, state, steps)
+            if due:
+                cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+                write(out / "checkpoint.pt", pack({
+                    "script": SCRIPT, "config": asdict(config), "state": state,
+                    "method": method.state_dict(), "optimizer": optimizer.state_dict(),
+                    "rng": torch.get_rng_state(), "cuda_rng": cuda_rng}))
+                saved_at = time.perf_counter()
+            if stops:
+                interrupt(stops[0])
+            clock = time.perf_counter()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+
+
+def log_epoch(method, data, config, state, steps):
+    """A line of means over the epoch, with kNN when it is due, on the screen and in metrics.jsonl."""
+    step, epoch = state["step"], state["step"] // steps
+    line = {name: value.item() / steps for name, value in state["sums"].items()}
+    if data[1] and config.knn_every and epoch % config.knn_every == 0 and process()[0] == 0:
+        line["knn_top1"] = knn(method, data)
+    line["images_per_second"] = step * config.batch_size / state["seconds"]
+    left = timedelta(seconds=round((config.epochs * steps - step) * state["seconds"] / step))
+    print(f"epoch {epoch}/{config.epochs}", *(f"{k} {v:.4g}" for k, v in line.items()), f"left {left}")
+    state["sums"] = {}
+    state["log"].append(json.dumps({"epoch": epoch, "step": step, **line}))
+    write(Path(config.out) / "metrics.jsonl", "".join(f"{x}\n" for x in state["log"]).encode())
+
+
+# ----------------------------------------------------------------------------------------- EVALUATE
+
+K, KNN_TEMPERATURE = 200, 0.1  # authors' code
+
+
+@torch.no_grad()
+def extract(method, images, prepare=lambda x: x.float() / 255):
+    """Features (N, D), float32, of prepare(images) in eval mode; images are a tensor or a Folder."""
+    device, training = method.mean_std.device, method.training
+    method.eval()
+    with autocast(method.config, device):
+        parts = [method.f(prepare(part.to(device))).float() for part in images.split(500)]
+    method.train(training)
+    return torch.cat(parts)
+
+
+def knn_accuracy(bank, bank_labels, queries, query_labels, k, temperature, classes):
+    """Percent of queries (M, D) whose class gets the most votes of the k nearest in bank (N, D), where
+    a neighbour at cosine s has exp(s / temperature) votes."""
+    bank, queries, right = F.normalize(bank), F.normalize(queries), 0
+    for part, labels in zip(queries.split(1000), query_labels.split(1000)):
+        s, nearest = (part @ bank.T).topk(k)  # (m, k)
+        votes = s.new_zeros(len(part), classes)
+        votes.scatter_add_(1, bank_labels[nearest], (s / temperature).exp())
+        right += (votes.argmax(1) == labels).sum().item()
+    return 100 * right / len(queries)
+
+
+def knn(method, data):
+    """knn_accuracy of the encoder on the whole test set."""
+    _, (bank, bank_labels), (test, test_labels) = data
+    return knn_accuracy(extract(method, bank), bank_labels, extract(method, test), test_labels,
+                        K, KNN_TEMPERATURE, int(bank_labels.max()) + 1)
+
+
+def linear_probe(train, train_labels, test, test_labels, lr=30.0, epochs=100, probes=5):
+    """Test accuracy, percent, of linear classifiers of frozen features: mean and population std.
+
+    train is (N, D), or a function that returns (N, D) anew for each epoch; test is (M, D). SGD with
+    momentum 0.9, batch 256, cosine to 0 (authors' code); the probes are trained side by side.
+    """
+    features = train() if callable(train) else train
+    (n, width), classes = features.shape, int(train_labels.max()) + 1
+    batch, bound = min(256, n), width ** -0.5
+    weight = features.new_empty(probes, width, classes).uniform_(-bound, bound).requires_grad_()
+    bias = features.new_empty(probes, 1, classes).uniform_(-bound, bound).requires_grad_()
+    optimizer, steps = torch.optim.SGD([weight, bias], lr, momentum=0.9), n // batch
+    for step in range(epochs * steps):
+        if step % steps == 0:
+            features = train() if callable(train) and step else features
+            order = torch.rand(probes, n, device=features.device).argsort(1)
+        rows = order[:, step % steps * batch:][:, :batch]  # (probes, batch)
+        logits = features[rows] @ weight + bias  # (probes, batch, classes)
+        loss = probes * F.cross_entropy(logits.flatten(0, 1), train_labels[rows].flatten())
+        optimizer.param_groups[0]["lr"] = learning_rate(step, epochs * steps, 0, lr)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    right = 100 * ((test @ weight + bias).argmax(2) == test_labels).float().mean(1)  # (probes,)
+    return right.mean().item(), right.std(correction=0).item()
+
+
+def probe_views(method, data, config):
+    """linear_probe by the authors' protocol: a fresh crop and flip of every image in every epoch."""
+    _, (bank, bank_labels), (test, test_labels) = data
+    policy = Policy(config.size, (0.08, 1.0), InterpolationMode.BICUBIC, jitter=None, gray=0)
+
+    def crop(x):
+        drawn = draw_augmentation(len(x), policy, *x.shape[2:], x.device)
+        return augment(x, drawn, policy.size, policy.interpolation)
+
+    def center(x):
+        x = TF.resize(x.float() / 255, config.size * 9 // 8, policy.interpolation)
+        return TF.center_crop(x, config.size)
+
+    return linear_probe(lambda: extract(method, bank, crop), bank_labels,
+                        extract(method, test, center), test_labels)
+
+
+def transform_accuracy(method, images):
+    """Percent of all classes of the images, at the size of the small view, that p2 recognises."""
+    right = []
+    for k in range(method.classes):
+        features = extract(method, images, lambda x, k=k: method.transform(
+            TF.resize(x.float() / 255, method.config.small_size)).chunk(method.classes)[k])
+        right.append((method.predictor(features).argmax(1) == k).float().mean().item())
+    return 100 * sum(right) / len(right)
+
+
+def draw_neighbours(path, data, bank, test):
+    """Eight test images, each before its eight nearest training images: green frames for its class."""
+    nearest, tiles = (F.normalize(test[:8]) @ F.normalize(bank).T).topk(8).indices, []
+    for query, label in enumerate(data[2][1][:8]):
+        for (images, labels), i in [(data[2], query)] + [(data[1], row) for row in nearest[query]]:
+            color = (0.5,) * 3 if labels is data[2][1] else (0, 0.7, 0) if labels[i] == label else (0.9, 0, 0)
+            tile = torch.tensor(color)[:, None, None].repeat(1, *(s + 4 for s in images[i].shape[1:]))
+            tile[:, 2:-2, 2:-2] = images[i].cpu() / 255
+            tiles.append(tile)
+    save_image(F.interpolate(make_grid(tiles, nrow=9)[None], scale_factor=2), path)
+
+
+def evaluate(method, data, config, state):
+    """Measures the encoder: the contents of results.json. Draws neighbours.png beside it."""
+    cuda, rate = method.mean_std.is_cuda, state["step"] * config.batch_size / max(state["seconds"], 1e-9)
+    results = {
+        "knn_top1": None, "random_init_knn_top1": None, "linear_top1": None, "linear_top1_std": None,
+        "rotation_top1": None, "epochs": config.epochs, "seed": config.seed,
+        "train_seconds": state["seconds"], "images_per_second": rate,
+        "peak_memory_gb": torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None,
+        **json.loads(state["log"][0])}
+    if data[1] is None:
+        return results
+    torch.manual_seed(config.seed)
+    results["random_init_knn_top1"] = knn(Method(config).to(method.mean_std.device), data)
+    results["knn_top1"] = knn(method, data)
+    results["knn_protocol"] = f"k {K}, temperature {KNN_TEMPERATURE}, {len(data[1][1])} images as bank"
+    bank, test = extract(method, data[1][0]), extract(method, data[2][0])
+    if not config.eval:
+        draw_neighbours(Path(config.out) / "neighbours.png", data, bank, test)
+    lr = 0.3 if config.dataset == "imagenet" else 30.0
+    mean_std = linear_probe(bank, data[1][1], test, data[2][1], lr)
+    results |= {"linear_cached_top1": mean_std[0], "linear_protocol": "5 probes, cached features"}
+    if config.dataset != "imagenet" and not config.quick:
+        mean_std = probe_views(method, data, config)
+        results["linear_protocol"] = "5 probes, fresh crops and flips each epoch (authors' code)"
+    results["linear_top1"], results["linear_top1_std"] = mean_std
+    if method.predictor:
+        results["rotation_top1"] = transform_accuracy(method, data[2][0])
+    return results
+
+
+# --------------------------------------------------------------------------------------------- MAIN
+
+
+def interrupt(number, frame=None):
+    """Ends the program as the signal asks, in one line."""
+    check(False, "stopped; the same command continues from the last checkpoint", 128 + number)
+
+
+def main(argv=None):
+    """Runs a command line. Exit codes: 2 bad input, 1 failed run, 130 Ctrl-C, 143 SIGTERM."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    config = parse_args(argv)
+    out = Path(config.out)
+    try:
+        if (out / "results.json").exists() and not config.eval:
+            open_run(config)
+            print(f"{out} is finished: {(out / 'results.json').read_text()}")
+            return
+        method, data, state = train(config)
+        if process()[0] == 0:
+            results = json.dumps(evaluate(method, data, config, state), indent=1)
+            print(results)
+            if not config.eval:
+                write(out / "encoder.pt", pack(method.encoder.state_dict()))
+                write(out / "results.json", results.encode())
+    except torch.OutOfMemoryError:
+        check(False, "the GPU's memory is full: choose a smaller --batch-size", code=1)
+    except OSError as problem:  # a full disk, a damaged image; loader processes put a traceback before
+        check(False, f"{str(problem).splitlines()[-1]}; the same command continues", code=1)
+
+
+if __name__ == "__main__":
+    main()
