@@ -3,9 +3,9 @@
 R. Dangovski, L. Jing, C. Loh, S. Han, A. Srivastava, B. Cheung, P. Agrawal, M. Soljacic,
 "Equivariant Contrastive Learning" (E-SSL), ICLR 2022, arXiv:2111.00899.
 
-Idea. SimCLR makes the features of two random views of an image agree: they become *invariant* to the
-augmentation. Four-fold rotation hurts when it is added to the views, yet helps when a head has to
-*predict* it, which keeps the features sensitive (equivariant) to it. E-SimCLR does both at once.
+Idea. SimCLR makes the features of two random views of an image agree: they become *invariant* to
+the augmentation. Four-fold rotation hurts when it is added to the views, yet helps when a head has
+to *predict* it, which keeps the features sensitive (equivariant) to it. E-SimCLR does both.
 
 Algorithm 1 of the paper, for a batch of N images, backbone f, projector p1, predictor p2:
   1. draw two large views V_large and one small view v_small of every image;
@@ -26,12 +26,13 @@ Measured results: README.md. Paper, linear probe, CIFAR-10: SimCLR 92.0, E-SimCL
 Differences from the paper [P] and the authors' code [C]:
   1. [P] compares E-SimCLR at --lr 0.06 with SimCLR at --lr 0.03; the default here is 0.06 for both,
      so that one flag changes one thing.
-  2. [C] trains five linear probes in turn, on views of their own; here side by side, on the same views,
-     each with its own initial weights and order. Accuracy counts every test image once.
+  2. [C] trains five linear probes in turn; here side by side, on the same augmented views but each
+     with its own initial weights and order. Accuracy counts every test image once.
   3. [C] turns normalised images; here every transformation comes before normalisation.
-  4. [C] augments with PIL, in 8 bits; here in float32 on the device, ImageNet's blur a true Gaussian.
-  5. [C] builds p2 for lam = 0 too, where it has no effect, and on ImageNet trains a classifier beside;
-     our ImageNet probe reads cached features of center crops.
+  4. [C] augments with PIL, in 8 bits; here in float32 on the device. ImageNet's blur is a true
+     Gaussian of 13 taps.
+  5. [C] builds p2 for lam = 0 too, where it has no effect, and a classifier along on ImageNet.
+     Our ImageNet probe reads cached features of center crops.
   6. Kept from [C]: InfoNCE across the views only (N-1 negatives, both directions averaged); three
      forward passes, so that each view has its own BatchNorm statistics and the running ones mix 32
      and 16 pixels; no affine parameters in p1's last BatchNorm; weight decay on every parameter; a
@@ -69,13 +70,14 @@ SCRIPT = Path(__file__).stem
 
 def option(default, help, *choices):
     """A field of Config: its default, its line of --help and, for a word, the words allowed."""
-    return field(default=default, metadata={"help": f"{help} [{default}]", "choices": choices or None})
+    return field(default=default, metadata={"help": f"{help} [{default}]",
+                                            "choices": choices or None})
 
 
 @dataclass
 class Config:
     """One field, one flag. Defaults: the paper's CIFAR-10 run. Other datasets: PRESETS."""
-    dataset: str = option("cifar10", "imagenet: any folder with train/ and val/, a folder per class",
+    dataset: str = option("cifar10", "imagenet: any folder of train/ and val/, a folder per class",
                           "cifar10", "cifar100", "stl10", "imagenet", "patterns")
     data_root: str = option("data", "folder of the data; CIFAR and STL-10 are downloaded into it")
     arch: str = option("resnet18", "small: a conv net for CPUs", "resnet18", "resnet50", "small")
@@ -99,7 +101,8 @@ class Config:
     lam: float = option(0.4, "lambda, weight of the prediction loss; 0 is SimCLR (paper: 0.4)")
     temperature: float = option(0.5, "of InfoNCE (paper: 0.5)")
     transform: str = option("rotation", "the transformation (paper: rotation; Figure 1: all)",
-                            "rotation", "vflip", "hflip", "jigsaw", "grayscale", "inversion", "blur")
+                            "rotation", "vflip", "hflip", "jigsaw", "grayscale", "inversion",
+                            "blur")
     role: str = option("predict", "predict it, or add it to both views", "predict", "invariant")
     crop_only: bool = option(False, "crop only, and predict at full size: the paper's Figure 1")
     size: int = option(32, "side of the large views in pixels")
@@ -113,13 +116,14 @@ PRESETS = {
     "cifar100": {},  # ours
     "stl10": dict(size=64, small_size=32),  # ours
     "imagenet": dict(arch="resnet50", size=224, small_size=96, epochs=100, batch_size=4096, lr=0.3,
-                     final_lr=0.001, weight_decay=1e-6, temperature=0.2,  # authors' code
-                     projector="2048-2048-2048-128", predictor="2048-2048-128"),
+                     final_lr=0.001, weight_decay=1e-6, temperature=0.2, knn_every=0,
+                     projector="2048-2048-2048-128", predictor="2048-2048-128"),  # authors' code
     "patterns": dict(arch="small", epochs=100, batch_size=256, lr=0.12, warmup_epochs=1),  # ours
 }
 QUICK = dict(PRESETS["patterns"], dataset="patterns", epochs=12, knn_every=2, limit=4000,
              projector="512-512", predictor="512-512")
-FREE = ("data_root", "device", "compile", "knn_every", "save_every", "out", "eval")  # change no result
+# a run may be continued with other values of these, which change no result
+FREE = ("data_root", "device", "compile", "knn_every", "save_every", "out", "eval")
 
 
 def check(condition, message, code=2):
@@ -157,7 +161,7 @@ def parse_args(argv=None):
         check(all(w.isdecimal() and int(w) for w in widths.split("-")),
               f"widths look like 2048-2048, not like {widths}")
     check(config.role == "predict" or dataset != "imagenet", "--role invariant cannot be streamed")
-    varies = "".join(f"-{name}{value}" for name, value in given.items()
+    varies = "".join(f"-{name}" + f"{value}" * (value is not True) for name, value in given.items()
                      if name not in (*FREE, "dataset", "seed") and value != preset[name])
     config.out = config.out or f"runs/{SCRIPT}-{dataset}{varies}-s{config.seed}"
     return config
@@ -177,8 +181,8 @@ MEAN_STD = {
 def draw_patterns(n, seed):
     """The built-in data: uint8 images (n, 3, 32, 32) and labels (n,) of ten two-tone patterns.
 
-    A class is a level set of a fixed random Fourier sum. An image of it has a random shift, zoom (1.2
-    to 2.2 periods) and tilt (up to 20 degrees) and is lit from a random side.
+    A class is a level set of a fixed random Fourier sum. An image of it has a random shift, zoom
+    (1.2 to 2.2 periods) and tilt (up to 20 degrees) and is lit from a random side.
     """
     waves = [(i, j) for i in range(-2, 3) for j in range(3) if (j, i) > (0, 0)]
     phases = 2 * math.pi * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
@@ -201,8 +205,8 @@ def draw_patterns(n, seed):
 class Folder(datasets.ImageFolder):
     """Image files too many for the device, decoded by worker processes when they are needed.
 
-    self[i] is a center crop; self[seed, i] is a list of one random crop for each view, and the label.
-    They follow from (seed, i) alone, so a resumed run needs no state of the loader. All are uint8.
+    self[i] is a center crop; self[seed, i] is a list of a random crop for each view, and the label:
+    a function of (seed, i), so that a resumed run needs no state of the loader. All are uint8.
     """
 
     def __init__(self, path, config, limit=0):
@@ -280,15 +284,15 @@ def load_data(config, device):
     return parts[0], *parts[-2:]
 
 
-def batches(train, config, epoch, first, device):
+def batches(data, config, epoch, first, device):
     """Yields images and labels, this process's rows of each batch of an epoch from step `first` on.
 
     The order follows from seed and epoch: the same on every process and after a resume.
     """
-    (images, labels), seed = train, 1000003 * config.seed + epoch
+    (images, labels), seed = data[0], 1000003 * config.seed + epoch
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     steps = len(order) // config.batch_size  # the ragged rest is left out
-    rows = mine(order[:steps * config.batch_size].view(steps, -1).T).T[first:]  # (steps, local batch)
+    rows = mine(order[:steps * config.batch_size].view(steps, -1).T).T[first:]  # (steps, my batch)
     if isinstance(images, torch.Tensor):
         yield from ((images[row], labels[row]) for row in rows.to(device))
     else:
@@ -304,7 +308,7 @@ BRIGHTNESS, CONTRAST, SATURATION = 0, 1, 2
 
 
 class Policy(NamedTuple):
-    """How a view is drawn, in torchvision's terms; flip, gray, blur and solarize are probabilities."""
+    """How a view is drawn, in torchvision's terms; flip, gray, blur, solarize are probabilities."""
     size: int
     scale: tuple  # least and largest area of the crop, as shares of the image; None: no crop
     interpolation: InterpolationMode = InterpolationMode.BILINEAR
@@ -358,9 +362,9 @@ def draw_augmentation(n, policy, height, width, device):
         jittered = happens(0.8)
         factors = torch.stack([uniform(max(0, 1 - s), 1 + s) for s in strengths], dim=1)  # (n, 3)
         order = uniform(0, 1, 3).argsort(1)  # of brightness, contrast and saturation,
-        early = torch.arange(3, device=device) < uniform(0, 4, 1).floor()  # of which some precede hue
+        early = torch.arange(3, device=device) < uniform(0, 4, 1).floor()  # some of them before hue
         factors = torch.where(jittered[:, None], factors, 1.0).gather(1, order)  # 1: no change
-        drawn["kind"] = order.repeat(1, 2)  # (n, 6): three places before the shift of hue, three after
+        drawn["kind"] = order.repeat(1, 2)  # (n, 6): three places before the hue shift, three after
         drawn["factor"] = torch.cat([factors.where(early, 1.0), factors.where(~early, 1.0)], dim=1)
         drawn["hue"] = uniform(-hue, hue) * jittered
     if policy.gray:
@@ -384,7 +388,8 @@ def augment(images, parameters, size, interpolation=InterpolationMode.BILINEAR):
     top, left, height, width = parameters["box"].T
     rows = resize_weights(top, height, size, images.shape[2], interpolation)
     columns = resize_weights(left, width, size, images.shape[3], interpolation)
-    images = weigh(images, rows, torch.where(p["flip"][..., 0], columns.flip(1), columns)).clamp(0, 1)
+    columns = torch.where(p["flip"][..., 0], columns.flip(1), columns)
+    images = weigh(images, rows, columns).clamp(0, 1)
     if "hue" in p:  # torchvision's ColorJitter, with an order of its own for every image
         for i, (kind, factor) in enumerate(zip(p["kind"].T, p["factor"].T)):
             images = shift_hue(images, p["hue"]) if i == 3 else images
@@ -406,8 +411,8 @@ def weigh(images, rows, columns):
 def resize_weights(start, length, size, source, interpolation):
     """(N, size, source): weights of the source pixels in each pixel of a crop resized to `size`.
 
-    start, length (N,) of the crop. The triangle or cubic kernel (a = -0.5) is widened when shrinking,
-    as torchvision's resized_crop does with antialias=True.
+    start, length (N,) of the crop. The triangle or cubic kernel (a = -0.5) is widened when
+    shrinking, as torchvision's resized_crop does with antialias=True.
     """
     start, length = start[:, None, None], length[:, None, None]
     center = (torch.arange(size, device=start.device)[:, None] + 0.5) * length / size
@@ -428,7 +433,7 @@ def grayscale(images):
 
 
 def blend(images, kind, factor):
-    """Brightness, contrast or saturation of image i: a mix with black, its mean luma or its luma."""
+    """Brightness, contrast or saturation of image i: a mix with black, its mean luma, its luma."""
     kind, factor = kind[:, None, None, None], factor[:, None, None, None]
     gray = grayscale(images)
     plain = torch.where(kind == SATURATION, gray, gray.mean((2, 3), True) * (kind == CONTRAST))
@@ -483,12 +488,13 @@ def make_encoder(arch, size):
 
 def make_projector(widths, last_affine):
     """p1: Linear without bias, BatchNorm and ReLU from width to width, but no ReLU at the end."""
-    blocks = [(nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU()) for a, b in pairwise(widths)]
+    blocks = [(nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU())
+              for a, b in pairwise(widths)]
     return nn.Sequential(*sum(blocks, ())[:-2], nn.BatchNorm1d(widths[-1], affine=last_affine))
 
 
 def make_predictor(widths, last_relu):
-    """p2: Linear, LayerNorm and ReLU from width to width, then Linear to the classes, the last width."""
+    """p2: Linear, LayerNorm and ReLU from width to width, then Linear to the last, the classes."""
     blocks = [(nn.Linear(a, b), nn.LayerNorm(b), nn.ReLU()) for a, b in pairwise(widths[:-1])]
     return nn.Sequential(*sum(blocks, ())[:None if last_relu else -1], nn.Linear(*widths[-2:]))
 
@@ -516,16 +522,17 @@ def jigsaw(x):
     """(N, C, S, S) -> (24N, C, S, S): the four quadrants in every order."""
     tiles = [tile for half in x.chunk(2, dim=2) for tile in half.chunk(2, dim=3)]
     rows = {(a, b): torch.cat([tiles[a], tiles[b]], 3) for a, b in permutations(range(4), 2)}
-    return torch.cat([torch.cat([rows[a, b], rows[c, d]], 2) for a, b, c, d in permutations(range(4))])
+    return torch.cat([torch.cat([rows[a, b], rows[c, d]], 2)
+                      for a, b, c, d in permutations(range(4))])
 
 
 def blur4(x):
-    """(N, C, S, S) -> (4N, C, S, S): unblurred, and kernels of 5, 9, 15 at torchvision's own sigma."""
+    """(N, C, S, S) -> (4N, C, S, S): unblurred; kernels of 5, 9, 15 at torchvision's own sigma."""
     return torch.cat([x] + [gaussian_blur(x, x.new_full((len(x),), 0.15 * k + 0.35), k // 2)
                             for k in (5, 9, 15)])
 
 
-# Figure 1: number of classes; all classes of a batch, one by one; what the predicted view leaves out
+# Figure 1: number of classes; all classes of a batch, in turn; what the predicted view leaves out
 TRANSFORMS = {
     "rotation": (4, rotate4, {}),
     "vflip": (2, lambda x: torch.cat([x, x.flip(2)]), {}),
@@ -582,7 +589,7 @@ class Method(nn.Module):
         return self.encoder((V - mean) / std)
 
     def view(self, images, i):
-        """View i of the images, in [0, 1]. Every process draws for the whole batch, and takes its rows."""
+        """View i of the images, in [0, 1]. A process draws for the whole batch, uses its rows."""
         policy = self.policies[i]
         if isinstance(images, list):  # streamed images are cropped already
             images, policy = images[i], policy._replace(scale=None)
@@ -594,8 +601,7 @@ class Method(nn.Module):
         return augment(images, drawn, policy.size, policy.interpolation)
 
     def versions(self, images, one):
-        """All classes of the transformation of n images, class by class, or one drawn class of each;
-        and the classes."""
+        """n images in all classes, class by class, or in one drawn class each; and the classes."""
         n, every = len(images), self.transform(images)
         if not one:
             return every, torch.arange(self.classes, device=every.device).repeat_interleave(n)
@@ -623,11 +629,11 @@ def mine(rows):
 
 
 def gather(z):
-    """Embeddings (N, D) of all processes, in the order of the batch; gradients reach one's own rows.
+    """Embeddings (N, D) of all processes in the order of the batch; gradients reach one's own rows.
 
-    Every process computes the same loss of all rows, so its own rows get their whole gradient there.
-    DistributedDataParallel takes the mean over the processes where their sum is due: hence the factor.
-    (torch's differentiable all_gather adds up the equal gradients of all processes: the same factor.)
+    Every process computes the same loss of all rows, so its own rows get their whole gradient.
+    DistributedDataParallel takes the mean over processes where the sum is due: hence the factor.
+    (torch's differentiable all_gather sums the equal gradients of all: the same factor.)
     """
     rank, world = process()
     if world == 1:
@@ -653,7 +659,7 @@ def learning_rate(step, total_steps, warmup_steps, peak, final=0.0):
 
 
 class LARS(torch.optim.SGD):
-    """SGD in which a weight matrix p has its gradient g, after weight decay, scaled by eta |p| / |g|.
+    """SGD that scales the gradient g of a weight matrix p, with weight decay, by eta |p| / |g|.
 
     Parameters of one dimension get neither weight decay nor the scaling.
     """
@@ -710,7 +716,7 @@ def load_checkpoint(path):
 
 
 def open_run(config):
-    """Makes the folder of a new run, or checks that it holds this very run; its checkpoint or None."""
+    """Makes the run's folder, or checks that it holds this very run; its checkpoint or None."""
     out, now = Path(config.out), asdict(config)
     if (out / "config.json").exists():
         then = json.loads((out / "config.json").read_text())
@@ -738,16 +744,16 @@ def start(config):
     return torch.device(name)
 
 
-def forecast(images_and_labels, config, device):
+def forecast(data, config, device):
     """Says how long training takes on this CPU, from a forward and backward of 32 images."""
     with torch.random.fork_rng(devices=[]):
         method = Method(config)
         for n in (8, 32):  # the first warms up
             few = replace(config, batch_size=min(n, config.batch_size))
-            images, labels = next(batches(images_and_labels, few, 0, 0, device))
+            images, labels = next(batches(data, few, 0, 0, device))
             began = time.perf_counter()
             method(images, labels)[0].backward()
-    seconds = (time.perf_counter() - began) / len(labels) * len(images_and_labels[1]) * config.epochs
+    seconds = (time.perf_counter() - began) / len(labels) * len(data[0][1]) * config.epochs
     print(f"about {timedelta(seconds=round(seconds))} on this CPU" + (
         "; sooner: --quick, --arch small, fewer --epochs, --limit" if seconds > 7200 else ""))
 
@@ -758,17 +764,17 @@ def train(config):
     saved = load_checkpoint(Path(config.eval)) if config.eval else open_run(config)
     data = load_data(config, device)
     n, world = len(data[0][1]), process()[1]
-    check(config.batch_size <= n, f"--batch-size {config.batch_size} exceeds the {n} training images")
-    check(config.batch_size % world == 0, f"--batch-size must be a multiple of the {world} processes")
-    check(not data[1] or len(data[1][1]) >= K, f"kNN needs {K} training images, not {n}: raise --limit")
+    check(config.batch_size <= n, f"--batch-size {config.batch_size} is more than the {n} images")
+    check(config.batch_size % world == 0, f"--batch-size is no multiple of the {world} processes")
+    check(not data[1] or len(data[1][1]) >= K, f"kNN needs {K} images, not {n}: raise --limit")
     torch.manual_seed(config.seed)
     method = Method(config).to(device, memory_format=torch.channels_last)
     if device.type == "cuda" and world > 1:
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     optimizer = make_optimizer(method, config)
-    header = {"command": " ".join(["python", *sys.argv]), "torch": torch.__version__, "device": str(
-        torch.cuda.get_device_name() if device.type == "cuda" else device),
-        "threads": torch.get_num_threads(), "processes": world}
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    header = {"command": " ".join(["python", *sys.argv]), "torch": torch.__version__,
+              "device": name, "threads": torch.get_num_threads(), "processes": world}
     state = {"step": 0, "seconds": 0.0, "sums": {}, "log": [json.dumps(header)]}
     if saved:
         state = saved["state"]
@@ -778,23 +784,23 @@ def train(config):
         torch.set_rng_state(saved["rng"])
         if device.type == "cuda" and saved["cuda_rng"] is not None:
             torch.cuda.set_rng_state(saved["cuda_rng"], device)
-        changed = {k: v for k, v in header.items() if k != "command" and json.loads(state["log"][0])[k] != v}
-        if changed:
-            print(f"warning: begun elsewhere, now {changed}: the last digits may differ")
+        begun = json.loads(state["log"][0])
+        if begun | {"command": header["command"]} != header:
+            print(f"warning: begun with {begun}, now {header}: the last digits may differ")
     if not config.eval:
         fit(method, optimizer, data, config, state, device)
     return method, data, state
 
 
 def fit(method, optimizer, data, config, state, device):
-    """Takes the steps that are left, saving now and then. state: step, seconds, sums of terms, log."""
+    """Takes the steps that are left. state holds step, seconds, sums of the terms, log lines."""
     out, steps = Path(config.out), len(data[0][1]) // config.batch_size
     total, warmup = config.epochs * steps, config.warmup_epochs * steps
     peak = config.lr * config.batch_size / 256
     print(f"{out}: {config.epochs} epochs of {steps} steps, peak learning rate {peak:g}"
           + (f", continued after step {state['step']}" if state["step"] else ""))
     if device.type == "cpu" and state["step"] == 0:
-        forecast(data[0], config, device)
+        forecast(data, config, device)
     if config.compile:
         method.compile()  # in place: the names of the parameters stay
     model = nn.parallel.DistributedDataParallel(method) if process()[1] > 1 else method
@@ -803,7 +809,7 @@ def fit(method, optimizer, data, config, state, device):
         signal.signal(number, lambda number, frame: stops.append(number))
     clock = saved_at = time.perf_counter()
     while state["step"] < total:
-        for images, labels in batches(data[0], config, *divmod(state["step"], steps), device):
+        for images, labels in batches(data, config, *divmod(state["step"], steps), device):
             rate = learning_rate(state["step"], total, warmup, peak, config.final_lr * peak)
             for group in optimizer.param_groups:
                 group["lr"] = peak if group.get("constant") else rate
@@ -812,15 +818,17 @@ def fit(method, optimizer, data, config, state, device):
             loss.backward()
             optimizer.step()
             state["step"] += 1
-            bad_step = torch.where((bad_step == 0) & ~loss.detach().isfinite(), state["step"], bad_step)
-            for name, value in {"loss": loss.detach(), **terms}.items():
+            loss = loss.detach()
+            bad_step = torch.where((bad_step == 0) & ~loss.isfinite(), state["step"], bad_step)
+            for name, value in {"loss": loss, **terms}.items():
                 state["sums"][name] = state["sums"].get(name, 0) + value
 
             now, done = time.perf_counter(), state["step"] % steps
             due = stops or state["step"] == total or now - saved_at >= 60 * config.save_every
-            if done and not due:  # the host does not wait for the device
+            if done and not due:  # here the host does not wait for the device
                 if sys.stderr.isatty():
-                    print(f" step {done}/{steps}", end="\r", file=sys.stderr)
+                    left = time_left(state["seconds"] + now - clock, state["step"], total)
+                    print(f" step {done}/{steps}, {left} left ", end="\r", file=sys.stderr)
                 continue
             check(bad_step == 0, f"the loss was not finite at step {int(bad_step)}, learning rate "
                   f"{rate:.3g}; the last good checkpoint is in {out}; try a lower --lr", code=1)
@@ -842,17 +850,22 @@ def fit(method, optimizer, data, config, state, device):
 
 
 def log_epoch(method, data, config, state, steps):
-    """A line of means over the epoch, with kNN when it is due, on the screen and in metrics.jsonl."""
+    """Prints the means of the epoch, with kNN when it is due, and adds them to metrics.jsonl."""
     step, epoch = state["step"], state["step"] // steps
     line = {name: value.item() / steps for name, value in state["sums"].items()}
     if data[1] and config.knn_every and epoch % config.knn_every == 0 and process()[0] == 0:
         line["knn_top1"] = knn(method, data)
     line["images_per_second"] = step * config.batch_size / state["seconds"]
-    left = timedelta(seconds=round((config.epochs * steps - step) * state["seconds"] / step))
-    print(f"epoch {epoch}/{config.epochs}", *(f"{k} {v:.4g}" for k, v in line.items()), f"left {left}")
+    print(f"epoch {epoch}/{config.epochs}", *(f"{k} {value:.4g}" for k, value in line.items()),
+          time_left(state["seconds"], step, config.epochs * steps), "left")
     state["sums"] = {}
     state["log"].append(json.dumps({"epoch": epoch, "step": step, **line}))
     write(Path(config.out) / "metrics.jsonl", "".join(f"{x}\n" for x in state["log"]).encode())
+
+
+def time_left(seconds, step, total):
+    """0:01:30 after `step` of `total` steps."""
+    return timedelta(seconds=round((total - step) * seconds / step))
 
 
 # ----------------------------------------------------------------------------------------- EVALUATE
@@ -862,18 +875,20 @@ K, KNN_TEMPERATURE = 200, 0.1  # authors' code
 
 @torch.no_grad()
 def extract(method, images, prepare=lambda x: x.float() / 255):
-    """Features (N, D), float32, of prepare(images) in eval mode; images are a tensor or a Folder."""
+    """Features (N, D), float32, of prepare(images) in eval mode; images: a tensor or a Folder."""
     device, training = method.mean_std.device, method.training
     method.eval()
     with autocast(method.config, device):
-        parts = [method.f(prepare(part.to(device))).float() for part in images.split(500)]
+        parts = [method.f(prepare(part.to(device))).float() for part in images.split(256)]
     method.train(training)
     return torch.cat(parts)
 
 
 def knn_accuracy(bank, bank_labels, queries, query_labels, k, temperature, classes):
-    """Percent of queries (M, D) whose class gets the most votes of the k nearest in bank (N, D), where
-    a neighbour at cosine s has exp(s / temperature) votes."""
+    """Percent of queries (M, D) whose class gets the most votes of the k nearest in bank (N, D).
+
+    A neighbour at cosine s has exp(s / temperature) votes.
+    """
     bank, queries, right = F.normalize(bank), F.normalize(queries), 0
     for part, labels in zip(queries.split(1000), query_labels.split(1000)):
         s, nearest = (part @ bank.T).topk(k)  # (m, k)
@@ -918,7 +933,7 @@ def linear_probe(train, train_labels, test, test_labels, lr=30.0, epochs=100, pr
 
 
 def probe_views(method, data, config):
-    """linear_probe by the authors' protocol: a fresh crop and flip of every image in every epoch."""
+    """linear_probe by the authors' protocol: a fresh crop and flip of every image, every epoch."""
     _, (bank, bank_labels), (test, test_labels) = data
     policy = Policy(config.size, (0.08, 1.0), InterpolationMode.BICUBIC, jitter=None, gray=0)
 
@@ -945,24 +960,31 @@ def transform_accuracy(method, images):
 
 
 def draw_neighbours(path, data, bank, test):
-    """Eight test images, each before its eight nearest training images: green frames for its class."""
-    nearest, tiles = (F.normalize(test[:8]) @ F.normalize(bank).T).topk(8).indices, []
-    for query, label in enumerate(data[2][1][:8]):
-        for (images, labels), i in [(data[2], query)] + [(data[1], row) for row in nearest[query]]:
-            color = (0.5,) * 3 if labels is data[2][1] else (0, 0.7, 0) if labels[i] == label else (0.9, 0, 0)
-            tile = torch.tensor(color)[:, None, None].repeat(1, *(s + 4 for s in images[i].shape[1:]))
-            tile[:, 2:-2, 2:-2] = images[i].cpu() / 255
-            tiles.append(tile)
+    """Eight test images, each with its eight nearest training images, green if of its class."""
+    (_, (images, labels), (queries, query_labels)), tiles = data, []
+    nearest = (F.normalize(test[:8]) @ F.normalize(bank).T).topk(8).indices
+
+    def add(image, color):
+        tile = torch.tensor(color)[:, None, None].repeat(1, image.shape[1] + 4, image.shape[2] + 4)
+        tile[:, 2:-2, 2:-2] = image.cpu() / 255
+        tiles.append(tile)
+
+    for query, rows in enumerate(nearest):
+        add(queries[query], (0.5, 0.5, 0.5))
+        for row in rows:
+            right = labels[row] == query_labels[query]
+            add(images[row], (0.0, 0.7, 0.0) if right else (0.9, 0.0, 0.0))
     save_image(F.interpolate(make_grid(tiles, nrow=9)[None], scale_factor=2), path)
 
 
 def evaluate(method, data, config, state):
     """Measures the encoder: the contents of results.json. Draws neighbours.png beside it."""
-    cuda, rate = method.mean_std.is_cuda, state["step"] * config.batch_size / max(state["seconds"], 1e-9)
+    cuda, seconds = method.mean_std.is_cuda, state["seconds"]
     results = {
-        "knn_top1": None, "random_init_knn_top1": None, "linear_top1": None, "linear_top1_std": None,
-        "rotation_top1": None, "epochs": config.epochs, "seed": config.seed,
-        "train_seconds": state["seconds"], "images_per_second": rate,
+        "knn_top1": None, "random_init_knn_top1": None, "linear_top1": None,
+        "linear_top1_std": None, "rotation_top1": None, "epochs": config.epochs,
+        "seed": config.seed, "train_seconds": seconds,
+        "images_per_second": state["step"] * config.batch_size / max(seconds, 1e-9),
         "peak_memory_gb": torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None,
         **json.loads(state["log"][0])}
     if data[1] is None:
@@ -970,7 +992,7 @@ def evaluate(method, data, config, state):
     torch.manual_seed(config.seed)
     results["random_init_knn_top1"] = knn(Method(config).to(method.mean_std.device), data)
     results["knn_top1"] = knn(method, data)
-    results["knn_protocol"] = f"k {K}, temperature {KNN_TEMPERATURE}, {len(data[1][1])} images as bank"
+    results["knn_protocol"] = f"k {K}, temperature {KNN_TEMPERATURE}, bank of {len(data[1][1])}"
     bank, test = extract(method, data[1][0]), extract(method, data[2][0])
     if not config.eval:
         draw_neighbours(Path(config.out) / "neighbours.png", data, bank, test)
@@ -1012,9 +1034,11 @@ def main(argv=None):
             if not config.eval:
                 write(out / "encoder.pt", pack(method.encoder.state_dict()))
                 write(out / "results.json", results.encode())
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except torch.OutOfMemoryError:
         check(False, "the GPU's memory is full: choose a smaller --batch-size", code=1)
-    except OSError as problem:  # a full disk, a damaged image; loader processes put a traceback before
+    except OSError as problem:  # a full disk, a damaged image (of which a loader sends a traceback)
         check(False, f"{str(problem).splitlines()[-1]}; the same command continues", code=1)
 
 

@@ -1,7 +1,8 @@
-"""Tests of the six scripts: python -m pytest -q test_all.py. They need neither data nor network nor GPU.
+"""Tests of the six scripts: python -m pytest -q test_all.py. No data, network or GPU is needed.
 
 Golden values were printed by the authors' released code, in float64, for wave(n, d, a, b) below.
 """
+
 import ast
 import json
 import math
@@ -26,14 +27,22 @@ from torchvision.utils import save_image
 import simclr_essl
 
 HERE = Path(__file__).parent
-SCRIPTS = [HERE / f"{name}.py" for name in ("simclr_essl", "simsiam_essl", "care", "sfrik", "homomorphic",
-                                            "photonics_reg") if (HERE / f"{name}.py").exists()]
+SCRIPTS = [
+    HERE / f"{name}.py"
+    for name in ("simclr_essl", "simsiam_essl", "care", "sfrik", "homomorphic", "photonics_reg")
+    if (HERE / f"{name}.py").exists()
+]
 # name: why it differs between scripts
 MAY_DIFFER = {
-    "Config": "the method's flags", "parse_args": "the method's rules", "Method": "the method",
-    "view_policies": "the paper's augmentation", "make_projector": "the paper's head",
-    "make_predictor": "the paper's head", "make_optimizer": "the paper's optimiser",
-    "load_data": "the paper's datasets", "evaluate": "what the paper measures",
+    "Config": "the method's flags",
+    "parse_args": "the method's rules",
+    "Method": "the method",
+    "view_policies": "the paper's augmentation",
+    "make_projector": "the paper's head",
+    "make_predictor": "the paper's head",
+    "make_optimizer": "the paper's optimiser",
+    "load_data": "the paper's datasets",
+    "evaluate": "what the paper measures",
 }
 CPU = torch.device("cpu")
 
@@ -54,8 +63,11 @@ def fixed_seed():
 def definitions(path):
     """Source of every top-level function and class of a script."""
     text = path.read_text()
-    return {node.name: ast.get_source_segment(text, node) for node in ast.parse(text).body
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    return {
+        node.name: ast.get_source_segment(text, node)
+        for node in ast.parse(text).body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
 
 
 def drift(sources):
@@ -85,8 +97,13 @@ def test_a_script_stands_alone(path):
     allowed = {"torch", "torchvision", "numpy"} | set(sys.stdlib_module_names)
     allowed -= {path.stem for path in SCRIPTS}
     for node in ast.walk(ast.parse(path.read_text())):
-        names = ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
-                 [node.module] if isinstance(node, ast.ImportFrom) else [])
+        names = (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
         assert all(name.split(".")[0] in allowed for name in names), f"line {node.lineno}: {names}"
         if isinstance(node, ast.FunctionDef) and node in ast.parse(path.read_text()).body:
             assert ast.get_docstring(node)
@@ -108,7 +125,8 @@ def test_info_nce_equals_the_authors(key):
     loss = simclr_essl.info_nce(z1, z2, 0.5)
     loss.backward()
     assert (loss.item(), z1.grad.norm().item(), z2.grad.norm().item()) == pytest.approx(
-        INFO_NCE[key], rel=1e-6)
+        INFO_NCE[key], rel=1e-6
+    )
 
 
 def test_info_nce_equals_the_slow_loop():
@@ -116,10 +134,16 @@ def test_info_nce_equals_the_slow_loop():
     cosine = [[F.cosine_similarity(a, b, dim=0) for b in z2] for a in z1]
     terms = []
     for i in range(6):
-        terms.append(-torch.log(torch.exp(cosine[i][i] / 0.2)
-                                / sum(torch.exp(cosine[i][j] / 0.2) for j in range(6))))
-        terms.append(-torch.log(torch.exp(cosine[i][i] / 0.2)
-                                / sum(torch.exp(cosine[j][i] / 0.2) for j in range(6))))
+        terms.append(
+            -torch.log(
+                torch.exp(cosine[i][i] / 0.2) / sum(torch.exp(cosine[i][j] / 0.2) for j in range(6))
+            )
+        )
+        terms.append(
+            -torch.log(
+                torch.exp(cosine[i][i] / 0.2) / sum(torch.exp(cosine[j][i] / 0.2) for j in range(6))
+            )
+        )
     loss = simclr_essl.info_nce(z1, z2, 0.2)
     assert loss.item() == pytest.approx(sum(terms).item() / 12, rel=1e-12)
     assert loss.item() == pytest.approx(simclr_essl.info_nce(z2, z1, 0.2).item(), rel=1e-12)
@@ -141,11 +165,15 @@ def test_rotate4_turns_counter_clockwise():
 
 def test_every_transformation_against_torchvision():
     x = torch.rand(2, 3, 16, 16)
-    versions = {name: transform(x).chunk(classes)
-                for name, (classes, transform, _) in simclr_essl.TRANSFORMS.items()}
+    versions = {
+        name: transform(x).chunk(classes)
+        for name, (classes, transform, _) in simclr_essl.TRANSFORMS.items()
+    }
     expected = {
-        "vflip": [x, TF.vflip(x)], "hflip": [x, TF.hflip(x)],
-        "grayscale": [x, TF.rgb_to_grayscale(x, 3)], "inversion": [x, TF.invert(x)],
+        "vflip": [x, TF.vflip(x)],
+        "hflip": [x, TF.hflip(x)],
+        "grayscale": [x, TF.rgb_to_grayscale(x, 3)],
+        "inversion": [x, TF.invert(x)],
         "rotation": [TF.rotate(x, 90 * k) for k in range(4)],
         "blur": [x] + [TF.gaussian_blur(x, k) for k in (5, 9, 15)],
     }
@@ -153,16 +181,21 @@ def test_every_transformation_against_torchvision():
         for got, want in zip(versions[name], wanted, strict=True):
             assert torch.allclose(got, want, atol=1e-5), name
     tiles = x[0, 0].unfold(0, 8, 8).unfold(1, 8, 8).flatten(2).sum(2).flatten()
-    orders = {tuple(v[0, 0].unfold(0, 8, 8).unfold(1, 8, 8).flatten(2).sum(2).flatten().tolist())
-              for v in versions["jigsaw"]}
+    orders = {
+        tuple(v[0, 0].unfold(0, 8, 8).unfold(1, 8, 8).flatten(2).sum(2).flatten().tolist())
+        for v in versions["jigsaw"]
+    }
     assert len(orders) == 24 and all(sorted(o) == sorted(tiles.tolist()) for o in orders)
     assert torch.equal(versions["jigsaw"][0], x)
 
 
 def parameters(n=6, size=32, **changes):
     """Parameters that do nothing, for n square images, but for the changes."""
-    return {"box": torch.tensor([[0.0, 0, size, size]]).repeat(n, 1), "flip": torch.zeros(n).bool(),
-            **changes}
+    return {
+        "box": torch.tensor([[0.0, 0, size, size]]).repeat(n, 1),
+        "flip": torch.zeros(n).bool(),
+        **changes,
+    }
 
 
 @pytest.mark.parametrize("size", (16, 32, 48))
@@ -179,17 +212,24 @@ def test_crop_and_flip_equal_torchvision(size, mode):
 
 def test_uint8_and_float_images_agree():
     images = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
-    assert torch.equal(simclr_essl.augment(images, parameters(), 32),
-                       simclr_essl.augment(images / 255, parameters(), 32))
+    assert torch.equal(
+        simclr_essl.augment(images, parameters(), 32),
+        simclr_essl.augment(images / 255, parameters(), 32),
+    )
     assert torch.allclose(simclr_essl.augment(images, parameters(), 32), images / 255, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind, adjust", [(0, TF.adjust_brightness), (1, TF.adjust_contrast),
-                                          (2, TF.adjust_saturation)])
+@pytest.mark.parametrize(
+    "kind, adjust", [(0, TF.adjust_brightness), (1, TF.adjust_contrast), (2, TF.adjust_saturation)]
+)
 def test_brightness_contrast_saturation_equal_torchvision(kind, adjust):
     images, factors = torch.rand(6, 3, 32, 32), torch.tensor([0.6, 0.8, 1.0, 1.1, 1.3, 1.4])
     for slot in range(6):  # before and after the shift of hue
-        changes = {"kind": torch.full((6, 6), kind), "factor": torch.ones(6, 6), "hue": torch.zeros(6)}
+        changes = {
+            "kind": torch.full((6, 6), kind),
+            "factor": torch.ones(6, 6),
+            "hue": torch.zeros(6),
+        }
         changes["factor"][:, slot] = factors
         got = simclr_essl.augment(images, parameters(**changes), 32)
         for image, factor, g in zip(images, factors.tolist(), got):
@@ -212,14 +252,24 @@ def test_jitter_follows_the_order_of_every_image():
     got = simclr_essl.augment(images, drawn, 8)
     adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
     places = set()
-    for image, kinds, factors, hue, g in zip(images, drawn["kind"], drawn["factor"], drawn["hue"], got):
+    for image, kinds, factors, hue, g in zip(
+        images, drawn["kind"], drawn["factor"], drawn["hue"], got
+    ):
         for slot, (kind, factor) in enumerate(zip(kinds.tolist(), factors.tolist())):
             image = TF.adjust_hue(image, hue.item()) if slot == 3 else image
             image = adjust[kind](image, factor)
         assert torch.allclose(g, image, atol=2e-5)
         if hue != 0:
-            active = [(slot, k) for slot, (k, f) in enumerate(zip(kinds.tolist(), factors.tolist())) if f != 1]
-            names = [k for slot, k in active if slot < 3] + ["hue"] + [k for slot, k in active if slot > 2]
+            active = [
+                (slot, k)
+                for slot, (k, f) in enumerate(zip(kinds.tolist(), factors.tolist()))
+                if f != 1
+            ]
+            names = (
+                [k for slot, k in active if slot < 3]
+                + ["hue"]
+                + [k for slot, k in active if slot > 2]
+            )
             assert sorted(map(str, names)) == ["0", "1", "2", "hue"]
             places.add(tuple(names))
     assert len(places) == 24  # every order of torchvision's shuffle occurs
@@ -247,16 +297,28 @@ def test_draws_follow_torchvisions_law():
     drawn = simclr_essl.draw_augmentation(n, policy, 32, 32, CPU)
     top, left, height, width = drawn["box"].T
     image = torch.zeros(3, 32, 32)
-    theirs = torch.tensor([T.RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3])
-                           for _ in range(n)]).float()
+    theirs = torch.tensor(
+        [T.RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(n)]
+    ).float()
     want = dict(zip(("top", "left", "height", "width"), theirs.T))
-    want |= {"area": want["height"] * want["width"], "log ratio": (want["width"] / want["height"]).log()}
-    got = {"top": top, "left": left, "height": height, "width": width, "area": height * width,
-           "log ratio": (width / height).log()}
+    want |= {
+        "area": want["height"] * want["width"],
+        "log ratio": (want["width"] / want["height"]).log(),
+    }
+    got = {
+        "top": top,
+        "left": left,
+        "height": height,
+        "width": width,
+        "area": height * width,
+        "log ratio": (width / height).log(),
+    }
     for name in want:  # two-sample Kolmogorov-Smirnov distance; 0.0276 is its 0.1 % point
         values = torch.cat([got[name], want[name]]).unique()
-        below = [torch.searchsorted(sample.sort().values, values, right=True) / n
-                 for sample in (got[name], want[name])]
+        below = [
+            torch.searchsorted(sample.sort().values, values, right=True) / n
+            for sample in (got[name], want[name])
+        ]
         assert (below[0] - below[1]).abs().max() < 0.0276, name
     assert (top + height <= 32).all() and (left + width <= 32).all() and (drawn["box"] >= 0).all()
 
@@ -267,8 +329,9 @@ def test_draws_follow_torchvisions_law():
         assert (factor[~jittered] == 1).all()
         quartiles = factor[jittered].quantile(torch.tensor([0, 0.25, 0.5, 0.75, 1]))
         assert torch.allclose(quartiles, torch.tensor([0.6, 0.8, 1.0, 1.2, 1.4]), atol=0.02)
-    assert drawn["hue"][jittered].quantile(torch.tensor([0, 0.25, 0.75, 1])).tolist() == pytest.approx(
-        [-0.1, -0.05, 0.05, 0.1], abs=0.005)
+    assert drawn["hue"][jittered].quantile(
+        torch.tensor([0, 0.25, 0.75, 1])
+    ).tolist() == pytest.approx([-0.1, -0.05, 0.05, 0.1], abs=0.005)
     for name, probability in {"flip": 0.5, "gray": 0.2, "solarize": 0.2}.items():
         assert drawn[name].float().mean() == pytest.approx(probability, abs=0.02)
     assert (drawn["sigma"] > 0).float().mean() == pytest.approx(0.5, abs=0.02)
@@ -296,8 +359,15 @@ def test_images_of_a_batch_are_drawn_apart():
 
 # golden: E-SSL's schedule, 100 epochs of 10 steps, 10 of warm-up, peak 0.12
 def test_learning_rate_equals_the_authors():
-    golden = {0: 0.0, 5: 0.006, 99: 0.1188, 100: 0.12, 101: 0.11999963445946742,
-              500: 0.07041889066001583, 999: 3.655405325764249e-07}
+    golden = {
+        0: 0.0,
+        5: 0.006,
+        99: 0.1188,
+        100: 0.12,
+        101: 0.11999963445946742,
+        500: 0.07041889066001583,
+        999: 3.655405325764249e-07,
+    }
     for step, want in golden.items():
         assert simclr_essl.learning_rate(step, 1000, 100, 0.12) == pytest.approx(want, rel=1e-9)
     assert simclr_essl.learning_rate(1000, 1000, 100, 0.12, 0.003) == pytest.approx(0.003)
@@ -312,10 +382,24 @@ def test_lars_equals_the_authors():
     for s in range(3):
         p.grad, b.grad = wave(4, 3, 0.1 * s + 0.2, 0.4), wave(1, 3, 0.6, 0.3 + s)[0]
         optimizer.step()
-    assert p.flatten().tolist() == pytest.approx([
-        0.0, 0.6430967426082691, 0.9833905127546039, 0.29476558491561217, 0.8892215971470072,
-        0.9435784967922186, 0.5631997853223364, 0.9949289035137666, 0.6726816178496587,
-        0.7813218253666313, 0.9435193270298526, 0.23701276091330567], rel=1e-9, abs=1e-12)
+    assert p.flatten().tolist() == pytest.approx(
+        [
+            0.0,
+            0.6430967426082691,
+            0.9833905127546039,
+            0.29476558491561217,
+            0.8892215971470072,
+            0.9435784967922186,
+            0.5631997853223364,
+            0.9949289035137666,
+            0.6726816178496587,
+            0.7813218253666313,
+            0.9435193270298526,
+            0.23701276091330567,
+        ],
+        rel=1e-9,
+        abs=1e-12,
+    )
     assert b.tolist() == pytest.approx([0.0, -1.4899934314657473, -0.3685530105552811], rel=1e-9)
     zero = torch.zeros(2, 2, requires_grad=True)  # no ratio: a plain step
     zero.grad = torch.ones(2, 2)
@@ -325,8 +409,26 @@ def test_lars_equals_the_authors():
 
 def tiny(out, *flags):
     """A command line that trains for 12 steps of 3 epochs in a second."""
-    return ["--quick", "--limit", "256", "--epochs", "3", "--batch-size", "64", "--lr", "0.2",
-            "--projector", "32-32", "--predictor", "32-32", "--knn-every", "0", "--out", str(out), *flags]
+    return [
+        "--quick",
+        "--limit",
+        "256",
+        "--epochs",
+        "3",
+        "--batch-size",
+        "64",
+        "--lr",
+        "0.2",
+        "--projector",
+        "32-32",
+        "--predictor",
+        "32-32",
+        "--knn-every",
+        "0",
+        "--out",
+        str(out),
+        *flags,
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -347,17 +449,23 @@ def test_method_is_algorithm_1():
     encoder = method.encoder
     torch.manual_seed(1)
     loss, terms = method(images, labels)
-    assert encoder[1].num_batches_tracked == 3  # three forward passes, BatchNorm statistics of their own
+    assert (
+        encoder[1].num_batches_tracked == 3
+    )  # three forward passes, BatchNorm statistics of their own
     torch.manual_seed(1)
     mean, std = torch.tensor(simclr_essl.MEAN_STD["patterns"])[..., None, None]
     policies = simclr_essl.view_policies(method.config)
-    draws = [simclr_essl.augment(images, simclr_essl.draw_augmentation(16, p, 32, 32, CPU), p.size)
-             for p in policies]
+    draws = [
+        simclr_essl.augment(images, simclr_essl.draw_augmentation(16, p, 32, 32, CPU), p.size)
+        for p in policies
+    ]
     assert [tuple(d.shape[2:]) for d in draws] == [(32, 32), (32, 32), (16, 16)]
     z1, z2 = (method.projector(encoder((d - mean) / std)) for d in draws[:2])
     turned = torch.cat([torch.rot90(draws[2], k, (2, 3)) for k in range(4)])
     logits = method.predictor(encoder((turned - mean) / std))
-    rotation_loss = sum(-logits.log_softmax(1)[k * 16 + i, k] for k in range(4) for i in range(16)) / 64
+    rotation_loss = (
+        sum(-logits.log_softmax(1)[k * 16 + i, k] for k in range(4) for i in range(16)) / 64
+    )
     want = simclr_essl.info_nce(z1, z2, 0.5) + 0.7 * rotation_loss
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     assert terms["equivariance"].item() == pytest.approx(rotation_loss.item(), rel=1e-5)
@@ -377,12 +485,16 @@ def test_lam_0_is_simclr():
 
 
 def test_heads_have_the_specified_layers():
-    kinds = lambda net: "".join(type(layer).__name__[0] for layer in net)  # Linear, BatchNorm, ReLU, ...
+    kinds = lambda net: "".join(
+        type(layer).__name__[0] for layer in net
+    )  # Linear, BatchNorm, ReLU, ...
     cifar = simclr_essl.Method(simclr_essl.Config())
     assert kinds(cifar.projector) == "LBRLB" and kinds(cifar.predictor) == "LLRLLRL"
     assert cifar.projector[-1].weight is None and cifar.projector[1].weight is not None
     assert cifar.projector[0].bias is None and cifar.predictor[-1].out_features == 4
-    assert sum(p.numel() for p in cifar.encoder.parameters()) == 11_168_832  # measured, authors' net
+    assert (
+        sum(p.numel() for p in cifar.encoder.parameters()) == 11_168_832
+    )  # measured, authors' net
     imagenet = simclr_essl.Method(simclr_essl.parse_args(["--dataset", "imagenet"]))
     assert kinds(imagenet.projector) == "LBRLBRLBRLB"
     assert imagenet.projector[-1].weight is not None and imagenet.projector[-1].num_features == 128
@@ -393,9 +505,13 @@ def test_heads_have_the_specified_layers():
 @pytest.mark.parametrize("transform", simclr_essl.TRANSFORMS)
 @pytest.mark.parametrize("role", ("predict", "invariant"))
 def test_figure_1(transform, role):
-    method, images, labels = method_and_images("--transform", transform, "--role", role, "--crop-only")
+    method, images, labels = method_and_images(
+        "--transform", transform, "--role", role, "--crop-only"
+    )
     classes = simclr_essl.TRANSFORMS[transform][0]
-    assert all(p.size == 32 and not (p.flip or p.gray or p.jitter or p.blur) for p in method.policies)
+    assert all(
+        p.size == 32 and not (p.flip or p.gray or p.jitter or p.blur) for p in method.policies
+    )
     loss, terms = method(images, labels)
     assert loss.isfinite() and ("equivariance" in terms) == (role == "predict")
     pictures = images.float() / 255
@@ -406,7 +522,9 @@ def test_figure_1(transform, role):
         assert target.tolist() == [k for k in range(classes) for _ in range(16)]
     versions, target = method.versions(pictures, one=True)
     assert torch.equal(versions, torch.stack([every[k, i] for i, k in enumerate(target)]))
-    drawn = torch.cat([method.versions(pictures, one=True)[1] for _ in range(60)]).bincount(minlength=classes)
+    drawn = torch.cat([method.versions(pictures, one=True)[1] for _ in range(60)]).bincount(
+        minlength=classes
+    )
     assert (drawn > 0.4 * 960 / classes).all() and (drawn < 1.8 * 960 / classes).all()
 
 
@@ -424,7 +542,9 @@ def test_an_invariance_stands_first_in_the_policy(monkeypatch):
 
 def test_the_predicted_view_leaves_its_transformation_out():
     for transform, name in (("hflip", "flip"), ("grayscale", "gray")):
-        large, _, small = simclr_essl.view_policies(simclr_essl.parse_args(["--transform", transform]))
+        large, _, small = simclr_essl.view_policies(
+            simclr_essl.parse_args(["--transform", transform])
+        )
         assert getattr(small, name) == 0 and getattr(large, name) > 0
         invariant = simclr_essl.parse_args(["--transform", transform, "--role", "invariant"])
         assert getattr(simclr_essl.view_policies(invariant)[2], name) > 0
@@ -437,12 +557,18 @@ def test_spread_is_one_for_uniform_and_zero_for_equal_embeddings():
 
 def test_patterns():
     images, labels = simclr_essl.draw_patterns(500, 1)
-    assert images.shape == (500, 3, 32, 32) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+    assert (
+        images.shape == (500, 3, 32, 32)
+        and images.dtype == torch.uint8
+        and labels.dtype == torch.int64
+    )
     assert torch.equal(images, simclr_essl.draw_patterns(500, 1)[0])
     assert not torch.equal(images, simclr_essl.draw_patterns(500, 2)[0])
     assert labels.bincount().min() > 25 and len(labels.unique()) == 10
     tint = images.float().mean((2, 3))
-    assert ((tint.amax(1) - tint.amin(1)) / tint.mean(1)).max() < 0.05  # nothing to learn from colour
+    assert (
+        (tint.amax(1) - tint.amin(1)) / tint.mean(1)
+    ).max() < 0.05  # nothing to learn from colour
 
 
 # evaluation
@@ -455,7 +581,9 @@ def test_knn_equals_brute_force():
     for query, label in zip(queries, query_labels):
         s = [F.cosine_similarity(query, other, dim=0).item() for other in bank]
         nearest = sorted(range(60), key=lambda i: -s[i])[:7]
-        votes = [sum(math.exp(s[i] / 0.1) for i in nearest if bank_labels[i] == c) for c in range(4)]
+        votes = [
+            sum(math.exp(s[i] / 0.1) for i in nearest if bank_labels[i] == c) for c in range(4)
+        ]
         right += votes.index(max(votes)) == label
     got = simclr_essl.knn_accuracy(bank, bank_labels, queries, query_labels, 7, 0.1, 4)
     assert got == pytest.approx(100 * right / 31)
@@ -464,8 +592,9 @@ def test_knn_equals_brute_force():
 def test_knn_weighs_its_votes():
     """One close neighbour of class 0 outvotes two far ones of class 1."""
     bank = torch.tensor([[1.0, 0], [0, 1], [0, 1]])
-    got = simclr_essl.knn_accuracy(bank, torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.1]]),
-                                   torch.tensor([0]), 3, 0.1, 2)
+    got = simclr_essl.knn_accuracy(
+        bank, torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.1]]), torch.tensor([0]), 3, 0.1, 2
+    )
     assert got == 100
 
 
@@ -477,7 +606,11 @@ def test_features_are_those_of_eval_mode_and_leave_no_trace():
     assert features.shape == (700, 128) and not features.requires_grad and method.training
     alone = torch.cat([simclr_essl.extract(method, image[None]) for image in images[:5]])
     assert torch.allclose(features[:5], alone, atol=1e-5)  # no batch statistics
-    data = (images, torch.arange(700) % 10), (images, torch.arange(700) % 10), (images[:77], torch.arange(77) % 10)
+    data = (
+        (images, torch.arange(700) % 10),
+        (images, torch.arange(700) % 10),
+        (images[:77], torch.arange(77) % 10),
+    )
     simclr_essl.knn(method, data)
     simclr_essl.transform_accuracy(method, images[:20])
     simclr_essl.linear_probe(features, data[0][1], features[:77], data[2][1], epochs=2)
@@ -488,12 +621,17 @@ def test_features_are_those_of_eval_mode_and_leave_no_trace():
 def test_linear_probe_learns_and_counts_every_test_image():
     centers = 3 * torch.randn(5, 16)
     labels, test_labels = torch.randint(5, (300,)), torch.randint(5, (101,))
-    features, test = centers[labels] + torch.randn(300, 16), centers[test_labels] + torch.randn(101, 16)
+    features, test = (
+        centers[labels] + torch.randn(300, 16),
+        centers[test_labels] + torch.randn(101, 16),
+    )
     mean, std = simclr_essl.linear_probe(features, labels, test, test_labels, lr=1.0, epochs=20)
     assert mean > 97 and 0 <= std < 3
     assert (mean * 101 * 5 / 100) == pytest.approx(round(mean * 101 * 5 / 100), abs=1e-3)
     calls = []
-    simclr_essl.linear_probe(lambda: calls.append(1) or features, labels, test, test_labels, epochs=7)
+    simclr_essl.linear_probe(
+        lambda: calls.append(1) or features, labels, test, test_labels, epochs=7
+    )
     assert len(calls) == 7  # fresh views once per epoch
 
 
@@ -501,21 +639,25 @@ def test_one_probe_equals_a_plain_linear_layer():
     """Against torch.nn.Linear trained step by step with the same start and order."""
     features, labels = torch.randn(512, 8), torch.randint(3, (512,))
     torch.manual_seed(5)
-    mean, _ = simclr_essl.linear_probe(features, labels, features[:50], labels[:50], 0.5, 3, probes=1)
+    mean, _ = simclr_essl.linear_probe(
+        features, labels, features[:50], labels[:50], 0.5, 3, probes=1
+    )
     layer = torch.nn.Linear(8, 3)
     torch.manual_seed(5)
-    layer.weight.data = torch.empty(8, 3).uniform_(-8 ** -0.5, 8 ** -0.5).T.clone()
-    layer.bias.data.uniform_(-8 ** -0.5, 8 ** -0.5)
+    layer.weight.data = torch.empty(8, 3).uniform_(-(8**-0.5), 8**-0.5).T.clone()
+    layer.bias.data.uniform_(-(8**-0.5), 8**-0.5)
     optimizer = torch.optim.SGD(layer.parameters(), 0.5, momentum=0.9)
     for step in range(6):
         if step % 2 == 0:
             order = torch.rand(1, 512).argsort(1)[0]
-        rows = order[step % 2 * 256:][:256]
+        rows = order[step % 2 * 256 :][:256]
         optimizer.param_groups[0]["lr"] = 0.25 * (1 + math.cos(math.pi * step / 6))
         optimizer.zero_grad()
         F.cross_entropy(layer(features[rows]), labels[rows]).backward()
         optimizer.step()
-    assert mean == pytest.approx(100 * (layer(features[:50]).argmax(1) == labels[:50]).float().mean().item())
+    assert mean == pytest.approx(
+        100 * (layer(features[:50]).argmax(1) == labels[:50]).float().mean().item()
+    )
 
 
 def test_transform_accuracy():
@@ -541,21 +683,42 @@ def finished(tmp_path_factory):
 def test_outputs(finished):
     results = json.loads((finished / "results.json").read_text())
     assert results["linear_protocol"] == "5 probes, cached features"
-    for name in ("knn_top1", "linear_top1", "linear_top1_std", "random_init_knn_top1", "epochs", "seed",
-                 "train_seconds", "images_per_second", "peak_memory_gb", "device", "torch", "threads",
-                 "command", "rotation_top1", "knn_protocol", "linear_protocol"):
+    for name in (
+        "knn_top1",
+        "linear_top1",
+        "linear_top1_std",
+        "random_init_knn_top1",
+        "epochs",
+        "seed",
+        "train_seconds",
+        "images_per_second",
+        "peak_memory_gb",
+        "device",
+        "torch",
+        "threads",
+        "command",
+        "rotation_top1",
+        "knn_protocol",
+        "linear_protocol",
+    ):
         assert name in results, name
-    header, *lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    header, *lines = [
+        json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()
+    ]
     assert {"command", "torch", "device", "threads"} <= header.keys()
     assert [line["step"] for line in lines] == [4, 8, 12] and "knn_top1" in lines[1]
-    assert lines[0]["loss"] == pytest.approx(lines[0]["invariance"] + 0.4 * lines[0]["equivariance"])
+    assert lines[0]["loss"] == pytest.approx(
+        lines[0]["invariance"] + 0.4 * lines[0]["equivariance"]
+    )
     assert (finished / "neighbours.png").stat().st_size > 10_000
     assert json.loads((finished / "config.json").read_text())["batch_size"] == 64
     torch.load(finished / "checkpoint.pt", weights_only=True)
 
 
 def test_a_finished_run_is_not_repeated(finished, capsys):
-    before = {path: path.stat().st_mtime_ns for path in finished.iterdir() if path.suffix != ".json"}
+    before = {
+        path: path.stat().st_mtime_ns for path in finished.iterdir() if path.suffix != ".json"
+    }
     simclr_essl.main(tiny(finished))
     assert "is finished" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -564,7 +727,10 @@ def test_a_finished_run_is_not_repeated(finished, capsys):
 def test_eval_measures_a_checkpoint(finished, capsys):
     simclr_essl.main(["--eval", str(finished / "checkpoint.pt")])
     printed = capsys.readouterr().out
-    got, want = json.loads(printed[printed.index("{"):]), json.loads((finished / "results.json").read_text())
+    got, want = (
+        json.loads(printed[printed.index("{") :]),
+        json.loads((finished / "results.json").read_text()),
+    )
     for name in ("knn_top1", "linear_top1", "rotation_top1", "random_init_knn_top1"):
         assert got[name] == want[name]
 
@@ -581,9 +747,11 @@ def test_the_rate_follows_the_schedule_step_by_step(tmp_path, monkeypatch):
     monkeypatch.setattr(simclr_essl, "make_optimizer", spied)
     simclr_essl.main(tiny(tmp_path / "run"))
     peak = 0.2 * 64 / 256
-    want = [peak * step / 4 if step < 4 else peak * (1 + math.cos(math.pi * (step - 4) / 8)) / 2
-            for step in range(12)]
-    assert [rate for rate, in rates] == pytest.approx(want)
+    want = [
+        peak * step / 4 if step < 4 else peak * (1 + math.cos(math.pi * (step - 4) / 8)) / 2
+        for step in range(12)
+    ]
+    assert [rate for (rate,) in rates] == pytest.approx(want)
 
 
 def test_weight_decay_acts_on_every_parameter():
@@ -620,25 +788,49 @@ for argv, name, at in json.loads(sys.argv[1]):
 def same_run(a, b):
     """Final tensors, optimiser, random states and logged losses agree bit for bit."""
     saved = [torch.load(out / "checkpoint.pt", weights_only=True) for out in (a, b)]
-    logs = [[{k: v for k, v in json.loads(line).items() if k != "images_per_second"}
-             for line in (out / "metrics.jsonl").read_text().splitlines()[1:]] for out in (a, b)]
-    buffers = [[s["optimizer"]["state"][i]["momentum_buffer"] for i in s["optimizer"]["state"]] for s in saved]
-    return (logs[0] == logs[1] and saved[0]["state"]["step"] == saved[1]["state"]["step"]
-            and torch.equal(saved[0]["rng"], saved[1]["rng"])
-            and all(map(torch.equal, saved[0]["method"].values(), saved[1]["method"].values()))
-            and all(map(torch.equal, *buffers)))
+    logs = [
+        [
+            {k: v for k, v in json.loads(line).items() if k != "images_per_second"}
+            for line in (out / "metrics.jsonl").read_text().splitlines()[1:]
+        ]
+        for out in (a, b)
+    ]
+    buffers = [
+        [s["optimizer"]["state"][i]["momentum_buffer"] for i in s["optimizer"]["state"]]
+        for s in saved
+    ]
+    return (
+        logs[0] == logs[1]
+        and saved[0]["state"]["step"] == saved[1]["state"]["step"]
+        and torch.equal(saved[0]["rng"], saved[1]["rng"])
+        and all(map(torch.equal, saved[0]["method"].values(), saved[1]["method"].values()))
+        and all(map(torch.equal, *buffers))
+    )
 
 
 def test_a_killed_run_continues_bit_for_bit(tmp_path):
     """Killed in the first step, inside epochs, while a file is written and before it is renamed."""
-    points = [("step", 1), ("step", 3), ("step", 6), ("step", 8), ("step", 11), ("fsync", 5), ("replace", 9)]
+    points = [
+        ("step", 1),
+        ("step", 3),
+        ("step", 6),
+        ("step", 8),
+        ("step", 11),
+        ("fsync", 5),
+        ("replace", 9),
+    ]
     whole = tiny(tmp_path / "whole", "--save-every", "0")
     runs = [(whole, "", 0)]
     for i, (name, at) in enumerate(points):
         argv = tiny(tmp_path / str(i), "--save-every", "0")
         runs += [(argv, name, at), (argv, "", 0)]
-    done = subprocess.run([sys.executable, "-c", KILLER, json.dumps(runs)], cwd=HERE, capture_output=True,
-                          text=True, env=os.environ | {"PYTHONPATH": str(HERE)})
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, json.dumps(runs)],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(HERE)},
+    )
     codes = [int(line) for line in done.stdout.splitlines() if line.isdecimal()]
     assert codes == [0] + [signal.SIGKILL, 0] * len(points), done.stderr
     for i in range(len(points)):
@@ -647,7 +839,9 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize("number, code", ((signal.SIGINT, 130), (signal.SIGTERM, 143)))
-def test_a_signal_saves_and_the_same_command_continues(tmp_path, monkeypatch, capsys, finished, number, code):
+def test_a_signal_saves_and_the_same_command_continues(
+    tmp_path, monkeypatch, capsys, finished, number, code
+):
     loss, calls = simclr_essl.info_nce, []
 
     def interrupted(*args):
@@ -663,7 +857,9 @@ def test_a_signal_saves_and_the_same_command_continues(tmp_path, monkeypatch, ca
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["state"]["step"] == 6
     monkeypatch.undo()
     simclr_essl.main(tiny(tmp_path / "run"))
-    saved = [torch.load(out / "checkpoint.pt", weights_only=True) for out in (finished, tmp_path / "run")]
+    saved = [
+        torch.load(out / "checkpoint.pt", weights_only=True) for out in (finished, tmp_path / "run")
+    ]
     assert all(map(torch.equal, saved[0]["method"].values(), saved[1]["method"].values()))
 
 
@@ -678,8 +874,11 @@ def fails(capsys, code, *argv):
 
 def test_a_loss_that_is_not_finite_stops_and_is_never_saved(tmp_path, monkeypatch, capsys):
     loss, calls = simclr_essl.info_nce, []
-    monkeypatch.setattr(simclr_essl, "info_nce", lambda *args: calls.append(1) or loss(*args) * (
-        float("nan") if len(calls) == 8 else 1))  # two calls by the forecast, then step 6
+    monkeypatch.setattr(
+        simclr_essl,
+        "info_nce",
+        lambda *args: calls.append(1) or loss(*args) * (float("nan") if len(calls) == 8 else 1),
+    )  # two calls by the forecast, then step 6
     line = fails(capsys, 1, *tiny(tmp_path / "run", "--save-every", "0"))
     assert "step 6" in line and "learning rate" in line and str(tmp_path / "run") in line
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
@@ -688,11 +887,13 @@ def test_a_loss_that_is_not_finite_stops_and_is_never_saved(tmp_path, monkeypatc
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path, capsys, finished):
-    for name, damage in (("truncated", lambda path: path.write_bytes(path.read_bytes()[:5000])),
-                         ("empty", lambda path: path.write_bytes(b"")),
-                         ("text", lambda path: path.write_text("no checkpoint")),
-                         ("list", lambda path: torch.save([1, 2], path)),
-                         ("foreign", lambda path: torch.save({"script": "care"}, path))):
+    for name, damage in (
+        ("truncated", lambda path: path.write_bytes(path.read_bytes()[:5000])),
+        ("empty", lambda path: path.write_bytes(b"")),
+        ("text", lambda path: path.write_text("no checkpoint")),
+        ("list", lambda path: torch.save([1, 2], path)),
+        ("foreign", lambda path: torch.save({"script": "care"}, path)),
+    ):
         out = tmp_path / name
         shutil.copytree(finished, out)
         (out / "results.json").unlink()
@@ -704,8 +905,10 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path, capsys, finished):
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
     """The limit on the size of a file lets config.json and the log pass, but no checkpoint."""
-    code = ("import resource, simclr_essl, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2); "
-            "simclr_essl.main(sys.argv[1:])")
+    code = (
+        "import resource, simclr_essl, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2); "
+        "simclr_essl.main(sys.argv[1:])"
+    )
     simclr_essl_run = [sys.executable, "-c", code, *tiny(tmp_path / "run", "--save-every", "0")]
     done = subprocess.run(simclr_essl_run, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "File too large" in done.stderr
@@ -714,21 +917,36 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
 
 def test_another_run_in_the_folder_is_refused_and_named(finished, capsys):
     line = fails(capsys, 2, *tiny(finished, "--lam", "0", "--seed", "3"))
-    assert "lam: 0.4 then, 0.0 now" in line and "seed: 0 then, 3 now" in line and "epochs" not in line
+    assert (
+        "lam: 0.4 then, 0.0 now" in line and "seed: 0 then, 3 now" in line and "epochs" not in line
+    )
     simclr_essl.main(tiny(finished, "--knn-every", "1", "--save-every", "9"))  # these do not matter
 
 
 BAD_INPUT = {
-    "unknown flag": ["--learning-rate", "1"], "abbreviated flag": ["--epoch", "3"],
-    "unknown dataset": ["--dataset", "cifar11"], "unknown encoder": ["--arch", "vgg"],
-    "unknown transformation": ["--transform", "shear"], "unknown role": ["--role", "both"],
-    "word for a number": ["--epochs", "many"], "no value": ["--epochs"], "zero epochs": ["--epochs", "0"],
-    "negative batch": ["--batch-size", "-4"], "zero rate": ["--lr", "0"], "rate nan": ["--lr", "nan"],
-    "rate inf": ["--lr", "inf"], "negative lambda": ["--lam", "-1"], "negative limit": ["--limit", "-5"],
-    "zero temperature": ["--temperature", "0"], "bad widths": ["--projector", "12-x"],
-    "zero width": ["--predictor", "0"], "no device": ["--device", "tpu"],
-    "batch larger than the data": ["--batch-size", "300"], "bank smaller than k": ["--limit", "100"],
-    "missing checkpoint": ["--eval", "nowhere.pt"], "positional": ["cifar10"],
+    "unknown flag": ["--learning-rate", "1"],
+    "abbreviated flag": ["--epoch", "3"],
+    "unknown dataset": ["--dataset", "cifar11"],
+    "unknown encoder": ["--arch", "vgg"],
+    "unknown transformation": ["--transform", "shear"],
+    "unknown role": ["--role", "both"],
+    "word for a number": ["--epochs", "many"],
+    "no value": ["--epochs"],
+    "zero epochs": ["--epochs", "0"],
+    "negative batch": ["--batch-size", "-4"],
+    "zero rate": ["--lr", "0"],
+    "rate nan": ["--lr", "nan"],
+    "rate inf": ["--lr", "inf"],
+    "negative lambda": ["--lam", "-1"],
+    "negative limit": ["--limit", "-5"],
+    "zero temperature": ["--temperature", "0"],
+    "bad widths": ["--projector", "12-x"],
+    "zero width": ["--predictor", "0"],
+    "no device": ["--device", "tpu"],
+    "batch larger than the data": ["--batch-size", "300"],
+    "bank smaller than k": ["--limit", "100"],
+    "missing checkpoint": ["--eval", "nowhere.pt"],
+    "positional": ["cifar10"],
     "no folder": ["--dataset", "imagenet", "--data-root", "nowhere"],
     "no download": ["--dataset", "cifar10", "--data-root", "/dev/null/data"],
     "streamed invariance": ["--dataset", "imagenet", "--role", "invariant"],
@@ -755,8 +973,12 @@ def test_eval_refuses_other_settings(finished, capsys):
 
 
 def test_bad_input_in_a_process_of_its_own(tmp_path):
-    done = subprocess.run([sys.executable, "simclr_essl.py", "--dataset", "cifar11"], cwd=HERE,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "simclr_essl.py", "--dataset", "cifar11"],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1 and "cifar100" in done.stderr
 
@@ -774,10 +996,24 @@ def test_precedence_of_settings():
 
 
 def test_different_runs_get_different_folders():
-    lines = ([], ["--quick"], ["--lam", "0"], ["--lam", "0.2"], ["--seed", "1"], ["--limit", "9000"],
-             ["--dataset", "patterns"], ["--dataset", "cifar100"], ["--crop-only"], ["--role", "invariant"],
-             ["--crop-only", "--role", "invariant"], ["--transform", "vflip"], ["--lam", "0", "--lr", "0.03"],
-             ["--quick", "--lam", "0"], ["--arch", "small"], ["--precision", "fp32"])
+    lines = (
+        [],
+        ["--quick"],
+        ["--lam", "0"],
+        ["--lam", "0.2"],
+        ["--seed", "1"],
+        ["--limit", "9000"],
+        ["--dataset", "patterns"],
+        ["--dataset", "cifar100"],
+        ["--crop-only"],
+        ["--role", "invariant"],
+        ["--crop-only", "--role", "invariant"],
+        ["--transform", "vflip"],
+        ["--lam", "0", "--lr", "0.03"],
+        ["--quick", "--lam", "0"],
+        ["--arch", "small"],
+        ["--precision", "fp32"],
+    )
     assert len({simclr_essl.parse_args(line).out for line in lines}) == len(lines)
     assert simclr_essl.parse_args(["--device", "cpu"]).out == simclr_essl.parse_args([]).out
 
@@ -788,7 +1024,10 @@ def test_help_explains_every_flag(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
     for name, field in simclr_essl.Config.__dataclass_fields__.items():
-        assert f"--{name.replace('_', '-')} " in text and " ".join(field.metadata["help"].split()) in text
+        assert (
+            f"--{name.replace('_', '-')} " in text
+            and " ".join(field.metadata["help"].split()) in text
+        )
 
 
 # data
@@ -796,9 +1035,11 @@ def test_help_explains_every_flag(capsys):
 
 def test_batches_are_a_permutation_drawn_anew_each_epoch():
     config = simclr_essl.parse_args(tiny("unused"))
-    train = torch.arange(300), torch.arange(300)
-    epochs = [[images.tolist() for images, _ in simclr_essl.batches(train, config, epoch, 0, CPU)]
-              for epoch in (0, 1, 0)]
+    train = [(torch.arange(300), torch.arange(300))]
+    epochs = [
+        [images.tolist() for images, _ in simclr_essl.batches(train, config, epoch, 0, CPU)]
+        for epoch in (0, 1, 0)
+    ]
     assert epochs[0] == epochs[2] != epochs[1]
     for epoch in epochs:
         assert [len(batch) for batch in epoch] == [64] * 4 and len(set(sum(epoch, []))) == 256
@@ -809,9 +1050,13 @@ def test_batches_are_a_permutation_drawn_anew_each_epoch():
 
 
 def test_limit_takes_the_first_of_a_shuffled_split(tmp_path):
-    parse = lambda *flags: simclr_essl.load_data(simclr_essl.parse_args(["--dataset", "patterns", *flags]), CPU)
+    parse = lambda *flags: simclr_essl.load_data(
+        simclr_essl.parse_args(["--dataset", "patterns", *flags]), CPU
+    )
     whole, part, less = parse(), parse("--limit", "500"), parse("--limit", "300", "--seed", "4")
-    assert len(whole[0][1]) == len(whole[1][1]) == 4000 and len(whole[2][1]) == len(part[2][1]) == 1000
+    assert (
+        len(whole[0][1]) == len(whole[1][1]) == 4000 and len(whole[2][1]) == len(part[2][1]) == 1000
+    )
     assert torch.equal(part[0][0], part[1][0]) and torch.equal(part[0][0][:300], less[0][0])
     assert not torch.equal(part[0][0], whole[0][0][:500]) and part[0][1].bincount().min() > 30
 
@@ -819,7 +1064,10 @@ def test_limit_takes_the_first_of_a_shuffled_split(tmp_path):
 def write_cifar(root, folder, names, key):
     (root / folder).mkdir(parents=True)
     for name, n in names.items():
-        content = {"data": torch.randint(256, (n, 3072)).byte().numpy(), key: [i % 10 for i in range(n)]}
+        content = {
+            "data": torch.randint(256, (n, 3072)).byte().numpy(),
+            key: [i % 10 for i in range(n)],
+        }
         (root / folder / name).write_bytes(pickle.dumps(content))
     for meta, classes in (("batches.meta", "label_names"), ("meta", "fine_label_names")):
         (root / folder / meta).write_bytes(pickle.dumps({classes: list("abcdefghij")}))
@@ -827,21 +1075,30 @@ def write_cifar(root, folder, names, key):
 
 def test_cifar_and_stl10_files(tmp_path, monkeypatch):
     """Small files of the same layout; torchvision's md5 check is replaced."""
-    write_cifar(tmp_path, "cifar-10-batches-py",
-                {**{f"data_batch_{i}": 60 for i in range(1, 6)}, "test_batch": 40}, "labels")
+    write_cifar(
+        tmp_path,
+        "cifar-10-batches-py",
+        {**{f"data_batch_{i}": 60 for i in range(1, 6)}, "test_batch": 40},
+        "labels",
+    )
     write_cifar(tmp_path, "cifar-100-python", {"train": 250, "test": 30}, "fine_labels")
     stl = tmp_path / "stl10_binary"
     stl.mkdir()
     for split, n in (("train", 210), ("test", 20), ("unlabeled", 50)):
-        np.random.default_rng(0).integers(0, 256, n * 3 * 96 * 96, dtype=np.uint8).tofile(stl / f"{split}_X.bin")
+        np.random.default_rng(0).integers(0, 256, n * 3 * 96 * 96, dtype=np.uint8).tofile(
+            stl / f"{split}_X.bin"
+        )
         if split != "unlabeled":
             (np.arange(n) % 10 + 1).astype(np.uint8).tofile(stl / f"{split}_y.bin")
     (stl / "class_names.txt").write_text("\n".join("abcdefghij"))
     (stl / "fold_indices.txt").write_text("0\n")
     monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
     monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, md5=None: True)
-    for dataset, size, counts in (("cifar10", 32, (300, 300, 40)), ("cifar100", 32, (250, 250, 30)),
-                                  ("stl10", 64, (260, 210, 20))):
+    for dataset, size, counts in (
+        ("cifar10", 32, (300, 300, 40)),
+        ("cifar100", 32, (250, 250, 30)),
+        ("stl10", 64, (260, 210, 20)),
+    ):
         config = simclr_essl.parse_args(["--dataset", dataset, "--data-root", str(tmp_path)])
         data = simclr_essl.load_data(config, CPU)
         assert tuple(len(labels) for _, labels in data) == counts
@@ -850,7 +1107,9 @@ def test_cifar_and_stl10_files(tmp_path, monkeypatch):
         assert data[2][1].tolist() == [i % 10 for i in range(counts[2])]
     stored = datasets.CIFAR10(tmp_path, True)
     config = simclr_essl.parse_args(["--data-root", str(tmp_path)])
-    assert (simclr_essl.load_data(config, CPU)[0][0][7].permute(1, 2, 0).numpy() == stored.data[7]).all()
+    assert (
+        simclr_essl.load_data(config, CPU)[0][0][7].permute(1, 2, 0).numpy() == stored.data[7]
+    ).all()
 
 
 def image_tree(root, **counts):
@@ -862,9 +1121,30 @@ def image_tree(root, **counts):
             save_image(F.interpolate(image[None], (60 + j % 7, 90)), path / f"{j}.jpg")
 
 
-STREAM = ["--dataset", "imagenet", "--arch", "small", "--size", "48", "--small-size", "32", "--batch-size", "64",
-          "--epochs", "1", "--warmup-epochs", "0", "--projector", "32-32", "--predictor", "32-32",
-          "--save-every", "0", "--knn-every", "0"]
+STREAM = [
+    "--dataset",
+    "imagenet",
+    "--arch",
+    "small",
+    "--size",
+    "48",
+    "--small-size",
+    "32",
+    "--batch-size",
+    "64",
+    "--epochs",
+    "1",
+    "--warmup-epochs",
+    "0",
+    "--projector",
+    "32-32",
+    "--predictor",
+    "32-32",
+    "--save-every",
+    "0",
+    "--knn-every",
+    "0",
+]
 
 
 def test_a_streamed_folder(tmp_path, capsys):
@@ -876,8 +1156,16 @@ def test_a_streamed_folder(tmp_path, capsys):
     # interrupted after its second step, it ends with the same tensors
     loss, calls = simclr_essl.info_nce, []
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(simclr_essl, "info_nce", lambda *args: calls.append(1) or len(calls) == 4 and os.kill(
-            os.getpid(), signal.SIGTERM) or loss(*args))
+        patch.setattr(
+            simclr_essl,
+            "info_nce",
+            lambda *args: (
+                calls.append(1)
+                or len(calls) == 4
+                and os.kill(os.getpid(), signal.SIGTERM)
+                or loss(*args)
+            ),
+        )
         simclr_essl.main([*argv, "--out", str(tmp_path / "part")])
     simclr_essl.main([*argv, "--out", str(tmp_path / "part")])
     assert same_run(tmp_path / "whole", tmp_path / "part")
@@ -885,13 +1173,19 @@ def test_a_streamed_folder(tmp_path, capsys):
     config = simclr_essl.parse_args(argv)
     folder = simclr_essl.load_data(config, CPU)[0][0]
     views, label = folder[5, 3]
-    assert [tuple(view.shape) for view in views] == [(3, 48, 48), (3, 48, 48), (3, 32, 32)] and label == 0
+    assert [tuple(view.shape) for view in views] == [
+        (3, 48, 48),
+        (3, 48, 48),
+        (3, 32, 32),
+    ] and label == 0
     again, other = folder[5, 3][0], folder[6, 3][0]
     assert all(map(torch.equal, views, again)) and not torch.equal(views[0], other[0])
     # views that arrive cropped are not cropped again
     method = simclr_essl.Method(config)
-    method.policies = [policy._replace(flip=0, jitter=None, gray=0, blur=0, solarize=0)
-                       for policy in method.policies]
+    method.policies = [
+        policy._replace(flip=0, jitter=None, gray=0, blur=0, solarize=0)
+        for policy in method.policies
+    ]
     batch = [torch.stack([view, view]) for view in views]
     for i in range(3):
         assert torch.allclose(method.view(batch, i), batch[i] / 255, atol=1e-5)
@@ -899,13 +1193,17 @@ def test_a_streamed_folder(tmp_path, capsys):
 
 def test_folders_without_labels_or_images(tmp_path, capsys):
     image_tree(tmp_path / "flat", train=80)
-    simclr_essl.main([*STREAM, "--data-root", str(tmp_path / "flat"), "--out", str(tmp_path / "run")])
+    simclr_essl.main(
+        [*STREAM, "--data-root", str(tmp_path / "flat"), "--out", str(tmp_path / "run")]
+    )
     assert "no evaluation" in capsys.readouterr().out and (tmp_path / "run" / "encoder.pt").exists()
     assert json.loads((tmp_path / "run" / "results.json").read_text())["knn_top1"] is None
     (tmp_path / "empty" / "train").mkdir(parents=True)
     fails(capsys, 2, *STREAM, "--data-root", tmp_path / "empty", "--out", tmp_path / "other")
     image_tree(tmp_path / "odd", train__cat=3, train__dog=3, val__cow=2)
-    assert "classes" in fails(capsys, 2, *STREAM, "--data-root", tmp_path / "odd", "--out", tmp_path / "other")
+    assert "classes" in fails(
+        capsys, 2, *STREAM, "--data-root", tmp_path / "odd", "--out", tmp_path / "other"
+    )
     image_tree(tmp_path / "bad", train=70)
     for path in (tmp_path / "bad" / "train").glob("*.jpg"):
         path.write_bytes(b"this is no picture")
@@ -925,7 +1223,7 @@ if "RANK" in os.environ:
 config = simclr_essl.parse_args(["--dataset", "patterns", "--batch-size", "32", *sys.argv[2:]])
 torch.manual_seed(0)
 method = simclr_essl.Method(config).eval()  # running statistics: the processes share no batch
-images, labels = next(simclr_essl.batches(simclr_essl.draw_patterns(100, 1), config, 0, 0, torch.device("cpu")))
+images, labels = next(simclr_essl.batches([simclr_essl.draw_patterns(100, 1)], config, 0, 0, torch.device("cpu")))
 model = DistributedDataParallel(method) if dist.is_initialized() else method
 loss, terms = model(images, labels)
 loss.backward()
@@ -938,15 +1236,23 @@ if simclr_essl.process()[0] == 0:
 """
 
 
-@pytest.mark.parametrize("flags", ([], ["--lam", "0"], ["--transform", "jigsaw"], ["--role", "invariant"]))
+@pytest.mark.parametrize(
+    "flags", ([], ["--lam", "0"], ["--transform", "jigsaw"], ["--role", "invariant"])
+)
 def test_two_processes_compute_what_one_computes(tmp_path, flags):
     def launch(name, **env):
-        return subprocess.Popen([sys.executable, "-c", TWO, str(tmp_path / name), *flags], cwd=HERE,
-                                env=os.environ | env | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            [sys.executable, "-c", TWO, str(tmp_path / name), *flags],
+            cwd=HERE,
+            env=os.environ | env | {"OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+        )
 
     port = str(20_000 + os.getpid() % 20_000)
-    runs = [launch("two", RANK=str(r), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            for r in range(2)] + [launch("one")]
+    runs = [
+        launch("two", RANK=str(r), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        for r in range(2)
+    ] + [launch("one")]
     for run in runs:
         assert run.wait(120) == 0, run.stderr.read().decode()
     one, two = torch.load(tmp_path / "one"), torch.load(tmp_path / "two")
@@ -957,22 +1263,53 @@ def test_two_processes_compute_what_one_computes(tmp_path, flags):
 
 
 def test_torchrun_trains_and_writes_once(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                           f"--master_port={21_000 + os.getpid() % 20_000}", "simclr_essl.py",
-                           *tiny(tmp_path / "run")], cwd=HERE, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            f"--master_port={21_000 + os.getpid() % 20_000}",
+            "simclr_essl.py",
+            *tiny(tmp_path / "run"),
+        ],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 3/3") == 1
     assert json.loads((tmp_path / "run" / "results.json").read_text())["processes"] == 2
 
 
 def test_encoder_pt_loads_into_torchvision(tmp_path):
-    simclr_essl.main(tiny(tmp_path / "run", "--arch", "resnet18", "--epochs", "1", "--limit", "200",
-                          "--batch-size", "200", "--size", "8", "--small-size", "8"))
+    simclr_essl.main(
+        tiny(
+            tmp_path / "run",
+            "--arch",
+            "resnet18",
+            "--epochs",
+            "1",
+            "--limit",
+            "200",
+            "--batch-size",
+            "200",
+            "--size",
+            "8",
+            "--small-size",
+            "8",
+        )
+    )
     encoder = models.resnet18()
-    encoder.conv1, encoder.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()
+    encoder.conv1, encoder.maxpool = (
+        torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False),
+        torch.nn.Identity(),
+    )
     encoder.fc = torch.nn.Identity()
-    encoder.load_state_dict(torch.load(tmp_path / "run" / "encoder.pt", weights_only=True), strict=True)
+    encoder.load_state_dict(
+        torch.load(tmp_path / "run" / "encoder.pt", weights_only=True), strict=True
+    )
 
 
 def test_bf16_is_for_the_networks_only():
@@ -980,7 +1317,9 @@ def test_bf16_is_for_the_networks_only():
     seen = []
     method.projector.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     loss, terms = method(images, labels)
-    assert seen == [torch.bfloat16] * 2 and loss.dtype == terms["equivariance"].dtype == torch.float32
+    assert (
+        seen == [torch.bfloat16] * 2 and loss.dtype == terms["equivariance"].dtype == torch.float32
+    )
     assert method.view(images, 0).dtype == torch.float32
     loss.backward()
     assert all(p.grad.dtype == torch.float32 for p in method.parameters())
