@@ -229,15 +229,11 @@ class Folder(datasets.ImageFolder):
             image, *RandomResizedCrop.get_params(image, view.scale, RATIO), [view.size] * 2,
             view.interpolation)) for view in view_policies(self.config)], self.targets[i]
 
-    def load(self, **batching):
+    def batches(self, **how):
         """A DataLoader that leaves torch's random state alone."""
         return torch.utils.data.DataLoader(
             self, num_workers=max(1, os.cpu_count() // process()[1]), generator=torch.Generator(),
-            pin_memory=torch.cuda.is_available(), **batching)
-
-    def split(self, n):
-        """Center crops in batches of n, as a tensor's split would give them."""
-        return self.load(batch_size=n)
+            pin_memory=torch.cuda.is_available(), **how)
 
 
 def first_of(limit, n):
@@ -252,35 +248,31 @@ def load_data(config, device):
     Images are uint8 (N, 3, size, size) on the device or, for imagenet, a Folder. Without labels or
     val/, bank and test are None. torchvision downloads the files and checks their md5.
     """
-    root, name = Path(config.data_root), config.dataset
+    root, name, limit = Path(config.data_root), config.dataset, config.limit
     try:
         if name == "imagenet":
-            parts = [Folder(root / "train", config, config.limit)]
+            parts = [Folder(root / "train", config, limit)]
             parts += [Folder(root / "val", config)] if (root / "val").is_dir() else []
-            parts = [(part, torch.tensor(part.targets)) for part in parts]
-        elif name == "patterns":
+            if len(parts) == 1 or parts[0].classes == ["."]:
+                print(f"no class folders in {root / 'train'} or no {root / 'val'}: no evaluation")
+                return (parts[0], torch.tensor(parts[0].targets)), None, None
+            check(parts[0].classes == parts[1].classes, "train/ and val/ differ in their classes")
+            train, test = ((part, torch.tensor(part.targets)) for part in parts)
+            return train, train, test
+        if name == "patterns":
             parts = [draw_patterns(4000, 1), draw_patterns(1000, 2)]
-        elif name == "stl10":
-            parts = [datasets.STL10(root, split, download=True)
-                     for split in ("train+unlabeled", "train", "test")]
-            parts = [(torch.from_numpy(part.data), torch.from_numpy(part.labels)) for part in parts]
         else:
-            kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-            parts = [kind(root, train, download=True) for train in (True, False)]
-            parts = [(torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets))
-                     for part in parts]
+            splits = ("train+unlabeled", "train", "test") if name == "stl10" else (True, False)
+            parts = [getattr(datasets, name.upper())(root, part, download=True) for part in splits]
+            parts = [(torch.from_numpy(part.data), torch.as_tensor(
+                part.labels if name == "stl10" else part.targets).long()) for part in parts]
     except (OSError, RuntimeError) as problem:
         check(False, f"cannot read {name} in {root}: {problem}")
-    if name == "imagenet":
-        if len(parts) == 1 or parts[0][0].classes == ["."]:
-            print(f"no class folders in {root / 'train'} or no {root / 'val'}: no evaluation")
-            return parts[0], None, None
-        check(parts[0][0].classes == parts[1][0].classes, "train/ and val/ differ in their classes")
-        return parts[0], *parts
     for i, (images, labels) in enumerate(parts):
-        rows = first_of(config.limit if i < len(parts) - 1 else 0, len(labels))
-        images = torch.cat([TF.resize(part, config.size) for part in images[rows].split(1000)])
-        parts[i] = images.to(device), labels[rows].long().to(device)
+        rows = first_of(limit if i < len(parts) - 1 else 0, len(labels))
+        images = images[rows].permute(0, 3, 1, 2) if images.shape[3] == 3 else images[rows]
+        images = torch.cat([TF.resize(part, config.size) for part in images.split(1000)])
+        parts[i] = images.to(device), labels[rows].to(device)
     return parts[0], *parts[-2:]
 
 
@@ -297,7 +289,7 @@ def batches(data, config, epoch, first, device):
         yield from ((images[row], labels[row]) for row in rows.to(device))
     else:
         keys = [[(seed, i) for i in row] for row in rows.tolist()]
-        for views, labels in images.load(batch_sampler=keys):
+        for views, labels in images.batches(batch_sampler=keys):
             yield [view.to(device, non_blocking=True) for view in views], labels.to(device)
 
 
@@ -685,22 +677,18 @@ def make_optimizer(method, config):
                            fused=next(method.parameters()).is_cuda)
 
 
-def pack(state):
-    """A state as the bytes that torch.load reads."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
 def write(path, content):
-    """Writes bytes whole or not at all: into a file beside, to the disk, and only then renamed."""
-    if process()[0] == 0:
-        beside = path.with_name(path.name + ".part")
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+    """Writes text, or a state for torch.load, whole or not at all: beside, synced, then renamed."""
+    if process()[0] > 0:
+        return
+    buffer = io.BytesIO()
+    buffer.write(content.encode()) if isinstance(content, str) else torch.save(content, buffer)
+    beside = path.with_name(path.name + ".part")
+    with open(beside, "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
 
 
 def load_checkpoint(path):
@@ -724,7 +712,7 @@ def open_run(config):
                   if name not in FREE and then.get(name) != value]
         check(not differ, f"{out} holds another run ({'; '.join(differ)}); choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    write(out / "config.json", json.dumps(now, indent=1).encode())
+    write(out / "config.json", json.dumps(now, indent=1))
     return load_checkpoint(out / "checkpoint.pt") if (out / "checkpoint.pt").exists() else None
 
 
@@ -837,10 +825,10 @@ def fit(method, optimizer, data, config, state, device):
                 log_epoch(method, data, config, state, steps)
             if due:
                 cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-                write(out / "checkpoint.pt", pack({
+                write(out / "checkpoint.pt", {
                     "script": SCRIPT, "config": asdict(config), "state": state,
                     "method": method.state_dict(), "optimizer": optimizer.state_dict(),
-                    "rng": torch.get_rng_state(), "cuda_rng": cuda_rng}))
+                    "rng": torch.get_rng_state(), "cuda_rng": cuda_rng})
                 saved_at = time.perf_counter()
             if stops:
                 interrupt(stops[0])
@@ -860,7 +848,7 @@ def log_epoch(method, data, config, state, steps):
           time_left(state["seconds"], step, config.epochs * steps), "left")
     state["sums"] = {}
     state["log"].append(json.dumps({"epoch": epoch, "step": step, **line}))
-    write(Path(config.out) / "metrics.jsonl", "".join(f"{x}\n" for x in state["log"]).encode())
+    write(Path(config.out) / "metrics.jsonl", "".join(f"{x}\n" for x in state["log"]))
 
 
 def time_left(seconds, step, total):
@@ -877,11 +865,13 @@ K, KNN_TEMPERATURE = 200, 0.1  # authors' code
 def extract(method, images, prepare=lambda x: x.float() / 255):
     """Features (N, D), float32, of prepare(images) in eval mode; images: a tensor or a Folder."""
     device, training = method.mean_std.device, method.training
+    tensor = isinstance(images, torch.Tensor)
+    parts = images.split(256) if tensor else images.batches(batch_size=256)
     method.eval()
     with autocast(method.config, device):
-        parts = [method.f(prepare(part.to(device))).float() for part in images.split(256)]
+        features = [method.f(prepare(part.to(device))).float() for part in parts]
     method.train(training)
-    return torch.cat(parts)
+    return torch.cat(features)
 
 
 def knn_accuracy(bank, bank_labels, queries, query_labels, k, temperature, classes):
@@ -1032,8 +1022,8 @@ def main(argv=None):
             results = json.dumps(evaluate(method, data, config, state), indent=1)
             print(results)
             if not config.eval:
-                write(out / "encoder.pt", pack(method.encoder.state_dict()))
-                write(out / "results.json", results.encode())
+                write(out / "encoder.pt", method.encoder.state_dict())
+                write(out / "results.json", results)
         if dist.is_initialized():
             dist.destroy_process_group()
     except torch.OutOfMemoryError:
