@@ -823,14 +823,15 @@ def fit(method, optimizer, data, config, state, device):
             state["seconds"] += time.perf_counter() - clock
             if done == 0:
                 log_epoch(method, data, config, state, steps)
-            if due:
+            stopping = bool(stops)  # a signal may come while kNN runs
+            if due or stopping:
                 cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
                 write(out / "checkpoint.pt", {
                     "script": SCRIPT, "config": asdict(config), "state": state,
                     "method": method.state_dict(), "optimizer": optimizer.state_dict(),
                     "rng": torch.get_rng_state(), "cuda_rng": cuda_rng})
                 saved_at = time.perf_counter()
-            if stops:
+            if stopping:
                 interrupt(stops[0])
             clock = time.perf_counter()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -863,6 +863,14 @@ def test_a_signal_saves_and_the_same_command_continues(
     assert all(map(torch.equal, saved[0]["method"].values(), saved[1]["method"].values()))
 
 
+def test_a_signal_during_knn_saves_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(simclr_essl, "knn", lambda *args: os.kill(os.getpid(), signal.SIGINT) or 50)
+    with pytest.raises(SystemExit):
+        simclr_essl.main(tiny(tmp_path / "run", "--knn-every", "1"))
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["state"]["step"] == 4
+
+
 def fails(capsys, code, *argv):
     """The command ends with the exit code and one line that starts with 'error: '; returns the line."""
     with pytest.raises(SystemExit) as stop:
