@@ -32,7 +32,7 @@ Differences from the paper [P] and the authors' code [C]:
   4. [C] augments with PIL, in 8 bits; here in float32 on the device. ImageNet's blur is a true
      Gaussian of 13 taps.
   5. [C] builds p2 for lam = 0 too, where it has no effect, and a classifier along on ImageNet.
-     Our ImageNet probe reads cached features of center crops.
+     Our ImageNet probe is the CIFAR one at rate 0.3, on cached features of center crops.
   6. Kept from [C]: InfoNCE across the views only (N-1 negatives, both directions averaged); three
      forward passes, so that each view has its own BatchNorm statistics and the running ones mix 32
      and 16 pixels; no affine parameters in p1's last BatchNorm; weight decay on every parameter; a
@@ -122,8 +122,9 @@ PRESETS = {
 }
 QUICK = dict(PRESETS["patterns"], dataset="patterns", epochs=12, knn_every=2, limit=4000,
              projector="512-512", predictor="512-512")
-# a run may be continued with other values of these, which change no result
+# a run may be continued with other values of these
 FREE = ("data_root", "device", "compile", "knn_every", "save_every", "out", "eval")
+LEAST = dict(epochs=1, batch_size=2, lr=1e-9, temperature=1e-9, size=8, small_size=8)  # others: 0
 
 
 def check(condition, message, code=2):
@@ -151,19 +152,22 @@ def parse_args(argv=None):
     dataset = (quick | given).get("dataset", Config.dataset)
     preset = asdict(Config()) | PRESETS[dataset] | quick | {"dataset": dataset}
     if "crop_only" in given:
-        preset["small_size"] = preset["size"]
+        preset["small_size"] = (preset | given)["size"]
     config = Config(**preset | given)
     for name, value in vars(config).items():
-        above_0 = name in ("epochs", "batch_size", "lr", "temperature", "size", "small_size")
-        check(isinstance(value, str) or (0 < value if above_0 else 0 <= value) and value < math.inf,
-              f"--{name.replace('_', '-')} cannot be {value}")
+        check(isinstance(value, str) or LEAST.get(name, 0) <= value < 2 ** 32,
+              f"--{name.replace('_', '-')} must be at least {LEAST.get(name, 0)}, not {value}")
     for widths in (config.projector, config.predictor):
         check(all(w.isdecimal() and int(w) for w in widths.split("-")),
               f"widths look like 2048-2048, not like {widths}")
+    check(config.warmup_epochs < config.epochs, "--warmup-epochs must be fewer than --epochs")
     check(config.role == "predict" or dataset != "imagenet", "--role invariant cannot be streamed")
-    varies = "".join(f"-{name}" + f"{value}" * (value is not True) for name, value in given.items()
-                     if name not in (*FREE, "dataset", "seed") and value != preset[name])
-    config.out = config.out or f"runs/{SCRIPT}-{dataset}{varies}-s{config.seed}"
+    check(config.transform != "jigsaw" or config.small_size % 2 == 0, "jigsaw needs even sizes")
+    varies = "".join(f"-{name}" + f"{given[name]}" * (given[name] is not True) for name in preset
+                     if name not in (*FREE, "dataset", "seed") and given.get(name, preset[name])
+                     != preset[name])
+    root = f"-{Path(config.data_root).name}" if dataset == "imagenet" else ""
+    config.out = config.out or f"runs/{SCRIPT}-{dataset}{root}{varies}-s{config.seed}"
     return config
 
 
@@ -232,8 +236,8 @@ class Folder(datasets.ImageFolder):
     def batches(self, **how):
         """A DataLoader that leaves torch's random state alone."""
         return torch.utils.data.DataLoader(
-            self, num_workers=max(1, os.cpu_count() // process()[1]), generator=torch.Generator(),
-            pin_memory=torch.cuda.is_available(), **how)
+            self, num_workers=max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+            generator=torch.Generator(), pin_memory=torch.cuda.is_available(), **how)
 
 
 def first_of(limit, n):
@@ -253,12 +257,12 @@ def load_data(config, device):
         if name == "imagenet":
             parts = [Folder(root / "train", config, limit)]
             parts += [Folder(root / "val", config)] if (root / "val").is_dir() else []
+            folders = [(part, torch.tensor(part.targets, device=device)) for part in parts]
             if len(parts) == 1 or parts[0].classes == ["."]:
                 print(f"no class folders in {root / 'train'} or no {root / 'val'}: no evaluation")
-                return (parts[0], torch.tensor(parts[0].targets)), None, None
+                return folders[0], None, None
             check(parts[0].classes == parts[1].classes, "train/ and val/ differ in their classes")
-            train, test = ((part, torch.tensor(part.targets)) for part in parts)
-            return train, train, test
+            return folders[0], *folders
         if name == "patterns":
             parts = [draw_patterns(4000, 1), draw_patterns(1000, 2)]
         else:
@@ -283,14 +287,15 @@ def batches(data, config, epoch, first, device):
     """
     (images, labels), seed = data[0], 1000003 * config.seed + epoch
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    steps = len(order) // config.batch_size  # the ragged rest is left out
-    rows = mine(order[:steps * config.batch_size].view(steps, -1).T).T[first:]  # (steps, my batch)
+    steps, (rank, world) = len(order) // config.batch_size, process()  # the ragged rest is left out
+    rows = order[:steps * config.batch_size].view(steps, world, -1)[first:, rank]
     if isinstance(images, torch.Tensor):
         yield from ((images[row], labels[row]) for row in rows.to(device))
     else:
         keys = [[(seed, i) for i in row] for row in rows.tolist()]
         for views, labels in images.batches(batch_sampler=keys):
-            yield [view.to(device, non_blocking=True) for view in views], labels.to(device)
+            *views, labels = (x.to(device, non_blocking=True) for x in (*views, labels))
+            yield views, labels
 
 
 # ------------------------------------------------------------------------------------------ AUGMENT
@@ -312,7 +317,7 @@ class Policy(NamedTuple):
 
 
 def view_policies(config):
-    """Policies of the two large views and the small one (CIFAR: paper; ImageNet: authors' code)."""
+    """Policies of the large views and, to predict, the small one (CIFAR: paper; ImageNet: code)."""
     large, small = Policy(config.size, (0.2, 1.0)), Policy(config.small_size, (0.2, 1.0))
     views = [large, large, small]
     if config.dataset == "imagenet":
@@ -321,9 +326,9 @@ def view_policies(config):
         views = [large._replace(blur=1.0), large._replace(blur=0.1, solarize=0.2), small]
     if config.crop_only:
         views = [Policy(view.size, view.scale, jitter=None, flip=0, gray=0) for view in views]
-    if config.role == "predict":
-        views[2] = views[2]._replace(**TRANSFORMS[config.transform][2])
-    return views
+    if config.role == "invariant" or config.lam == 0:
+        return views[:2]
+    return [*views[:2], views[2]._replace(**TRANSFORMS[config.transform][2])]
 
 
 def draw_augmentation(n, policy, height, width, device):
@@ -335,9 +340,7 @@ def draw_augmentation(n, policy, height, width, device):
         return uniform(0, 1) < probability
 
     drawn = {"flip": happens(policy.flip)}
-    if policy.scale is None:
-        drawn["box"] = torch.stack([uniform(v, v) for v in (0, 0, height, width)], dim=1)
-    else:  # the law of RandomResizedCrop: the first of ten boxes that fits, else a central one
+    if policy.scale:  # as RandomResizedCrop: the first of ten boxes that fits, or else the center
         area = height * width * uniform(*policy.scale, 10)
         ratio = uniform(math.log(RATIO[0]), math.log(RATIO[1]), 10).exp()
         h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
@@ -372,22 +375,26 @@ def draw_augmentation(n, policy, height, width, device):
 def augment(images, parameters, size, interpolation=InterpolationMode.BILINEAR):
     """Views of images (N, 3, H, W), uint8 or float in [0, 1]: float (N, 3, size, size) in [0, 1].
 
-    Row i of each of the parameters, which draw_augmentation makes, belongs to image i.
+    Row i of each of the parameters, which draw_augmentation makes, belongs to image i. Images to
+    which it gives no box are taken to have that size.
     """
     p = {name: rows[:, None, None, None] if rows.ndim == 1 else rows
          for name, rows in parameters.items()}
     images = images.float() / 255 if images.dtype == torch.uint8 else images
-    top, left, height, width = parameters["box"].T
-    rows = resize_weights(top, height, size, images.shape[2], interpolation)
-    columns = resize_weights(left, width, size, images.shape[3], interpolation)
-    columns = torch.where(p["flip"][..., 0], columns.flip(1), columns)
-    images = weigh(images, rows, columns).clamp(0, 1)
+    if "box" in p:
+        top, left, height, width = parameters["box"].T
+        rows = resize_weights(top, height, size, images.shape[2], interpolation)
+        columns = resize_weights(left, width, size, images.shape[3], interpolation)
+        columns = torch.where(p["flip"][..., 0], columns.flip(1), columns)
+        images = weigh(images, rows, columns).clamp(0, 1)
+    else:
+        images = torch.where(p["flip"], images.flip(3), images)
     if "hue" in p:  # torchvision's ColorJitter, with an order of its own for every image
         for i, (kind, factor) in enumerate(zip(p["kind"].T, p["factor"].T)):
             images = shift_hue(images, p["hue"]) if i == 3 else images
             images = blend(images, kind, factor)
     if "gray" in p:
-        images = torch.where(p["gray"], grayscale(images), images)
+        images = torch.where(p["gray"], TF.rgb_to_grayscale(images), images)
     if "sigma" in p:
         images = gaussian_blur(images, parameters["sigma"], radius=6)
     if "solarize" in p:
@@ -419,15 +426,10 @@ def resize_weights(start, length, size, source, interpolation):
     return weights / weights.sum(2, keepdim=True)
 
 
-def grayscale(images):
-    """Luma (N, 1, H, W), with torchvision's weights."""
-    return 0.2989 * images[:, :1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:]
-
-
 def blend(images, kind, factor):
     """Brightness, contrast or saturation of image i: a mix with black, its mean luma, its luma."""
     kind, factor = kind[:, None, None, None], factor[:, None, None, None]
-    gray = grayscale(images)
+    gray = TF.rgb_to_grayscale(images)
     plain = torch.where(kind == SATURATION, gray, gray.mean((2, 3), True) * (kind == CONTRAST))
     return torch.lerp(plain, images, factor).clamp_(0, 1)
 
@@ -518,21 +520,16 @@ def jigsaw(x):
                       for a, b, c, d in permutations(range(4))])
 
 
-def blur4(x):
-    """(N, C, S, S) -> (4N, C, S, S): unblurred; kernels of 5, 9, 15 at torchvision's own sigma."""
-    return torch.cat([x] + [gaussian_blur(x, x.new_full((len(x),), 0.15 * k + 0.35), k // 2)
-                            for k in (5, 9, 15)])
-
-
 # Figure 1: number of classes; all classes of a batch, in turn; what the predicted view leaves out
 TRANSFORMS = {
     "rotation": (4, rotate4, {}),
     "vflip": (2, lambda x: torch.cat([x, x.flip(2)]), {}),
     "hflip": (2, lambda x: torch.cat([x, x.flip(3)]), {"flip": 0}),
     "jigsaw": (24, jigsaw, {}),
-    "grayscale": (2, lambda x: torch.cat([x, grayscale(x).expand_as(x)]), {"gray": 0}),
+    "grayscale": (2, lambda x: torch.cat([x, TF.rgb_to_grayscale(x, 3)]), {"gray": 0}),
     "inversion": (2, lambda x: torch.cat([x, 1 - x]), {}),
-    "blur": (4, blur4, {"blur": 0}),
+    "blur": (4, lambda x: torch.cat([x] + [TF.gaussian_blur(x, k) for k in (5, 9, 15)]),
+             {"blur": 0}),
 }
 
 
@@ -551,8 +548,9 @@ class Method(nn.Module):
         self.classes, self.transform, _ = TRANSFORMS[config.transform]
         self.encoder = make_encoder(config.arch, config.size)
         self.projector = make_projector(p1, last_affine=imagenet)
-        self.predictor = make_predictor([*p2, self.classes], last_relu=not imagenet) if (
-            config.lam and config.role == "predict") else None
+        self.predictor = None
+        if len(self.policies) == 3:
+            self.predictor = make_predictor([*p2, self.classes], last_relu=not imagenet)
         mean_std = torch.tensor(MEAN_STD[config.dataset])[..., None, None]  # (2, 3, 1, 1)
         self.register_buffer("mean_std", mean_std, persistent=False)
 
@@ -578,7 +576,8 @@ class Method(nn.Module):
     def f(self, V):
         """Features (N, D) of images in [0, 1]: normalisation and backbone."""
         mean, std = self.mean_std
-        return self.encoder((V - mean) / std)
+        with autocast(self.config, V.device):
+            return self.encoder((V - mean) / std)
 
     def view(self, images, i):
         """View i of the images, in [0, 1]. A process draws for the whole batch, uses its rows."""
@@ -632,13 +631,14 @@ def gather(z):
         return z
     parts = [torch.empty_like(z) for _ in range(world)]
     dist.all_gather(parts, z.detach().contiguous())
-    parts[rank] = world * z - (world - 1) * z.detach()
+    parts[rank] = z.detach() + world * (z - z.detach())  # in bf16, too, exactly z
     return torch.cat(parts)
 
 
 def autocast(config, device):
-    """bf16 for the networks, on CUDA unless --precision fp32; bf16 needs no loss scaling."""
-    bf16 = config.precision == "bf16" or config.precision == "auto" and device.type == "cuda"
+    """bf16 for the networks, on GPUs that have it unless --precision fp32; no loss scaling."""
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    bf16 = config.precision == "bf16" or config.precision == "auto" and able
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
@@ -646,8 +646,8 @@ def learning_rate(step, total_steps, warmup_steps, peak, final=0.0):
     """Linear from 0 to peak at warmup_steps, then a cosine to final at total_steps."""
     if step < warmup_steps:
         return peak * step / warmup_steps
-    turn = math.pi * (step - warmup_steps) / (total_steps - warmup_steps)
-    return final + (peak - final) * (1 + math.cos(turn)) / 2
+    turn = (step - warmup_steps) / (total_steps - warmup_steps) if step < total_steps else 1
+    return final + (peak - final) * (1 + math.cos(math.pi * turn)) / 2
 
 
 class LARS(torch.optim.SGD):
@@ -696,34 +696,38 @@ def load_checkpoint(path):
     check(path.is_file(), f"there is no checkpoint {path}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        script = saved["script"]
+        script, _, _ = saved["script"], saved["config"], saved["state"]
     except Exception as problem:  # a damaged file can raise nearly anything
-        check(False, f"{path} is damaged or not a checkpoint ({type(problem).__name__}): remove it")
+        check(False, f"{path} is damaged or not the checkpoint of a run ({type(problem).__name__})")
     check(script == SCRIPT, f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
     return saved
 
 
 def open_run(config):
-    """Makes the run's folder, or checks that it holds this very run; its checkpoint or None."""
-    out, now = Path(config.out), asdict(config)
-    if (out / "config.json").exists():
-        then = json.loads((out / "config.json").read_text())
-        differ = [f"{name}: {then.get(name)} then, {value} now" for name, value in now.items()
-                  if name not in FREE and then.get(name) != value]
-        check(not differ, f"{out} holds another run ({'; '.join(differ)}); choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / "config.json", json.dumps(now, indent=1))
-    return load_checkpoint(out / "checkpoint.pt") if (out / "checkpoint.pt").exists() else None
+    """The checkpoint in the run's folder, which must be of this very run; None for a new run."""
+    out = Path(config.out)
+    saved = load_checkpoint(out / "checkpoint.pt") if (out / "checkpoint.pt").exists() else None
+    then = saved["config"] if saved else {}
+    differ = [f"{name}: {then[name]} then, {value} now" for name, value in asdict(config).items()
+              if saved and name not in FREE and then[name] != value]
+    check(not differ, f"{out} holds another run ({'; '.join(differ)}); choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        check(False, f"cannot make the folder {out}: {problem}")
+    return saved
 
 
 def start(config):
     """The device. Under torchrun also the process group, of which only the first process prints."""
-    cuda = torch.cuda.is_available()
-    name = config.device if config.device != "auto" else "cuda" if cuda else "cpu"
-    check(name == "cpu" or name.startswith("cuda") and cuda, f"no device {name} here: try cpu")
+    name = config.device
+    if name in ("auto", "cuda"):
+        cuda = name == "cuda" or torch.cuda.is_available()
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    here = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    check(name in here, f"there is no device {name}; here are {', '.join(here)}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        name = "cpu" if name == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}"
-        dist.init_process_group("gloo" if name == "cpu" else "nccl")
+        dist.init_process_group("gloo" if name == "cpu" else "nccl", timeout=timedelta(hours=12))
         sys.stdout = sys.stdout if process()[0] == 0 else open(os.devnull, "w")
     if name != "cpu":
         torch.cuda.set_device(name)
@@ -737,24 +741,32 @@ def forecast(data, config, device):
     with torch.random.fork_rng(devices=[]):
         method = Method(config)
         for n in (8, 32):  # the first warms up
-            few = replace(config, batch_size=min(n, config.batch_size))
+            few = replace(config, batch_size=min(n * process()[1], config.batch_size))
             images, labels = next(batches(data, few, 0, 0, device))
             began = time.perf_counter()
             method(images, labels)[0].backward()
-    seconds = (time.perf_counter() - began) / len(labels) * len(data[0][1]) * config.epochs
+    seconds = (time.perf_counter() - began) / few.batch_size * len(data[0][1]) * config.epochs
     print(f"about {timedelta(seconds=round(seconds))} on this CPU" + (
-        "; sooner: --quick, --arch small, fewer --epochs, --limit" if seconds > 7200 else ""))
+        "; sooner: --quick, --arch small, fewer --epochs, --limit" if seconds > 7200 else ""),
+        flush=True)
 
 
 def train(config):
     """Trains the run of config.out, from its checkpoint if it has one: (method, data, state)."""
     device = start(config)
     saved = load_checkpoint(Path(config.eval)) if config.eval else open_run(config)
+    rank, world = process()
+    if rank > 0:  # the first process downloads
+        dist.barrier()
     data = load_data(config, device)
-    n, world = len(data[0][1]), process()[1]
+    if rank == 0 and world > 1:
+        dist.barrier()
+    n = len(data[0][1])
     check(config.batch_size <= n, f"--batch-size {config.batch_size} is more than the {n} images")
     check(config.batch_size % world == 0, f"--batch-size is no multiple of the {world} processes")
     check(not data[1] or len(data[1][1]) >= K, f"kNN needs {K} images, not {n}: raise --limit")
+    if not config.eval:
+        write(Path(config.out) / "config.json", json.dumps(asdict(config), indent=1))
     torch.manual_seed(config.seed)
     method = Method(config).to(device, memory_format=torch.channels_last)
     if device.type == "cuda" and world > 1:
@@ -786,15 +798,15 @@ def fit(method, optimizer, data, config, state, device):
     total, warmup = config.epochs * steps, config.warmup_epochs * steps
     peak = config.lr * config.batch_size / 256
     print(f"{out}: {config.epochs} epochs of {steps} steps, peak learning rate {peak:g}"
-          + (f", continued after step {state['step']}" if state["step"] else ""))
+          + (f", continued after step {state['step']}" if state["step"] else ""), flush=True)
     if device.type == "cpu" and state["step"] == 0:
         forecast(data, config, device)
     if config.compile:
         method.compile()  # in place: the names of the parameters stay
     model = nn.parallel.DistributedDataParallel(method) if process()[1] > 1 else method
     bad_step, stops = torch.zeros((), dtype=torch.int64, device=device), []
-    for number in (signal.SIGINT, signal.SIGTERM):  # a signal waits for the end of the step
-        signal.signal(number, lambda number, frame: stops.append(number))
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first process acts at the end of a step
+        signal.signal(number, lambda number, frame: process()[0] or stops.append(number))
     clock = saved_at = time.perf_counter()
     while state["step"] < total:
         for images, labels in batches(data, config, *divmod(state["step"], steps), device):
@@ -811,6 +823,9 @@ def fit(method, optimizer, data, config, state, device):
             for name, value in {"loss": loss, **terms}.items():
                 state["sums"][name] = state["sums"].get(name, 0) + value
 
+            if device.type == "cuda" and state["step"] == 20:
+                torch.cuda.synchronize()
+                print(time_left(time.perf_counter() - clock, 20, total), "left", flush=True)
             now, done = time.perf_counter(), state["step"] % steps
             due = stops or state["step"] == total or now - saved_at >= 60 * config.save_every
             if done and not due:  # here the host does not wait for the device
@@ -818,8 +833,10 @@ def fit(method, optimizer, data, config, state, device):
                     left = time_left(state["seconds"] + now - clock, state["step"], total)
                     print(f" step {done}/{steps}, {left} left ", end="\r", file=sys.stderr)
                 continue
-            check(bad_step == 0, f"the loss was not finite at step {int(bad_step)}, learning rate "
-                  f"{rate:.3g}; the last good checkpoint is in {out}; try a lower --lr", code=1)
+            if bad_step == 0 and not all(p.isfinite().all() for p in method.parameters()):
+                bad_step += state["step"]
+            check(bad_step == 0, f"loss or weights were not finite at step {int(bad_step)}, with a "
+                  f"learning rate near {rate:.3g}; {out} holds what was saved before", code=1)
             state["seconds"] += time.perf_counter() - clock
             if done == 0:
                 log_epoch(method, data, config, state, steps)
@@ -843,10 +860,10 @@ def log_epoch(method, data, config, state, steps):
     step, epoch = state["step"], state["step"] // steps
     line = {name: value.item() / steps for name, value in state["sums"].items()}
     if data[1] and config.knn_every and epoch % config.knn_every == 0 and process()[0] == 0:
-        line["knn_top1"] = knn(method, data)
+        line["knn_top1"], *_ = knn(method, data)
     line["images_per_second"] = step * config.batch_size / state["seconds"]
     print(f"epoch {epoch}/{config.epochs}", *(f"{k} {value:.4g}" for k, value in line.items()),
-          time_left(state["seconds"], step, config.epochs * steps), "left")
+          time_left(state["seconds"], step, config.epochs * steps), "left", flush=True)
     state["sums"] = {}
     state["log"].append(json.dumps({"epoch": epoch, "step": step, **line}))
     write(Path(config.out) / "metrics.jsonl", "".join(f"{x}\n" for x in state["log"]))
@@ -869,8 +886,7 @@ def extract(method, images, prepare=lambda x: x.float() / 255):
     tensor = isinstance(images, torch.Tensor)
     parts = images.split(256) if tensor else images.batches(batch_size=256)
     method.eval()
-    with autocast(method.config, device):
-        features = [method.f(prepare(part.to(device))).float() for part in parts]
+    features = [method.f(prepare(part.to(device))).float() for part in parts]
     method.train(training)
     return torch.cat(features)
 
@@ -890,10 +906,12 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k, temperature, class
 
 
 def knn(method, data):
-    """knn_accuracy of the encoder on the whole test set."""
+    """knn_accuracy of the encoder on the whole test set, and the features of bank and test."""
     _, (bank, bank_labels), (test, test_labels) = data
-    return knn_accuracy(extract(method, bank), bank_labels, extract(method, test), test_labels,
-                        K, KNN_TEMPERATURE, int(bank_labels.max()) + 1)
+    bank, test = extract(method, bank), extract(method, test)
+    classes = int(bank_labels.max()) + 1
+    accuracy = knn_accuracy(bank, bank_labels, test, test_labels, K, KNN_TEMPERATURE, classes)
+    return accuracy, bank, test
 
 
 def linear_probe(train, train_labels, test, test_labels, lr=30.0, epochs=100, probes=5):
@@ -940,14 +958,18 @@ def probe_views(method, data, config):
                         extract(method, test, center), test_labels)
 
 
+@torch.no_grad()
 def transform_accuracy(method, images):
-    """Percent of all classes of the images, at the size of the small view, that p2 recognises."""
-    right = []
-    for k in range(method.classes):
-        features = extract(method, images, lambda x, k=k: method.transform(
-            TF.resize(x.float() / 255, method.config.small_size)).chunk(method.classes)[k])
-        right.append((method.predictor(features).argmax(1) == k).float().mean().item())
-    return 100 * sum(right) / len(right)
+    """Percent of all classes of whole images, at the size of the small view, that p2 recognises."""
+    targets = []
+
+    def versions(x):
+        x, target = method.versions(TF.resize(x.float() / 255, method.config.small_size), one=False)
+        targets.append(target)
+        return x
+
+    predicted = method.predictor(extract(method, images, versions)).argmax(1)
+    return 100 * (predicted == torch.cat(targets)).float().mean().item()
 
 
 def draw_neighbours(path, data, bank, test):
@@ -981,10 +1003,9 @@ def evaluate(method, data, config, state):
     if data[1] is None:
         return results
     torch.manual_seed(config.seed)
-    results["random_init_knn_top1"] = knn(Method(config).to(method.mean_std.device), data)
-    results["knn_top1"] = knn(method, data)
+    results["random_init_knn_top1"], *_ = knn(Method(config).to(method.mean_std.device), data)
+    results["knn_top1"], bank, test = knn(method, data)
     results["knn_protocol"] = f"k {K}, temperature {KNN_TEMPERATURE}, bank of {len(data[1][1])}"
-    bank, test = extract(method, data[1][0]), extract(method, data[2][0])
     if not config.eval:
         draw_neighbours(Path(config.out) / "neighbours.png", data, bank, test)
     lr = 0.3 if config.dataset == "imagenet" else 30.0
@@ -996,6 +1017,7 @@ def evaluate(method, data, config, state):
     results["linear_top1"], results["linear_top1_std"] = mean_std
     if method.predictor:
         results["rotation_top1"] = transform_accuracy(method, data[2][0])
+        results["rotation_protocol"] = f"{config.transform} of images of {config.small_size} pixels"
     return results
 
 

@@ -372,6 +372,7 @@ def test_learning_rate_equals_the_authors():
         assert simclr_essl.learning_rate(step, 1000, 100, 0.12) == pytest.approx(want, rel=1e-9)
     assert simclr_essl.learning_rate(1000, 1000, 100, 0.12, 0.003) == pytest.approx(0.003)
     assert simclr_essl.learning_rate(0, 10, 0, 0.5) == 0.5
+    assert simclr_essl.learning_rate(10, 10, 10, 0.5, 0.1) == pytest.approx(0.1)
 
 
 def test_lars_equals_the_authors():
@@ -547,7 +548,7 @@ def test_the_predicted_view_leaves_its_transformation_out():
         )
         assert getattr(small, name) == 0 and getattr(large, name) > 0
         invariant = simclr_essl.parse_args(["--transform", transform, "--role", "invariant"])
-        assert getattr(simclr_essl.view_policies(invariant)[2], name) > 0
+        assert [getattr(p, name) > 0 for p in simclr_essl.view_policies(invariant)] == [True, True]
 
 
 def test_spread_is_one_for_uniform_and_zero_for_equal_embeddings():
@@ -864,7 +865,9 @@ def test_a_signal_saves_and_the_same_command_continues(
 
 
 def test_a_signal_during_knn_saves_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(simclr_essl, "knn", lambda *args: os.kill(os.getpid(), signal.SIGINT) or 50)
+    monkeypatch.setattr(
+        simclr_essl, "knn", lambda *args: os.kill(os.getpid(), signal.SIGINT) or [50]
+    )
     with pytest.raises(SystemExit):
         simclr_essl.main(tiny(tmp_path / "run", "--knn-every", "1"))
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
@@ -894,13 +897,36 @@ def test_a_loss_that_is_not_finite_stops_and_is_never_saved(tmp_path, monkeypatc
     assert all(value.isfinite().all() for value in saved["method"].values())
 
 
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, capsys):
+    """A finite loss with a gradient that is not, in step 3."""
+    step, calls = torch.optim.SGD.step, []
+
+    def poisoned(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            self.param_groups[0]["params"][0].grad[:] = float("nan")
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", poisoned)
+    assert "step 3" in fails(capsys, 1, *tiny(tmp_path / "run", "--save-every", "0"))
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["state"]["step"] == 2
+
+
+def test_a_refused_command_leaves_the_folder_to_the_next(tmp_path, capsys):
+    fails(capsys, 2, *tiny(tmp_path / "run", "--batch-size", "999"))
+    (tmp_path / "run" / "config.json").write_text("[]")
+    simclr_essl.main(tiny(tmp_path / "run", "--epochs", "2"))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["epochs"] == 2
+
+
 def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path, capsys, finished):
     for name, damage in (
         ("truncated", lambda path: path.write_bytes(path.read_bytes()[:5000])),
         ("empty", lambda path: path.write_bytes(b"")),
         ("text", lambda path: path.write_text("no checkpoint")),
         ("list", lambda path: torch.save([1, 2], path)),
-        ("foreign", lambda path: torch.save({"script": "care"}, path)),
+        ("foreign", lambda path: torch.save({"script": "care", "config": 0, "state": 0}, path)),
     ):
         out = tmp_path / name
         shutil.copytree(finished, out)
@@ -955,6 +981,12 @@ BAD_INPUT = {
     "bank smaller than k": ["--limit", "100"],
     "missing checkpoint": ["--eval", "nowhere.pt"],
     "positional": ["cifar10"],
+    "batch of one": ["--batch-size", "1"],
+    "tiny views": ["--small-size", "4"],
+    "odd jigsaw": ["--transform", "jigsaw", "--small-size", "15"],
+    "huge seed": ["--seed", "99999999999999999999"],
+    "all warm-up": ["--warmup-epochs", "3"],
+    "file for a folder": ["--out", "/dev/null"],
     "no folder": ["--dataset", "imagenet", "--data-root", "nowhere"],
     "no download": ["--dataset", "cifar10", "--data-root", "/dev/null/data"],
     "streamed invariance": ["--dataset", "imagenet", "--role", "invariant"],
@@ -1024,6 +1056,8 @@ def test_different_runs_get_different_folders():
     )
     assert len({simclr_essl.parse_args(line).out for line in lines}) == len(lines)
     assert simclr_essl.parse_args(["--device", "cpu"]).out == simclr_essl.parse_args([]).out
+    ordered = simclr_essl.parse_args(["--lam", "0", "--lr", "0.1"]).out
+    assert simclr_essl.parse_args(["--lr", "0.1", "--lam", "0"]).out == ordered
 
 
 def test_help_explains_every_flag(capsys):
@@ -1241,6 +1275,8 @@ if dist.is_initialized():
     equivariance /= 2
 if simclr_essl.process()[0] == 0:
     torch.save([terms["invariance"], equivariance, [p.grad for p in method.parameters()]], sys.argv[1])
+if dist.is_initialized():
+    dist.destroy_process_group()
 """
 
 
@@ -1268,6 +1304,19 @@ def test_two_processes_compute_what_one_computes(tmp_path, flags):
     assert two[1].item() == pytest.approx(one[1].item(), rel=1e-5)
     for a, b in zip(one[2], two[2], strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_gather_is_exact_in_bf16(monkeypatch):
+    """One's own rows come back as they are, with a gradient times the number of processes."""
+    monkeypatch.setattr(simclr_essl, "process", lambda: (1, 8))
+    monkeypatch.setattr(
+        simclr_essl.dist, "all_gather", lambda parts, z: [part.copy_(z) for part in parts]
+    )
+    z = torch.randn(4, 3, dtype=torch.bfloat16, requires_grad=True)
+    gathered = simclr_essl.gather(z)
+    assert torch.equal(gathered, z.detach().repeat(8, 1))
+    gathered.sum().backward()
+    assert (z.grad == 8).all()
 
 
 def test_torchrun_trains_and_writes_once(tmp_path):
@@ -1307,6 +1356,8 @@ def test_encoder_pt_loads_into_torchvision(tmp_path):
             "8",
             "--small-size",
             "8",
+            "--warmup-epochs",
+            "0",
         )
     )
     encoder = models.resnet18()
