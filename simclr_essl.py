@@ -1048,6 +1048,7 @@ def main(argv=None):
                 write(out / "encoder.pt", method.encoder.state_dict())
                 write(out / "results.json", results)
         if dist.is_initialized():
+            dist.barrier()  # nobody leaves while the first process evaluates
             dist.destroy_process_group()
     except torch.OutOfMemoryError:
         check(False, "the GPU's memory is full: choose a smaller --batch-size", code=1)

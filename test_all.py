@@ -1276,6 +1276,7 @@ if dist.is_initialized():
 if simclr_essl.process()[0] == 0:
     torch.save([terms["invariance"], equivariance, [p.grad for p in method.parameters()]], sys.argv[1])
 if dist.is_initialized():
+    dist.barrier()  # a process that leaves early can take the other down with it
     dist.destroy_process_group()
 """
 
