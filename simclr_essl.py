@@ -752,7 +752,10 @@ def forecast(data, config, device):
 
 
 def train(config):
-    """Trains the run of config.out, from its checkpoint if it has one: (method, data, state)."""
+    """Trains the run of config.out, from its checkpoint if it has one, or loads that of --eval.
+
+    Returns the method, the data and the state: step, seconds, sums of the terms, lines of the log.
+    """
     device = start(config)
     saved = load_checkpoint(Path(config.eval)) if config.eval else open_run(config)
     rank, world = process()
@@ -793,7 +796,7 @@ def train(config):
 
 
 def fit(method, optimizer, data, config, state, device):
-    """Takes the steps that are left. state holds step, seconds, sums of the terms, log lines."""
+    """Takes the steps that are left, and keeps state up to date."""
     out, steps = Path(config.out), len(data[0][1]) // config.batch_size
     total, warmup = config.epochs * steps, config.warmup_epochs * steps
     peak = config.lr * config.batch_size / 256
@@ -825,7 +828,8 @@ def fit(method, optimizer, data, config, state, device):
 
             if device.type == "cuda" and state["step"] == 20:
                 torch.cuda.synchronize()
-                print(time_left(time.perf_counter() - clock, 20, total), "left", flush=True)
+                seconds = state["seconds"] + time.perf_counter() - clock
+                print(time_left(seconds, 20, total), "left", flush=True)
             now, done = time.perf_counter(), state["step"] % steps
             due = stops or state["step"] == total or now - saved_at >= 60 * config.save_every
             if done and not due:  # here the host does not wait for the device
