@@ -787,9 +787,10 @@ def train(config):
         torch.set_rng_state(saved["rng"])
         if device.type == "cuda" and saved["cuda_rng"] is not None:
             torch.cuda.set_rng_state(saved["cuda_rng"], device)
-        begun = json.loads(state["log"][0])
-        if begun | {"command": header["command"]} != header:
-            print(f"warning: begun with {begun}, now {header}: the last digits may differ")
+        begun = json.loads(state["log"][0]) | {"command": header["command"]}
+        changed = [f"{k} {begun[k]} then, {header[k]} now" for k in header if begun[k] != header[k]]
+        if changed:
+            print(f"warning: {', '.join(changed)}: the last digits may differ")
     if not config.eval:
         fit(method, optimizer, data, config, state, device)
     return method, data, state

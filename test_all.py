@@ -864,6 +864,19 @@ def test_a_signal_saves_and_the_same_command_continues(
     assert all(map(torch.equal, saved[0]["method"].values(), saved[1]["method"].values()))
 
 
+def test_another_number_of_threads_is_told_and_the_run_continues(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(simclr_essl, "knn", lambda *args: os.kill(os.getpid(), signal.SIGINT) or [50])
+    with pytest.raises(SystemExit):
+        simclr_essl.main(tiny(tmp_path / "run", "--knn-every", "1"))
+    monkeypatch.undo()
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    simclr_essl.main(tiny(tmp_path / "run"))
+    printed = capsys.readouterr().out
+    assert f"warning: threads {threads} then, {threads + 1} now: the last digits" in printed
+    assert "continued after step 4" in printed and "epoch 3/3" in printed
+
+
 def test_a_signal_during_knn_saves_too(tmp_path, monkeypatch):
     monkeypatch.setattr(
         simclr_essl, "knn", lambda *args: os.kill(os.getpid(), signal.SIGINT) or [50]
