@@ -848,7 +848,7 @@ def test_a_signal_saves_and_the_same_command_continues(
     def interrupted(*args):
         calls.append(1)
         if len(calls) == 8:  # one call is the forecast's two, the sixth step is under way
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         return loss(*args)
 
     monkeypatch.setattr(simclr_essl, "info_nce", interrupted)
@@ -865,7 +865,7 @@ def test_a_signal_saves_and_the_same_command_continues(
 
 
 def test_another_number_of_threads_is_told_and_the_run_continues(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(simclr_essl, "knn", lambda *args: os.kill(os.getpid(), signal.SIGINT) or [50])
+    monkeypatch.setattr(simclr_essl, "knn", lambda *args: signal.raise_signal(signal.SIGINT) or [50])
     with pytest.raises(SystemExit):
         simclr_essl.main(tiny(tmp_path / "run", "--knn-every", "1"))
     monkeypatch.undo()
@@ -879,7 +879,7 @@ def test_another_number_of_threads_is_told_and_the_run_continues(tmp_path, monke
 
 def test_a_signal_during_knn_saves_too(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        simclr_essl, "knn", lambda *args: os.kill(os.getpid(), signal.SIGINT) or [50]
+        simclr_essl, "knn", lambda *args: signal.raise_signal(signal.SIGINT) or [50]
     )
     with pytest.raises(SystemExit):
         simclr_essl.main(tiny(tmp_path / "run", "--knn-every", "1"))
@@ -1217,7 +1217,7 @@ def test_a_streamed_folder(tmp_path, capsys):
             lambda *args: (
                 calls.append(1)
                 or len(calls) == 4
-                and os.kill(os.getpid(), signal.SIGTERM)
+                and signal.raise_signal(signal.SIGTERM)
                 or loss(*args)
             ),
         )
