@@ -48,22 +48,29 @@ def matmul_tflops(device):
     return 2 * n**3 / milliseconds({"matmul": lambda: a @ b}, device, 5)["matmul"] / 1e9
 
 
-def simclr_essl_parts(method, images, labels):
-    """The views of a batch, and the bare network on them."""
-    policies = range(3 if method.predictor else 2)
-    views = [method.view(images, i) for i in policies]
-    turned = [method.versions(view, one=method.classes > 4)[0] for view in views[2:]]
+def essl_parts(script, method, images):
+    """E-SimCLR and E-SimSiam: the views of a batch, and the bare network on them."""
+
+    def augment():
+        return [method.view(images, i) for i in range(len(method.policies))]
+
+    views = augment()
+    if method.predictor:
+        small = views.pop()
+        others = hasattr(method, "versions")  # simclr_essl predicts other transformations too
+        turned = method.versions(small, method.classes > 4)[0] if others else script.rotate4(small)
 
     def network():
-        with importlib.import_module("simclr_essl").autocast(method.config, labels.device):
-            outputs = [method.projector(method.f(view)) for view in views[:2]]
-            outputs += [method.predictor(method.f(view)) for view in turned]
+        with script.autocast(method.config, images.device):
+            outputs = [method.projector(method.f(view)) for view in views]
+            outputs = [method.h(z) if hasattr(method, "h") else z for z in outputs]
+            outputs += [method.predictor(method.f(turned))] if method.predictor else []
         sum(output.float().sum() for output in outputs).backward()
 
-    return lambda: [method.view(images, i) for i in policies], network
+    return augment, network
 
 
-PARTS = {"simclr_essl": simclr_essl_parts}
+PARTS = {"simclr_essl": essl_parts, "simsiam_essl": essl_parts}
 
 
 def script_row(name, argv, repeats):
@@ -76,7 +83,7 @@ def script_row(name, argv, repeats):
     labels = torch.zeros(len(images), dtype=torch.int64, device=device)
     method = script.Method(config).to(device, memory_format=torch.channels_last)
     optimizer = script.make_optimizer(method, config)
-    augment, network = PARTS[name](method, images, labels)
+    augment, network = PARTS[name](script, method, images)
     if config.compile:
         method.compile()
 
@@ -169,7 +176,9 @@ def main(argv):
     else:
         flags = [] if torch.cuda.is_available() else ["--batch-size", "64"]  # a step in seconds
         rows = [script_row(name, flags, 3) for name in SCRIPTS]
-        rows.append(augmentation_row())  # last: as in training, the allocator keeps its memory by now
+        rows.append(
+            augmentation_row()
+        )  # last: as in training, the allocator keeps its memory by now
     show(rows)
 
 

@@ -26,11 +26,10 @@ Measured results: README.md. Paper, linear probe, CIFAR-10: SimCLR 92.0, E-SimCL
 Differences from the paper [P] and the authors' code [C]:
   1. [P] compares E-SimCLR at --lr 0.06 with SimCLR at --lr 0.03; the default here is 0.06 for both,
      so that one flag changes one thing.
-  2. [C] trains five linear probes in turn; here side by side, on the same augmented views but each
-     with its own initial weights and order. Accuracy counts every test image once.
+  2. [C] trains five linear probes in turn; here side by side on the same augmented views, each with
+     its own initial weights and order. Accuracy counts every test image once.
   3. [C] turns normalised images; here every transformation comes before normalisation.
-  4. [C] augments with PIL, in 8 bits; here in float32 on the device. ImageNet's blur is a true
-     Gaussian of 13 taps.
+  4. [C] augments with PIL, in 8 bits; here in float32 on the device. ImageNet's blur has 13 taps.
   5. [C] builds p2 for lam = 0 too, where it has no effect, and a classifier along on ImageNet.
      Our ImageNet probe is the CIFAR one at rate 0.3, on cached features of center crops.
   6. Kept from [C]: InfoNCE across the views only (N-1 negatives, both directions averaged); three
@@ -118,10 +117,10 @@ PRESETS = {
     "imagenet": dict(arch="resnet50", size=224, small_size=96, epochs=100, batch_size=4096, lr=0.3,
                      final_lr=0.001, weight_decay=1e-6, temperature=0.2, knn_every=0,
                      projector="2048-2048-2048-128", predictor="2048-2048-128"),  # authors' code
-    "patterns": dict(arch="small", epochs=100, batch_size=256, lr=0.12, warmup_epochs=1),  # ours
+    "patterns": dict(arch="small", epochs=100, batch_size=256, warmup_epochs=3, projector="512-512",
+                     predictor="128-128"),  # ours
 }
-QUICK = dict(PRESETS["patterns"], dataset="patterns", epochs=12, knn_every=2, limit=4000,
-             projector="512-512", predictor="512-512")
+QUICK = PRESETS["patterns"] | dict(epochs=12, knn_every=2, limit=4000)
 # a run may be continued with other values of these
 FREE = ("data_root", "device", "compile", "knn_every", "save_every", "out", "eval")
 LEAST = dict(epochs=1, batch_size=2, lr=1e-9, temperature=1e-9, size=8, small_size=8)  # others: 0
@@ -149,8 +148,8 @@ def parse_args(argv=None):
         check(not blocked, f"--eval takes its settings from the checkpoint, without {blocked}")
         return Config(**load_checkpoint(Path(given["eval"]))["config"] | given)
     quick = QUICK if "quick" in given else {}
-    dataset = (quick | given).get("dataset", Config.dataset)
-    preset = asdict(Config()) | PRESETS[dataset] | quick | {"dataset": dataset}
+    dataset = given.get("dataset", "patterns" if quick else Config.dataset)
+    preset = asdict(Config(dataset)) | PRESETS[dataset] | quick
     if "crop_only" in given:
         preset["small_size"] = (preset | given)["size"]
     config = Config(**preset | given)
@@ -160,12 +159,13 @@ def parse_args(argv=None):
     for widths in (config.projector, config.predictor):
         check(all(w.isdecimal() and int(w) for w in widths.split("-")),
               f"widths look like 2048-2048, not like {widths}")
-    check(config.warmup_epochs < config.epochs, "--warmup-epochs must be fewer than --epochs")
+    check(config.warmup_epochs < config.epochs,
+          f"--warmup-epochs {config.warmup_epochs} must be fewer than --epochs {config.epochs}")
     check(config.role == "predict" or dataset != "imagenet", "--role invariant cannot be streamed")
     check(config.transform != "jigsaw" or config.small_size % 2 == 0, "jigsaw needs even sizes")
-    varies = "".join(f"-{name}" + f"{given[name]}" * (given[name] is not True) for name in preset
-                     if name not in (*FREE, "dataset", "seed") and given.get(name, preset[name])
-                     != preset[name])
+    varies = "".join(f"-{name}" if value is True else f"-{name}{value}"
+                     for name, value in vars(config).items()
+                     if value != preset[name] and name not in (*FREE, "dataset", "seed"))
     root = f"-{Path(config.data_root).name}" if dataset == "imagenet" else ""
     config.out = config.out or f"runs/{SCRIPT}-{dataset}{root}{varies}-s{config.seed}"
     return config
@@ -200,14 +200,14 @@ def draw_patterns(n, seed):
     pattern = sum(torch.cos(2 * math.pi * (i * u + j * v) + phase[labels, None, None])
                   / (i * i + j * j) for (i, j), phase in zip(waves, phases))
     tone = 0.1 + 0.6 * torch.sigmoid(6 * pattern / pattern.std())
-    lit = tone * (1 + 1.2 * (light.cos() * x + light.sin() * y))
+    lit = tone * (1 + 0.6 * (light.cos() * x + light.sin() * y))
     tint = 0.98 + 0.04 * torch.rand(n, 3, 1, 1, generator=generator)
     noise = 0.02 * torch.randn(n, 3, 32, 32, generator=generator)
     return ((lit[:, None] * tint + noise).clamp(0, 1) * 255).byte(), labels
 
 
 class Folder(datasets.ImageFolder):
-    """Image files too many for the device, decoded by worker processes when they are needed.
+    """Image files too many for the device; worker processes decode them when they are needed.
 
     self[i] is a center crop; self[seed, i] is a list of a random crop for each view, and the label:
     a function of (seed, i), so that a resumed run needs no state of the loader. All are uint8.
@@ -215,9 +215,11 @@ class Folder(datasets.ImageFolder):
 
     def __init__(self, path, config, limit=0):
         super().__init__(path)
-        self.config = config
         self.samples = [self.samples[i] for i in first_of(limit, len(self.samples))]
         self.targets = [label for _, label in self.samples]
+        self.size = config.size
+        self.crops = [RandomResizedCrop(view.size, view.scale, RATIO, view.interpolation)
+                      for view in view_policies(config)]
 
     def find_classes(self, directory):
         names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
@@ -225,19 +227,21 @@ class Folder(datasets.ImageFolder):
 
     def __getitem__(self, key):
         seed, i = key if isinstance(key, tuple) else (None, key)
-        image, size = self.loader(self.samples[i][0]), self.config.size
+        image = self.loader(self.samples[i][0])
         if seed is None:
-            return TF.pil_to_tensor(TF.center_crop(TF.resize(image, size * 8 // 7), size))
+            return TF.pil_to_tensor(TF.center_crop(TF.resize(image, self.size * 8 // 7), self.size))
         torch.manual_seed(hash(key))
-        return [TF.pil_to_tensor(TF.resized_crop(
-            image, *RandomResizedCrop.get_params(image, view.scale, RATIO), [view.size] * 2,
-            view.interpolation)) for view in view_policies(self.config)], self.targets[i]
+        return [TF.pil_to_tensor(crop(image)) for crop in self.crops], self.targets[i]
 
     def batches(self, **how):
         """A DataLoader that leaves torch's random state alone."""
         return torch.utils.data.DataLoader(
             self, num_workers=max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
             generator=torch.Generator(), pin_memory=torch.cuda.is_available(), **how)
+
+    def split(self, size):
+        """Center crops of all images in batches, like a tensor's split."""
+        return self.batches(batch_size=size)
 
 
 def first_of(limit, n):
@@ -252,10 +256,10 @@ def load_data(config, device):
     Images are uint8 (N, 3, size, size) on the device or, for imagenet, a Folder. Without labels or
     val/, bank and test are None. torchvision downloads the files and checks their md5.
     """
-    root, name, limit = Path(config.data_root), config.dataset, config.limit
+    root, name = Path(config.data_root), config.dataset
     try:
         if name == "imagenet":
-            parts = [Folder(root / "train", config, limit)]
+            parts = [Folder(root / "train", config, config.limit)]
             parts += [Folder(root / "val", config)] if (root / "val").is_dir() else []
             folders = [(part, torch.tensor(part.targets, device=device)) for part in parts]
             if len(parts) == 1 or parts[0].classes == ["."]:
@@ -268,12 +272,12 @@ def load_data(config, device):
         else:
             splits = ("train+unlabeled", "train", "test") if name == "stl10" else (True, False)
             parts = [getattr(datasets, name.upper())(root, part, download=True) for part in splits]
-            parts = [(torch.from_numpy(part.data), torch.as_tensor(
-                part.labels if name == "stl10" else part.targets).long()) for part in parts]
+            parts = [(x.data, x.labels if name == "stl10" else x.targets) for x in parts]
     except (OSError, RuntimeError) as problem:
         check(False, f"cannot read {name} in {root}: {problem}")
     for i, (images, labels) in enumerate(parts):
-        rows = first_of(limit if i < len(parts) - 1 else 0, len(labels))
+        images, labels = torch.as_tensor(images), torch.as_tensor(labels).long()
+        rows = first_of(config.limit if i < len(parts) - 1 else 0, len(labels))
         images = images[rows].permute(0, 3, 1, 2) if images.shape[3] == 3 else images[rows]
         images = torch.cat([TF.resize(part, config.size) for part in images.split(1000)])
         parts[i] = images.to(device), labels[rows].to(device)
@@ -281,7 +285,7 @@ def load_data(config, device):
 
 
 def batches(data, config, epoch, first, device):
-    """Yields images and labels, this process's rows of each batch of an epoch from step `first` on.
+    """Yields this process's images and labels of each batch of an epoch, from step `first` on.
 
     The order follows from seed and epoch: the same on every process and after a resume.
     """
@@ -301,7 +305,7 @@ def batches(data, config, epoch, first, device):
 # ------------------------------------------------------------------------------------------ AUGMENT
 
 RATIO = (3 / 4, 4 / 3)  # aspect ratios of torchvision's RandomResizedCrop
-BRIGHTNESS, CONTRAST, SATURATION = 0, 1, 2
+BRIGHTNESS, CONTRAST, SATURATION = range(3)
 
 
 class Policy(NamedTuple):
@@ -336,38 +340,31 @@ def draw_augmentation(n, policy, height, width, device):
     def uniform(low, high, *shape):
         return torch.empty(n, *shape, device=device).uniform_(low, high)
 
-    def happens(probability):
-        return uniform(0, 1) < probability
-
-    drawn = {"flip": happens(policy.flip)}
-    if policy.scale:  # as RandomResizedCrop: the first of ten boxes that fits, or else the center
+    drawn = {"flip": uniform(0, 1) < policy.flip}
+    if policy.scale:  # as RandomResizedCrop: the first of ten boxes that fits
         area = height * width * uniform(*policy.scale, 10)
         ratio = uniform(math.log(RATIO[0]), math.log(RATIO[1]), 10).exp()
         h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
-        fits = (h > 0) & (h <= height) & (w > 0) & (w <= width)
-        first, found = fits.byte().argmax(1, keepdim=True), fits.any(1)
-        h = torch.where(found, h.gather(1, first)[:, 0], min(height, round(width * RATIO[1])))
-        w = torch.where(found, w.gather(1, first)[:, 0], min(width, round(height * RATIO[1])))
-        place = torch.where(found[:, None], uniform(0, 1, 2), 0.5)
-        top = (place[:, 0] * (height - h + found)).floor().minimum(height - h)
-        left = (place[:, 1] * (width - w + found)).floor().minimum(width - w)
-        drawn["box"] = torch.stack([top, left, h, w], dim=1)  # (n, 4), in whole pixels
-    if policy.jitter:
+        first = ((h <= height) & (w <= width)).byte().argmax(1, keepdim=True)
+        h, w = h.gather(1, first).clamp(max=height), w.gather(1, first).clamp(max=width)  # (n, 1)
+        corner = uniform(0, 1, 2) * torch.cat([height - h + 1, width - w + 1], dim=1)
+        drawn["box"] = torch.cat([corner.floor(), h, w], dim=1)  # top, left, height, width
+    if policy.jitter:  # as ColorJitter, with an order of its own for every image
         *strengths, hue = policy.jitter
-        jittered = happens(0.8)
+        jittered = uniform(0, 1, 1) < 0.8
         factors = torch.stack([uniform(max(0, 1 - s), 1 + s) for s in strengths], dim=1)  # (n, 3)
-        order = uniform(0, 1, 3).argsort(1)  # of brightness, contrast and saturation,
-        early = torch.arange(3, device=device) < uniform(0, 4, 1).floor()  # some of them before hue
-        factors = torch.where(jittered[:, None], factors, 1.0).gather(1, order)  # 1: no change
-        drawn["kind"] = order.repeat(1, 2)  # (n, 6): three places before the hue shift, three after
+        order = uniform(0, 1, 3).argsort(1)  # of brightness, contrast and saturation
+        early = torch.arange(3, device=device) < uniform(0, 4, 1).floor()  # how many precede hue
+        factors = torch.where(jittered, factors, 1.0).gather(1, order)  # 1: no change
+        drawn["kind"] = order.repeat(1, 2)  # (n, 6): three places before hue, three after it
         drawn["factor"] = torch.cat([factors.where(early, 1.0), factors.where(~early, 1.0)], dim=1)
-        drawn["hue"] = uniform(-hue, hue) * jittered
+        drawn["hue"] = uniform(-hue, hue) * jittered[:, 0]
     if policy.gray:
-        drawn["gray"] = happens(policy.gray)
+        drawn["gray"] = uniform(0, 1) < policy.gray
     if policy.blur:
-        drawn["sigma"] = torch.where(happens(policy.blur), uniform(0.1, 2.0), 0.0)
+        drawn["sigma"] = torch.where(uniform(0, 1) < policy.blur, uniform(0.1, 2.0), 0.0)
     if policy.solarize:
-        drawn["solarize"] = happens(policy.solarize)
+        drawn["solarize"] = uniform(0, 1) < policy.solarize
     return drawn
 
 
@@ -378,21 +375,18 @@ def augment(images, parameters, size, interpolation=InterpolationMode.BILINEAR):
     Row i of each of the parameters, which draw_augmentation makes, belongs to image i. Images to
     which it gives no box are taken to have that size.
     """
-    p = {name: rows[:, None, None, None] if rows.ndim == 1 else rows
-         for name, rows in parameters.items()}
+    p = {name: rows[:, None, None, None] for name, rows in parameters.items() if rows.ndim == 1}
     images = images.float() / 255 if images.dtype == torch.uint8 else images
-    if "box" in p:
+    if "box" in parameters:
         top, left, height, width = parameters["box"].T
         rows = resize_weights(top, height, size, images.shape[2], interpolation)
         columns = resize_weights(left, width, size, images.shape[3], interpolation)
-        columns = torch.where(p["flip"][..., 0], columns.flip(1), columns)
-        images = weigh(images, rows, columns).clamp(0, 1)
-    else:
-        images = torch.where(p["flip"], images.flip(3), images)
-    if "hue" in p:  # torchvision's ColorJitter, with an order of its own for every image
-        for i, (kind, factor) in enumerate(zip(p["kind"].T, p["factor"].T)):
-            images = shift_hue(images, p["hue"]) if i == 3 else images
-            images = blend(images, kind, factor)
+        images = (rows @ (images @ columns.mT)).clamp(0, 1)
+    images = torch.where(p["flip"], images.flip(3), images)
+    if "hue" in p:
+        for place, (kind, factor) in enumerate(zip(parameters["kind"].T, parameters["factor"].T)):
+            images = shift_hue(images, p["hue"]) if place == 3 else images
+            images = blend(images, kind[:, None, None, None], factor[:, None, None, None])
     if "gray" in p:
         images = torch.where(p["gray"], TF.rgb_to_grayscale(images), images)
     if "sigma" in p:
@@ -402,33 +396,29 @@ def augment(images, parameters, size, interpolation=InterpolationMode.BILINEAR):
     return images
 
 
-def weigh(images, rows, columns):
-    """rows @ image @ columns^T for image i: (N, 3, H, W), (N, S, H), (N, S, W) -> (N, 3, S, S)."""
-    return rows[:, None] @ (images @ columns.mT[:, None])
-
-
 def resize_weights(start, length, size, source, interpolation):
-    """(N, size, source): weights of the source pixels in each pixel of a crop resized to `size`.
+    """(N, 1, size, source): weights of the source pixels in each pixel of a crop resized to `size`.
 
     start, length (N,) of the crop. The triangle or cubic kernel (a = -0.5) is widened when
     shrinking, as torchvision's resized_crop does with antialias=True.
     """
-    start, length = start[:, None, None], length[:, None, None]
+    start, length = start[:, None, None, None], length[:, None, None, None]
     center = (torch.arange(size, device=start.device)[:, None] + 0.5) * length / size
     pixel = torch.arange(source, device=start.device) + 0.5 - start
     t = (pixel - center).abs() / (length / size).clamp(min=1)
+    weights = (1 - t).clamp(min=0)
     if interpolation == InterpolationMode.BICUBIC:
         near, far = (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2
         weights = torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
-    else:
-        weights = (1 - t).clamp(min=0)
     weights = weights * ((pixel > 0) & (pixel < length))
-    return weights / weights.sum(2, keepdim=True)
+    return weights / weights.sum(3, keepdim=True)
 
 
 def blend(images, kind, factor):
-    """Brightness, contrast or saturation of image i: a mix with black, its mean luma, its luma."""
-    kind, factor = kind[:, None, None, None], factor[:, None, None, None]
+    """Brightness, contrast or saturation of image i: a mix with black, its mean luma, its luma.
+
+    kind and factor are (N, 1, 1, 1); a factor of 1 changes nothing.
+    """
     gray = TF.rgb_to_grayscale(images)
     plain = torch.where(kind == SATURATION, gray, gray.mean((2, 3), True) * (kind == CONTRAST))
     return torch.lerp(plain, images, factor).clamp_(0, 1)
@@ -449,14 +439,12 @@ def shift_hue(images, shift):
 
 def gaussian_blur(images, sigma, radius):
     """Image i blurred by sigma[i] pixels (0: not), with 2 radius + 1 taps and mirrored borders."""
-    last = images.shape[-1] - 1
     offset = torch.arange(-radius, radius + 1, device=images.device)
     taps = torch.exp(-0.5 * (offset / sigma[:, None].clamp(min=1e-3)) ** 2)
-    taps = (taps / taps.sum(1, keepdim=True))[:, None].expand(-1, last + 1, -1)
-    source = (torch.arange(last + 1, device=images.device)[:, None] + offset).abs()
-    source = (last - (last - source).abs()).expand_as(taps)  # (N, S, 2 radius + 1)
-    weights = taps.new_zeros(len(images), last + 1, last + 1).scatter_add_(2, source, taps)
-    return weigh(images, weights, weights)
+    taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(3, 0)[:, None, None]  # (3N,1,1,13)
+    padded = F.pad(images, [radius] * 4, mode="reflect").flatten(0, 1)
+    blurred = F.conv2d(F.conv2d(padded, taps, groups=len(taps)), taps.mT, groups=len(taps))
+    return blurred.view_as(images)
 
 
 # -------------------------------------------------------------------------------------------- MODEL
@@ -623,8 +611,8 @@ def gather(z):
     """Embeddings (N, D) of all processes in the order of the batch; gradients reach one's own rows.
 
     Every process computes the same loss of all rows, so its own rows get their whole gradient.
-    DistributedDataParallel takes the mean over processes where the sum is due: hence the factor.
-    (torch's differentiable all_gather sums the equal gradients of all: the same factor.)
+    DistributedDataParallel takes the mean over processes where the sum is due: hence the factor,
+    which torch's differentiable all_gather has too, as it sums the equal gradients of all.
     """
     rank, world = process()
     if world == 1:
@@ -707,9 +695,9 @@ def open_run(config):
     """The checkpoint in the run's folder, which must be of this very run; None for a new run."""
     out = Path(config.out)
     saved = load_checkpoint(out / "checkpoint.pt") if (out / "checkpoint.pt").exists() else None
-    then = saved["config"] if saved else {}
-    differ = [f"{name}: {then[name]} then, {value} now" for name, value in asdict(config).items()
-              if saved and name not in FREE and then[name] != value]
+    then, now = saved["config"] if saved else {}, asdict(config)
+    differ = [f"{name}: {then[name]} then, {now[name]} now" for name in then
+              if name not in FREE and then[name] != now[name]]
     check(not differ, f"{out} holds another run ({'; '.join(differ)}); choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -737,18 +725,16 @@ def start(config):
 
 
 def forecast(data, config, device):
-    """Says how long training takes on this CPU, from a forward and backward of 32 images."""
-    with torch.random.fork_rng(devices=[]):
-        method = Method(config)
-        for n in (8, 32):  # the first warms up
-            few = replace(config, batch_size=min(n * process()[1], config.batch_size))
-            images, labels = next(batches(data, few, 0, 0, device))
-            began = time.perf_counter()
-            method(images, labels)[0].backward()
+    """Says how long training takes on this CPU, from a forward and backward of a few images."""
+    few = replace(config, batch_size=min(32 * process()[1], config.batch_size))
+    images, labels = next(batches(data, few, 0, 0, device))
+    method = Method(config)
+    for _ in range(2):  # the first warms up
+        began = time.perf_counter()
+        method(images, labels)[0].backward()
     seconds = (time.perf_counter() - began) / few.batch_size * len(data[0][1]) * config.epochs
-    print(f"about {timedelta(seconds=round(seconds))} on this CPU" + (
-        "; sooner: --quick, --arch small, fewer --epochs, --limit" if seconds > 7200 else ""),
-        flush=True)
+    advice = "; sooner: --quick, --arch small, fewer --epochs, --limit" if seconds > 7200 else ""
+    print(f"about {timedelta(seconds=round(seconds))} on this CPU{advice}", flush=True)
 
 
 def train(config):
@@ -784,9 +770,6 @@ def train(config):
         state["sums"] = {name: value.to(device) for name, value in state["sums"].items()}
         method.load_state_dict(saved["method"])
         optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["rng"])
-        if device.type == "cuda" and saved["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_rng"], device)
         begun = json.loads(state["log"][0]) | {"command": header["command"]}
         changed = [f"{k} {begun[k]} then, {header[k]} now" for k in header if begun[k] != header[k]]
         if changed:
@@ -817,6 +800,7 @@ def fit(method, optimizer, data, config, state, device):
             rate = learning_rate(state["step"], total, warmup, peak, config.final_lr * peak)
             for group in optimizer.param_groups:
                 group["lr"] = peak if group.get("constant") else rate
+            torch.manual_seed(hash((config.seed, state["step"])))  # nothing to save for a resume
             loss, terms = model(images, labels)
             optimizer.zero_grad()
             loss.backward()
@@ -845,15 +829,12 @@ def fit(method, optimizer, data, config, state, device):
             state["seconds"] += time.perf_counter() - clock
             if done == 0:
                 log_epoch(method, data, config, state, steps)
-            stopping = bool(stops)  # a signal may come while kNN runs
-            if due or stopping:
-                cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+            if due or stops:  # a signal may come while kNN runs
                 write(out / "checkpoint.pt", {
                     "script": SCRIPT, "config": asdict(config), "state": state,
-                    "method": method.state_dict(), "optimizer": optimizer.state_dict(),
-                    "rng": torch.get_rng_state(), "cuda_rng": cuda_rng})
+                    "method": method.state_dict(), "optimizer": optimizer.state_dict()})
                 saved_at = time.perf_counter()
-            if stopping:
+            if stops:
                 interrupt(stops[0])
             clock = time.perf_counter()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -886,12 +867,10 @@ K, KNN_TEMPERATURE = 200, 0.1  # authors' code
 
 @torch.no_grad()
 def extract(method, images, prepare=lambda x: x.float() / 255):
-    """Features (N, D), float32, of prepare(images) in eval mode; images: a tensor or a Folder."""
+    """Features (N, D), float32, of prepare(images), which come in parts of 256, in eval mode."""
     device, training = method.mean_std.device, method.training
-    tensor = isinstance(images, torch.Tensor)
-    parts = images.split(256) if tensor else images.batches(batch_size=256)
     method.eval()
-    features = [method.f(prepare(part.to(device))).float() for part in parts]
+    features = [method.f(prepare(part.to(device))).float() for part in images.split(256)]
     method.train(training)
     return torch.cat(features)
 
@@ -956,8 +935,8 @@ def probe_views(method, data, config):
         return augment(x, drawn, policy.size, policy.interpolation)
 
     def center(x):
-        x = TF.resize(x.float() / 255, config.size * 9 // 8, policy.interpolation)
-        return TF.center_crop(x, config.size)
+        zoomed = TF.resize(x.float() / 255, config.size * 9 // 8, policy.interpolation)
+        return TF.center_crop(zoomed, config.size)
 
     return linear_probe(lambda: extract(method, bank, crop), bank_labels,
                         extract(method, test, center), test_labels)
@@ -966,60 +945,54 @@ def probe_views(method, data, config):
 @torch.no_grad()
 def transform_accuracy(method, images):
     """Percent of all classes of whole images, at the size of the small view, that p2 recognises."""
-    targets = []
-
-    def versions(x):
-        x, target = method.versions(TF.resize(x.float() / 255, method.config.small_size), one=False)
-        targets.append(target)
-        return x
-
-    predicted = method.predictor(extract(method, images, versions)).argmax(1)
-    return 100 * (predicted == torch.cat(targets)).float().mean().item()
+    method.eval()
+    right = []
+    for part in images.split(256):
+        part = TF.resize(part.to(method.mean_std.device).float() / 255, method.config.small_size)
+        versions, target = method.versions(part, one=False)
+        right.append(method.predictor(method.f(versions)).argmax(1) == target)
+    return 100 * torch.cat(right).float().mean().item()
 
 
 def draw_neighbours(path, data, bank, test):
     """Eight test images, each with its eight nearest training images, green if of its class."""
-    (_, (images, labels), (queries, query_labels)), tiles = data, []
-    nearest = (F.normalize(test[:8]) @ F.normalize(bank).T).topk(8).indices
-
-    def add(image, color):
-        tile = torch.tensor(color)[:, None, None].repeat(1, image.shape[1] + 4, image.shape[2] + 4)
-        tile[:, 2:-2, 2:-2] = image.cpu() / 255
-        tiles.append(tile)
-
-    for query, rows in enumerate(nearest):
-        add(queries[query], (0.5, 0.5, 0.5))
-        for row in rows:
-            right = labels[row] == query_labels[query]
-            add(images[row], (0.0, 0.7, 0.0) if right else (0.9, 0.0, 0.0))
+    _, (images, labels), (queries, query_labels) = data
+    tiles, gray, green, red = [], (0.5, 0.5, 0.5), (0.0, 0.7, 0.0), (0.9, 0.0, 0.0)
+    for query, rows in enumerate((F.normalize(test[:8]) @ F.normalize(bank).T).topk(8).indices):
+        colors = [green if right else red for right in labels[rows] == query_labels[query]]
+        for image, color in zip([queries[query], *(images[row] for row in rows)], [gray, *colors]):
+            frame = torch.tensor(color)[:, None, None].repeat(1, *(s + 4 for s in image.shape[1:]))
+            frame[:, 2:-2, 2:-2] = image.cpu() / 255
+            tiles.append(frame)
     save_image(F.interpolate(make_grid(tiles, nrow=9)[None], scale_factor=2), path)
 
 
 def evaluate(method, data, config, state):
     """Measures the encoder: the contents of results.json. Draws neighbours.png beside it."""
-    cuda, seconds = method.mean_std.is_cuda, state["seconds"]
-    results = {
-        "knn_top1": None, "random_init_knn_top1": None, "linear_top1": None,
-        "linear_top1_std": None, "rotation_top1": None, "epochs": config.epochs,
-        "seed": config.seed, "train_seconds": seconds,
-        "images_per_second": state["step"] * config.batch_size / max(seconds, 1e-9),
-        "peak_memory_gb": torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else None,
-        **json.loads(state["log"][0])}
+    seconds, device = state["seconds"], method.mean_std.device
+    results = dict.fromkeys(("knn_top1", "random_init_knn_top1", "linear_top1", "linear_top1_std",
+                             "rotation_top1", "peak_memory_gb"))
+    results |= {"epochs": config.epochs, "seed": config.seed, "train_seconds": seconds,
+                "images_per_second": state["step"] * config.batch_size / max(seconds, 1e-9),
+                **json.loads(state["log"][0])}
+    if device.type == "cuda":
+        results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2 ** 30
     if data[1] is None:
         return results
     torch.manual_seed(config.seed)
-    results["random_init_knn_top1"], *_ = knn(Method(config).to(method.mean_std.device), data)
+    results["random_init_knn_top1"], *_ = knn(Method(config).to(device), data)
     results["knn_top1"], bank, test = knn(method, data)
     results["knn_protocol"] = f"k {K}, temperature {KNN_TEMPERATURE}, bank of {len(data[1][1])}"
     if not config.eval:
         draw_neighbours(Path(config.out) / "neighbours.png", data, bank, test)
-    lr = 0.3 if config.dataset == "imagenet" else 30.0
-    mean_std = linear_probe(bank, data[1][1], test, data[2][1], lr)
-    results |= {"linear_cached_top1": mean_std[0], "linear_protocol": "5 probes, cached features"}
-    if config.dataset != "imagenet" and not config.quick:
-        mean_std = probe_views(method, data, config)
+    if config.dataset == "imagenet" or config.quick:
+        lr = 0.3 if config.dataset == "imagenet" else 30.0
+        probed = linear_probe(bank, data[1][1], test, data[2][1], lr)
+        results["linear_protocol"] = "5 probes, cached features"
+    else:
+        probed = probe_views(method, data, config)
         results["linear_protocol"] = "5 probes, fresh crops and flips each epoch (authors' code)"
-    results["linear_top1"], results["linear_top1_std"] = mean_std
+    results["linear_top1"], results["linear_top1_std"] = probed
     if method.predictor:
         results["rotation_top1"] = transform_accuracy(method, data[2][0])
         results["rotation_protocol"] = f"{config.transform} of images of {config.small_size} pixels"

@@ -25,6 +25,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.utils import save_image
 
 import simclr_essl
+import simsiam_essl
 
 HERE = Path(__file__).parent
 SCRIPTS = [
@@ -38,10 +39,10 @@ MAY_DIFFER = {
     "parse_args": "the method's rules",
     "Method": "the method",
     "view_policies": "the paper's augmentation",
-    "make_projector": "the paper's head",
-    "make_predictor": "the paper's head",
     "make_optimizer": "the paper's optimiser",
     "load_data": "the paper's datasets",
+    "batches": "image files are streamed in simclr_essl, care and sfrik only",
+    "log_epoch": "simsiam_essl warns of collapse",
     "evaluate": "what the paper measures",
 }
 CPU = torch.device("cpu")
@@ -338,14 +339,6 @@ def test_draws_follow_torchvisions_law():
     assert drawn["sigma"].max() <= 2 and drawn["sigma"][drawn["sigma"] > 0].min() >= 0.1
 
 
-def test_a_box_that_never_fits_is_central():
-    """torchvision's fallback, on an image 5 times as wide as high, where no square of its area fits."""
-    policy = simclr_essl.Policy(8, (1.0, 1.0))
-    box = simclr_essl.draw_augmentation(50, policy, 10, 50, CPU)["box"]
-    want = T.RandomResizedCrop.get_params(torch.zeros(3, 10, 50), [1.0, 1.0], [3 / 4, 4 / 3])
-    assert (box == torch.tensor(want)).all()
-
-
 def test_images_of_a_batch_are_drawn_apart():
     config = simclr_essl.parse_args(["--quick"])
     method = simclr_essl.Method(config)
@@ -424,6 +417,8 @@ def tiny(out, *flags):
         "32-32",
         "--predictor",
         "32-32",
+        "--warmup-epochs",
+        "1",
         "--knn-every",
         "0",
         "--out",
@@ -766,9 +761,10 @@ def test_weight_decay_acts_on_every_parameter():
 
 # Runs each command line in a forked child, which dies by SIGKILL at the given call of a function.
 KILLER = """
-import json, os, signal, sys
-import torch, simclr_essl
-for argv, name, at in json.loads(sys.argv[1]):
+import importlib, json, os, signal, sys
+import torch
+script = importlib.import_module(sys.argv[1])
+for argv, name, at in json.loads(sys.argv[2]):
     if os.fork() == 0:
         if name:
             owner, attribute = {"step": (torch.optim.SGD, "step"), "fsync": (os, "fsync"),
@@ -780,14 +776,14 @@ for argv, name, at in json.loads(sys.argv[1]):
                     os.kill(os.getpid(), signal.SIGKILL)
                 return original(*args, **kwargs)
             setattr(owner, attribute, dying)
-        simclr_essl.main(argv)
+        script.main(argv)
         os._exit(0)
     print(os.wait()[1])
 """
 
 
 def same_run(a, b):
-    """Final tensors, optimiser, random states and logged losses agree bit for bit."""
+    """Final tensors, optimiser and logged losses agree bit for bit."""
     saved = [torch.load(out / "checkpoint.pt", weights_only=True) for out in (a, b)]
     logs = [
         [
@@ -803,39 +799,36 @@ def same_run(a, b):
     return (
         logs[0] == logs[1]
         and saved[0]["state"]["step"] == saved[1]["state"]["step"]
-        and torch.equal(saved[0]["rng"], saved[1]["rng"])
         and all(map(torch.equal, saved[0]["method"].values(), saved[1]["method"].values()))
         and all(map(torch.equal, *buffers))
     )
 
 
-def test_a_killed_run_continues_bit_for_bit(tmp_path):
-    """Killed in the first step, inside epochs, while a file is written and before it is renamed."""
-    points = [
-        ("step", 1),
-        ("step", 3),
-        ("step", 6),
-        ("step", 8),
-        ("step", 11),
-        ("fsync", 5),
-        ("replace", 9),
-    ]
+# fsync and replace: while a file is written, and before it is renamed
+POINTS = {
+    "simclr_essl": ["step 1", "step 3", "step 6", "step 8", "step 11", "fsync 5", "replace 9"],
+    "simsiam_essl": ["step 6"],
+}
+
+
+@pytest.mark.parametrize("script", POINTS)
+def test_a_killed_run_continues_bit_for_bit(tmp_path, script):
     whole = tiny(tmp_path / "whole", "--save-every", "0")
     runs = [(whole, "", 0)]
-    for i, (name, at) in enumerate(points):
-        argv = tiny(tmp_path / str(i), "--save-every", "0")
-        runs += [(argv, name, at), (argv, "", 0)]
+    for point in POINTS[script]:
+        argv, (name, at) = tiny(tmp_path / point, "--save-every", "0"), point.split()
+        runs += [(argv, name, int(at)), (argv, "", 0)]
     done = subprocess.run(
-        [sys.executable, "-c", KILLER, json.dumps(runs)],
+        [sys.executable, "-c", KILLER, script, json.dumps(runs)],
         cwd=HERE,
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(HERE)},
     )
     codes = [int(line) for line in done.stdout.splitlines() if line.isdecimal()]
-    assert codes == [0] + [signal.SIGKILL, 0] * len(points), done.stderr
-    for i in range(len(points)):
-        assert same_run(tmp_path / "whole", tmp_path / str(i)), points[i]
+    assert codes == [0] + [signal.SIGKILL, 0] * len(POINTS[script]), done.stderr
+    for point in POINTS[script]:
+        assert same_run(tmp_path / "whole", tmp_path / point), point
     assert "continued after step" in done.stdout
 
 
@@ -865,7 +858,9 @@ def test_a_signal_saves_and_the_same_command_continues(
 
 
 def test_another_number_of_threads_is_told_and_the_run_continues(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(simclr_essl, "knn", lambda *args: signal.raise_signal(signal.SIGINT) or [50])
+    monkeypatch.setattr(
+        simclr_essl, "knn", lambda *args: signal.raise_signal(signal.SIGINT) or [50]
+    )
     with pytest.raises(SystemExit):
         simclr_essl.main(tiny(tmp_path / "run", "--knn-every", "1"))
     monkeypatch.undo()
@@ -887,10 +882,10 @@ def test_a_signal_during_knn_saves_too(tmp_path, monkeypatch):
     assert saved["state"]["step"] == 4
 
 
-def fails(capsys, code, *argv):
+def fails(capsys, code, *argv, script=simclr_essl):
     """The command ends with the exit code and one line that starts with 'error: '; returns the line."""
     with pytest.raises(SystemExit) as stop:
-        simclr_essl.main([str(word) for word in argv])
+        script.main([str(word) for word in argv])
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == code and len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
@@ -1006,14 +1001,14 @@ BAD_INPUT = {
 }
 
 
+@pytest.mark.parametrize("script", (simclr_essl, simsiam_essl), ids=lambda script: script.__name__)
 @pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input(name, tmp_path, capsys):
+def test_bad_input(script, name, tmp_path, capsys):
     flags = BAD_INPUT[name]
     base = [] if "--eval" in flags else tiny(tmp_path / "run")
     if "--limit" in flags:
         base += ["--batch-size", "32"]
-    line = fails(capsys, 2, *base, *flags)
-    assert "Traceback" not in line
+    fails(capsys, 2, *base, *flags, script=script)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -1270,24 +1265,26 @@ def test_folders_without_labels_or_images(tmp_path, capsys):
 
 
 TWO = """
-import os, sys, torch, simclr_essl
+import importlib, os, sys, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+script = importlib.import_module(sys.argv[1])
 if "RANK" in os.environ:
     dist.init_process_group("gloo")
-config = simclr_essl.parse_args(["--dataset", "patterns", "--batch-size", "32", *sys.argv[2:]])
+config = script.parse_args(["--dataset", "patterns", "--batch-size", "32", *sys.argv[3:]])
 torch.manual_seed(0)
-method = simclr_essl.Method(config).eval()  # running statistics: the processes share no batch
-images, labels = next(simclr_essl.batches([simclr_essl.draw_patterns(100, 1)], config, 0, 0, torch.device("cpu")))
+method = script.Method(config).eval()  # running statistics: the processes share no batch
+images, labels = next(script.batches([script.draw_patterns(100, 1)], config, 0, 0, torch.device("cpu")))
 model = DistributedDataParallel(method) if dist.is_initialized() else method
 loss, terms = model(images, labels)
 loss.backward()
-equivariance = terms.get("equivariance", torch.zeros(()))
+terms.pop("std")  # of the first process
 if dist.is_initialized():
-    dist.all_reduce(equivariance)
-    equivariance /= 2
-if simclr_essl.process()[0] == 0:
-    torch.save([terms["invariance"], equivariance, [p.grad for p in method.parameters()]], sys.argv[1])
+    for term in terms.values():
+        dist.all_reduce(term)
+        term /= 2
+if script.process()[0] == 0:
+    torch.save([terms, [p.grad for p in method.parameters()]], sys.argv[2])
 if dist.is_initialized():
     dist.barrier()  # a process that leaves early can take the other down with it
     dist.destroy_process_group()
@@ -1295,12 +1292,20 @@ if dist.is_initialized():
 
 
 @pytest.mark.parametrize(
-    "flags", ([], ["--lam", "0"], ["--transform", "jigsaw"], ["--role", "invariant"])
+    "script, flags",
+    (
+        ("simclr_essl", []),
+        ("simclr_essl", ["--lam", "0"]),
+        ("simclr_essl", ["--transform", "jigsaw"]),
+        ("simclr_essl", ["--role", "invariant"]),
+        ("simsiam_essl", []),
+        ("simsiam_essl", ["--lam", "0"]),
+    ),
 )
-def test_two_processes_compute_what_one_computes(tmp_path, flags):
+def test_two_processes_compute_what_one_computes(tmp_path, script, flags):
     def launch(name, **env):
         return subprocess.Popen(
-            [sys.executable, "-c", TWO, str(tmp_path / name), *flags],
+            [sys.executable, "-c", TWO, script, str(tmp_path / name), *flags],
             cwd=HERE,
             env=os.environ | env | {"OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
@@ -1314,9 +1319,9 @@ def test_two_processes_compute_what_one_computes(tmp_path, flags):
     for run in runs:
         assert run.wait(120) == 0, run.stderr.read().decode()
     one, two = torch.load(tmp_path / "one"), torch.load(tmp_path / "two")
-    assert two[0].item() == pytest.approx(one[0].item(), rel=1e-5)
-    assert two[1].item() == pytest.approx(one[1].item(), rel=1e-5)
-    for a, b in zip(one[2], two[2], strict=True):
+    for name in one[0]:
+        assert two[0][name].item() == pytest.approx(one[0][name].item(), rel=1e-5), name
+    for a, b in zip(one[1], two[1], strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
@@ -1333,7 +1338,8 @@ def test_gather_is_exact_in_bf16(monkeypatch):
     assert (z.grad == 8).all()
 
 
-def test_torchrun_trains_and_writes_once(tmp_path):
+@pytest.mark.parametrize("script", ("simclr_essl", "simsiam_essl"))
+def test_torchrun_trains_and_writes_once(tmp_path, script):
     done = subprocess.run(
         [
             sys.executable,
@@ -1341,7 +1347,7 @@ def test_torchrun_trains_and_writes_once(tmp_path):
             "torch.distributed.run",
             "--nproc_per_node=2",
             f"--master_port={21_000 + os.getpid() % 20_000}",
-            "simclr_essl.py",
+            f"{script}.py",
             *tiny(tmp_path / "run"),
         ],
         cwd=HERE,
@@ -1411,3 +1417,127 @@ def test_the_authors_probe_sees_fresh_crops_and_zoomed_test_images(monkeypatch):
     assert not torch.equal(first, second)
     zoomed = TF.resize(images[:9].float() / 255, [36, 36], InterpolationMode.BICUBIC)
     assert torch.allclose(test, TF.center_crop(zoomed, [32, 32]))
+
+
+# ----------------------------------------------------------------------------------- simsiam_essl
+
+# golden: E-SSL CIFAR-10 code, D(p = z1, z = z2)
+NEGATIVE_COSINE = {
+    (8, 5, 0.3, 0.7, 0.35, 0.72): -0.9735987435868874,
+    (16, 32, 1.1, 0.2, 1.0, 0.25): -0.8007049919128958,
+}
+
+
+@pytest.mark.parametrize("key", NEGATIVE_COSINE)
+def test_negative_cosine_equals_the_authors(key):
+    n, d, a1, b1, a2, b2 = key
+    p, z = wave(n, d, a1, b1), wave(n, d, a2, b2)
+    loss = simsiam_essl.negative_cosine(p, z)
+    assert loss.item() == pytest.approx(NEGATIVE_COSINE[key], rel=1e-9)
+    assert simsiam_essl.negative_cosine(p.bfloat16(), z.bfloat16()).dtype == torch.float32
+
+
+def test_negative_cosine_gradient_equals_the_slow_loop_and_stops_at_z():
+    p, z = torch.randn(2, 5, 3, dtype=torch.float64)
+    p, z = p.requires_grad_(), z.requires_grad_()
+    simsiam_essl.negative_cosine(p, z).backward()
+    assert z.grad is None
+    for i in range(5):  # d/dp of -p.z / |p||z|, by hand
+        for j in range(3):
+            cosine = sum(p[i, k] * z[i, k] for k in range(3)) / (p[i].norm() * z[i].norm())
+            slope = z[i, j] / (p[i].norm() * z[i].norm()) - cosine * p[i, j] / p[i].norm() ** 2
+            assert p.grad[i, j].item() == pytest.approx(-slope.item() / 5, rel=1e-9)
+
+
+def test_simsiam_method_is_algorithm_1():
+    config = simsiam_essl.parse_args(tiny("unused", "--lam", "0.7"))
+    method = simsiam_essl.Method(config)
+    images, labels = simsiam_essl.draw_patterns(16, 3)[0], torch.zeros(16).long()
+    torch.manual_seed(1)
+    loss, terms = method(images, labels)
+    assert method.encoder[1].num_batches_tracked == 3 and method.h[1].num_batches_tracked == 2
+    torch.manual_seed(1)
+    mean, std = torch.tensor(simsiam_essl.MEAN_STD["patterns"])[..., None, None]
+    draws = [
+        simsiam_essl.augment(images, simsiam_essl.draw_augmentation(16, p, 32, 32, CPU), p.size)
+        for p in simsiam_essl.view_policies(config)
+    ]
+    assert [tuple(d.shape[2:]) for d in draws] == [(32, 32), (32, 32), (16, 16)]
+    z1, z2 = (method.projector(method.encoder((d - mean) / std)) for d in draws[:2])
+    h1, h2 = method.h(z1), method.h(z2)
+    cosines = [F.cosine_similarity(h1, z2.detach()), F.cosine_similarity(h2, z1.detach())]
+    turned = torch.cat([torch.rot90(draws[2], k, (2, 3)) for k in range(4)])
+    logits = method.predictor(method.encoder((turned - mean) / std)).log_softmax(1)
+    rotation_loss = -sum(logits[k * 16 + i, k] for k in range(4) for i in range(16)) / 64
+    want = -sum(cosines).mean() / 2 + 0.7 * rotation_loss
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    assert terms["equivariance"].item() == pytest.approx(rotation_loss.item(), rel=1e-5)
+    assert not any(term.requires_grad for term in terms.values())
+    parameters = list(method.parameters())
+    for got, wanted in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(want, parameters), strict=True
+    ):
+        assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-6) and got.abs().sum() > 0
+
+
+def test_simsiam_heads_have_the_specified_layers():
+    kinds = lambda net: "".join(type(layer).__name__[0] for layer in net)
+    method = simsiam_essl.Method(simsiam_essl.Config())
+    assert kinds(method.projector) == "LBRLB" and method.projector[-1].weight is None
+    assert kinds(method.h) == "LBRL" and kinds(method.predictor) == "LLRLLL"
+    assert [layer.bias is None for layer in method.h if isinstance(layer, torch.nn.Linear)] == [
+        True,
+        False,
+    ]
+    assert (method.h[0].in_features, method.h[0].out_features) == (2048, 512)
+    assert (method.h[3].in_features, method.h[3].out_features) == (512, 2048)
+    assert method.predictor[-1].out_features == 4
+    assert simsiam_essl.Method(simsiam_essl.Config(lam=0)).predictor is None
+
+
+def test_h_keeps_its_rate_while_the_rest_follows_the_cosine(tmp_path, monkeypatch):
+    rates, make = [], simsiam_essl.make_optimizer
+
+    def spied(method, config):
+        optimizer = make(method, config)
+        others, h = (group["params"] for group in optimizer.param_groups)
+        assert {id(p) for p in h} == {id(p) for p in method.h.parameters()}
+        assert {id(p) for p in others} == {id(p) for p in method.parameters()} - {id(p) for p in h}
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [5e-4] * 2
+        step = optimizer.step
+        optimizer.step = lambda: (rates.append([g["lr"] for g in optimizer.param_groups]), step())
+        return optimizer
+
+    monkeypatch.setattr(simsiam_essl, "make_optimizer", spied)
+    simsiam_essl.main(tiny(tmp_path / "run"))
+    peak = 0.2 * 64 / 256
+    want = [
+        peak * step / 4 if step < 4 else peak * (1 + math.cos(math.pi * (step - 4) / 8)) / 2
+        for step in range(12)
+    ]
+    assert [others for others, _ in rates] == pytest.approx(want)
+    assert [h for _, h in rates] == pytest.approx([peak] * 12)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["rotation_top1"] is not None and results["knn_top1"] is not None
+
+
+def test_without_the_stop_gradient_the_embeddings_collapse_and_a_warning_says_so(
+    tmp_path, monkeypatch, capsys
+):
+    flags = ["--lam", "0", "--epochs", "14", "--lr", "0.24"]
+    simsiam_essl.main(tiny(tmp_path / "with", *flags))
+    assert "collapse" not in capsys.readouterr().out
+    monkeypatch.setattr(
+        simsiam_essl, "negative_cosine", lambda p, z: -F.cosine_similarity(p, z).mean()
+    )
+    simsiam_essl.main(tiny(tmp_path / "without", *flags))
+    assert "warning: the embeddings collapse" in capsys.readouterr().out
+
+
+def test_rotation_accuracy():
+    method = simsiam_essl.Method(simsiam_essl.parse_args(tiny("unused")))
+    method.predictor = torch.nn.Linear(128, 4)
+    with torch.no_grad():
+        method.predictor.weight.zero_()
+        method.predictor.bias.copy_(torch.tensor([0.0, 1, 0, 0]))
+    assert simsiam_essl.rotation_accuracy(method, simsiam_essl.draw_patterns(40, 0)[0]) == 25
