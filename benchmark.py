@@ -62,9 +62,9 @@ def essl_parts(script, method, images):
 
     def network():
         with script.autocast(method.config, images.device):
-            outputs = [method.projector(method.f(view)) for view in views]
+            outputs = [method.projector(method.features(view)) for view in views]
             outputs = [method.h(z) if hasattr(method, "h") else z for z in outputs]
-            outputs += [method.predictor(method.f(turned))] if method.predictor else []
+            outputs += [method.predictor(method.features(turned))] if method.predictor else []
         sum(output.float().sum() for output in outputs).backward()
 
     return augment, network

@@ -84,7 +84,7 @@ class Config:
     batch_size: int = option(512, "images per step, over all processes (paper: 512)")
     lr: float = option(0.06, "learning rate per 256 images (paper: 0.06; SimCLR baseline: 0.03)")
     final_lr: float = option(0.0, "share of the rate that is left after the cosine (paper: 0)")
-    warmup_epochs: int = option(10, "epochs of linear warm-up (paper: 10)")
+    warmup_epochs: int = option(10, "epochs of linear warm-up (paper: 10; a quarter of few epochs)")
     weight_decay: float = option(5e-4, "on every parameter (paper: 5e-4)")
     seed: int = option(0, "of the weights, the order and the augmentation")
     device: str = option("auto", "cpu, cuda, cuda:1 (auto: cuda where there is one)")
@@ -150,6 +150,7 @@ def parse_args(argv=None):
     quick = QUICK if "quick" in given else {}
     dataset = given.get("dataset", "patterns" if quick else Config.dataset)
     preset = asdict(Config(dataset)) | PRESETS[dataset] | quick
+    preset["warmup_epochs"] = min(preset["warmup_epochs"], (preset | given)["epochs"] // 4)
     if "crop_only" in given:
         preset["small_size"] = (preset | given)["size"]
     config = Config(**preset | given)
@@ -317,6 +318,7 @@ class Policy(NamedTuple):
     flip: float = 0.5
     gray: float = 0.2
     blur: float = 0.0
+    blur_radius: int = 6  # in pixels; sigma is 0.1 to 2, or 0.001 for no blur
     solarize: float = 0.0
 
 
@@ -362,7 +364,9 @@ def draw_augmentation(n, policy, height, width, device):
     if policy.gray:
         drawn["gray"] = uniform(0, 1) < policy.gray
     if policy.blur:
-        drawn["sigma"] = torch.where(uniform(0, 1) < policy.blur, uniform(0.1, 2.0), 0.0)
+        sigma = torch.where(uniform(0, 1, 1) < policy.blur, uniform(0.1, 2.0, 1), 1e-3)
+        offset = torch.arange(-policy.blur_radius, policy.blur_radius + 1, device=device)
+        drawn["taps"] = torch.exp(-0.5 * (offset / sigma) ** 2)  # (n, 2 radius + 1)
     if policy.solarize:
         drawn["solarize"] = uniform(0, 1) < policy.solarize
     return drawn
@@ -389,8 +393,8 @@ def augment(images, parameters, size, interpolation=InterpolationMode.BILINEAR):
             images = blend(images, kind[:, None, None, None], factor[:, None, None, None])
     if "gray" in p:
         images = torch.where(p["gray"], TF.rgb_to_grayscale(images), images)
-    if "sigma" in p:
-        images = gaussian_blur(images, parameters["sigma"], radius=6)
+    if "taps" in parameters:
+        images = blur(images, parameters["taps"])
     if "solarize" in p:
         images = torch.where(p["solarize"] & (images >= 128 / 255), 1 - images, images)
     return images
@@ -437,12 +441,10 @@ def shift_hue(images, shift):
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
-def gaussian_blur(images, sigma, radius):
-    """Image i blurred by sigma[i] pixels (0: not), with 2 radius + 1 taps and mirrored borders."""
-    offset = torch.arange(-radius, radius + 1, device=images.device)
-    taps = torch.exp(-0.5 * (offset / sigma[:, None].clamp(min=1e-3)) ** 2)
-    taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(3, 0)[:, None, None]  # (3N,1,1,13)
-    padded = F.pad(images, [radius] * 4, mode="reflect").flatten(0, 1)
+def blur(images, taps):
+    """Image i blurred in both directions by its taps (N, 2 radius + 1), with mirrored borders."""
+    taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(3, 0)[:, None, None]
+    padded = F.pad(images, [taps.shape[3] // 2] * 4, mode="reflect").flatten(0, 1)  # (3N, H', W')
     blurred = F.conv2d(F.conv2d(padded, taps, groups=len(taps)), taps.mT, groups=len(taps))
     return blurred.view_as(images)
 
@@ -543,7 +545,7 @@ class Method(nn.Module):
         self.register_buffer("mean_std", mean_std, persistent=False)
 
     def forward(self, images, labels):
-        f, p1, p2, config = self.f, self.projector, self.predictor, self.config
+        f, p1, p2, config = self.features, self.projector, self.predictor, self.config
         V_large1, V_large2 = self.view(images, 0), self.view(images, 1)  # (N, 3, S, S)
         with autocast(config, labels.device):
             z1 = p1(f(V_large1))  # (N, D)
@@ -561,7 +563,7 @@ class Method(nn.Module):
         terms["equivariance"] = loss_equivariance.detach()
         return loss_invariance + config.lam * loss_equivariance, terms
 
-    def f(self, V):
+    def features(self, V):
         """Features (N, D) of images in [0, 1]: normalisation and backbone."""
         mean, std = self.mean_std
         with autocast(self.config, V.device):
@@ -658,11 +660,12 @@ class LARS(torch.optim.SGD):
 
 
 def make_optimizer(method, config):
-    """SGD, or LARS for imagenet; fit sets the rate of every step."""
+    """SGD, or LARS for imagenet, at the peak rate; fit sets the rate of every step."""
+    peak = config.lr * config.batch_size / 256
     if config.dataset == "imagenet":
-        return LARS(method.parameters(), 0.0, config.weight_decay)
-    return torch.optim.SGD(method.parameters(), 0.0, momentum=0.9, weight_decay=config.weight_decay,
-                           fused=next(method.parameters()).is_cuda)
+        return LARS(method.parameters(), peak, config.weight_decay)
+    return torch.optim.SGD(method.parameters(), peak, momentum=0.9,
+                           weight_decay=config.weight_decay, fused=method.mean_std.is_cuda)
 
 
 def write(path, content):
@@ -783,7 +786,7 @@ def fit(method, optimizer, data, config, state, device):
     """Takes the steps that are left, and keeps state up to date."""
     out, steps = Path(config.out), len(data[0][1]) // config.batch_size
     total, warmup = config.epochs * steps, config.warmup_epochs * steps
-    peak = config.lr * config.batch_size / 256
+    peak = optimizer.defaults["lr"]
     print(f"{out}: {config.epochs} epochs of {steps} steps, peak learning rate {peak:g}"
           + (f", continued after step {state['step']}" if state["step"] else ""), flush=True)
     if device.type == "cpu" and state["step"] == 0:
@@ -870,7 +873,7 @@ def extract(method, images, prepare=lambda x: x.float() / 255):
     """Features (N, D), float32, of prepare(images), which come in parts of 256, in eval mode."""
     device, training = method.mean_std.device, method.training
     method.eval()
-    features = [method.f(prepare(part.to(device))).float() for part in images.split(256)]
+    features = [method.features(prepare(x.to(device))).float() for x in images.split(256)]
     method.train(training)
     return torch.cat(features)
 
@@ -950,7 +953,7 @@ def transform_accuracy(method, images):
     for part in images.split(256):
         part = TF.resize(part.to(method.mean_std.device).float() / 255, method.config.small_size)
         versions, target = method.versions(part, one=False)
-        right.append(method.predictor(method.f(versions)).argmax(1) == target)
+        right.append(method.predictor(method.features(versions)).argmax(1) == target)
     return 100 * torch.cat(right).float().mean().item()
 
 

@@ -285,8 +285,9 @@ def test_grayscale_blur_solarize_equal_torchvision():
     got = simclr_essl.augment(images, parameters(solarize=gray), 32)
     assert torch.allclose(got[gray], TF.solarize(images[gray], 128 / 255), atol=1e-5)
     assert torch.equal(got[~gray], simclr_essl.augment(images, parameters(), 32)[~gray])
-    sigma = torch.tensor([0.0, 0.1, 0.5, 1.0, 1.5, 2.0])
-    got = simclr_essl.augment(images, parameters(sigma=sigma), 32)
+    sigma = torch.tensor([1e-3, 0.1, 0.5, 1.0, 1.5, 2.0])
+    taps = torch.exp(-0.5 * (torch.arange(-6, 7) / sigma[:, None]) ** 2)
+    got = simclr_essl.augment(images, parameters(taps=taps), 32)
     assert torch.allclose(got[0], images[0], atol=1e-5)
     for image, s, g in zip(images[1:], sigma[1:].tolist(), got[1:]):
         assert torch.allclose(g, TF.gaussian_blur(image, 13, s), atol=1e-4)
@@ -335,8 +336,10 @@ def test_draws_follow_torchvisions_law():
     ).tolist() == pytest.approx([-0.1, -0.05, 0.05, 0.1], abs=0.005)
     for name, probability in {"flip": 0.5, "gray": 0.2, "solarize": 0.2}.items():
         assert drawn[name].float().mean() == pytest.approx(probability, abs=0.02)
-    assert (drawn["sigma"] > 0).float().mean() == pytest.approx(0.5, abs=0.02)
-    assert drawn["sigma"].max() <= 2 and drawn["sigma"][drawn["sigma"] > 0].min() >= 0.1
+    sigma = (-0.5 / drawn["taps"][:, 7].log()).sqrt()  # the tap one pixel from the middle
+    assert (sigma > 0).float().mean() == pytest.approx(0.5, abs=0.02)
+    quartiles = sigma[sigma > 0].quantile(torch.tensor([0, 0.25, 0.5, 0.75, 1]))
+    assert torch.allclose(quartiles, torch.tensor([0.1, 0.575, 1.05, 1.525, 2.0]), atol=0.05)
 
 
 def test_images_of_a_batch_are_drawn_apart():
@@ -476,7 +479,7 @@ def test_lam_0_is_simclr():
     loss, terms = method(images, labels)
     assert method.predictor is None and terms.keys() == {"invariance", "std"}
     torch.manual_seed(1)
-    z1, z2 = (method.projector(method.f(method.view(images, i))) for i in (0, 0))
+    z1, z2 = (method.projector(method.features(method.view(images, i))) for i in (0, 0))
     assert loss.item() == pytest.approx(simclr_essl.info_nce(z1, z2, 0.5).item(), rel=1e-5)
 
 
@@ -522,6 +525,16 @@ def test_figure_1(transform, role):
         minlength=classes
     )
     assert (drawn > 0.4 * 960 / classes).all() and (drawn < 1.8 * 960 / classes).all()
+
+
+def test_a_transformation_comes_before_normalisation():
+    method, images, labels = method_and_images("--transform", "inversion")
+    seen = []
+    method.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    method(images, labels)
+    mean, std = method.mean_std
+    shown, inverted = (seen[2] * std + mean).chunk(2)
+    assert torch.allclose(inverted, 1 - shown, atol=1e-5) and shown.std() > 0.1
 
 
 def test_an_invariance_stands_first_in_the_policy(monkeypatch):
@@ -748,6 +761,18 @@ def test_the_rate_follows_the_schedule_step_by_step(tmp_path, monkeypatch):
         for step in range(12)
     ]
     assert [rate for (rate,) in rates] == pytest.approx(want)
+
+
+def test_every_step_draws_anew(tmp_path, monkeypatch):
+    augment, boxes = simclr_essl.augment, []
+
+    def spied(images, drawn, *rest):
+        boxes.append(tuple(drawn["box"].flatten().tolist()))
+        return augment(images, drawn, *rest)
+
+    monkeypatch.setattr(simclr_essl, "augment", spied)
+    simclr_essl.main(tiny(tmp_path / "run"))
+    assert len(boxes) == 3 * 14 and len(set(boxes)) == len(boxes)  # two are the forecast's
 
 
 def test_weight_decay_acts_on_every_parameter():
@@ -1038,6 +1063,9 @@ def test_precedence_of_settings():
     assert parse(["--quick"]).dataset == "patterns" and parse(["--quick"]).arch == "small"
     both = parse(["--quick", "--dataset", "cifar10", "--epochs", "3"])
     assert (both.dataset, both.arch, both.epochs) == ("cifar10", "small", 3)
+    warmup = lambda *line: parse(line).warmup_epochs
+    assert warmup() == 10 and warmup("--epochs", "40") == 10 and warmup("--epochs", "5") == 1
+    assert warmup("--epochs", "5", "--warmup-epochs", "3") == 3 and warmup("--epochs", "1") == 0
     assert parse(["--crop-only"]).small_size == 32
     assert parse(["--crop-only", "--small-size", "16"]).small_size == 16
     assert parse(["--lr", "0.03", "--lam", "0"]).lr == 0.03
@@ -1408,8 +1436,8 @@ def test_the_authors_probe_sees_fresh_crops_and_zoomed_test_images(monkeypatch):
     """Random crops of the bank for every epoch; tests resized by 9/8, bicubic, and center-cropped."""
     method, images, _ = method_and_images(n=30)
     labels, seen = torch.arange(30) % 3, []
-    encode = method.f
-    monkeypatch.setattr(method, "f", lambda V: seen.append(V) or encode(V))
+    encode = method.features
+    monkeypatch.setattr(method, "features", lambda V: seen.append(V) or encode(V))
     data = None, (images, labels), (images[:9], labels[:9])
     simclr_essl.probe_views(method, data, method.config)
     test, first, second = seen[0], seen[1], seen[2]
