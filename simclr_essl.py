@@ -29,13 +29,14 @@ Differences from the paper [P] and the authors' code [C]:
   2. [C] trains five linear probes in turn; here side by side on the same augmented views, each with
      its own initial weights and order. Accuracy counts every test image once.
   3. [C] turns normalised images; here every transformation comes before normalisation.
-  4. [C] augments with PIL, in 8 bits; here in float32 on the device. ImageNet's blur has 13 taps.
-  5. [C] builds p2 for lam = 0 too, where it has no effect, and a classifier along on ImageNet.
-     Our ImageNet probe is the CIFAR one at rate 0.3, on cached features of center crops.
-  6. Kept from [C]: InfoNCE across the views only (N-1 negatives, both directions averaged); three
-     forward passes, so that each view has its own BatchNorm statistics and the running ones mix 32
-     and 16 pixels; no affine parameters in p1's last BatchNorm; weight decay on every parameter; a
-     peak rate of lr * batch / 256, and 0 in the first step.
+  4. [C] augments with PIL, in 8 bits; here in floating point on the device (a GPU multiplies in
+     TF32). ImageNet's blur has 13 taps.
+  5. [C] builds p2 for lam = 0 too, where it has no effect, and trains a linear classifier along on
+     ImageNet. Our probe there is the CIFAR one at rate 0.3, on cached features of center crops.
+  6. Kept from [C] for CIFAR: InfoNCE across the views only (N-1 negatives, both directions);
+     three forward passes, so that each view has its own BatchNorm statistics and the running ones
+     mix 32 and 16 pixels; no affine parameters in p1's last BatchNorm; weight decay on every
+     parameter; a peak rate of lr * batch / 256, and 0 in the first step.
   7. Ours: cifar100 and stl10 (64 pixels) take CIFAR-10's values. Figure 1 has no published code: a
      class is drawn uniformly for an invariance (inferred), jigsaw predicts one drawn class (ours).
 """
@@ -88,7 +89,8 @@ class Config:
     weight_decay: float = option(5e-4, "on every parameter (paper: 5e-4)")
     seed: int = option(0, "of the weights, the order and the augmentation")
     device: str = option("auto", "cpu, cuda, cuda:1 (auto: cuda where there is one)")
-    precision: str = option("auto", "of the networks (auto: bf16 on cuda)", "auto", "bf16", "fp32")
+    precision: str = option("auto", "of the networks (auto: bf16 on GPUs that have it)",
+                            "auto", "bf16", "fp32")
     compile: bool = option(False, "torch.compile the step")
     knn_every: int = option(10, "epochs between kNN evaluations (0: only at the end)")
     save_every: float = option(5.0, "minutes between checkpoints (0: every step)")
@@ -102,7 +104,8 @@ class Config:
     transform: str = option("rotation", "the transformation (paper: rotation; Figure 1: all)",
                             "rotation", "vflip", "hflip", "jigsaw", "grayscale", "inversion",
                             "blur")
-    role: str = option("predict", "predict it, or add it to both views", "predict", "invariant")
+    role: str = option("predict", "predict it, or add it to both views, where lam has no part",
+                       "predict", "invariant")
     crop_only: bool = option(False, "crop only, and predict at full size: the paper's Figure 1")
     size: int = option(32, "side of the large views in pixels")
     small_size: int = option(16, "side of the small view in pixels (paper: 16)")
@@ -138,13 +141,13 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: check(False, f"{message} (see --help)")
     for f in fields(Config):
-        kind = {"type": f.type, "choices": f.metadata["choices"]}
-        kind = {"action": "store_true"} if f.type is bool else kind
+        kind = ({"action": "store_true"} if f.type is bool else
+                {"type": f.type, "choices": f.metadata["choices"]})
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f.metadata["help"], **kind)
     given = vars(parser.parse_args(argv))
     if "eval" in given:
-        blocked = sorted(given.keys() - set(FREE))
+        blocked = ", ".join(sorted(given.keys() - {"eval", "data_root", "device"}))
         check(not blocked, f"--eval takes its settings from the checkpoint, without {blocked}")
         return Config(**load_checkpoint(Path(given["eval"]))["config"] | given)
     quick = QUICK if "quick" in given else {}
@@ -156,7 +159,7 @@ def parse_args(argv=None):
     config = Config(**preset | given)
     for name, value in vars(config).items():
         check(isinstance(value, str) or LEAST.get(name, 0) <= value < 2 ** 32,
-              f"--{name.replace('_', '-')} must be at least {LEAST.get(name, 0)}, not {value}")
+              f"--{name.replace('_', '-')} is {LEAST.get(name, 0)} to 4294967295, not {value}")
     for widths in (config.projector, config.predictor):
         check(all(w.isdecimal() and int(w) for w in widths.split("-")),
               f"widths look like 2048-2048, not like {widths}")
@@ -187,7 +190,7 @@ def draw_patterns(n, seed):
     """The built-in data: uint8 images (n, 3, 32, 32) and labels (n,) of ten two-tone patterns.
 
     A class is a level set of a fixed random Fourier sum. An image of it has a random shift, zoom
-    (1.2 to 2.2 periods) and tilt (up to 20 degrees) and is lit from a random side.
+    (1.2 to 2.2 periods) and tilt (up to 20 degrees) and is lit from a random side, by 30 % across.
     """
     waves = [(i, j) for i in range(-2, 3) for j in range(3) if (j, i) > (0, 0)]
     phases = 2 * math.pi * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
@@ -216,29 +219,34 @@ class Folder(datasets.ImageFolder):
 
     def __init__(self, path, config, limit=0):
         super().__init__(path)
-        self.samples = [self.samples[i] for i in first_of(limit, len(self.samples))]
+        self.samples = [self.samples[i] for i in first_of(limit, len(self.samples)).tolist()]
         self.targets = [label for _, label in self.samples]
         self.size = config.size
         self.crops = [RandomResizedCrop(view.size, view.scale, RATIO, view.interpolation)
                       for view in view_policies(config)]
 
     def find_classes(self, directory):
-        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
+        names = sorted(x.name for x in os.scandir(directory) if x.is_dir() and x.name[0] != ".")
         return (names, {name: i for i, name in enumerate(names)}) if names else (["."], {".": -1})
 
     def __getitem__(self, key):
         seed, i = key if isinstance(key, tuple) else (None, key)
-        image = self.loader(self.samples[i][0])
+        path, label = self.samples[i]
+        try:
+            image = self.loader(path)
+        except Exception as problem:  # a damaged file can raise nearly anything
+            raise OSError(f"cannot read the image {path} ({problem}): mend or remove it") from None
         if seed is None:
             return TF.pil_to_tensor(TF.center_crop(TF.resize(image, self.size * 8 // 7), self.size))
-        torch.manual_seed(hash(key))
-        return [TF.pil_to_tensor(crop(image)) for crop in self.crops], self.targets[i]
+        torch.manual_seed(hash((i, seed)))
+        return [TF.pil_to_tensor(crop(image)) for crop in self.crops], label
 
     def batches(self, **how):
         """A DataLoader that leaves torch's random state alone."""
         return torch.utils.data.DataLoader(
             self, num_workers=max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
-            generator=torch.Generator(), pin_memory=torch.cuda.is_available(), **how)
+            prefetch_factor=1, generator=torch.Generator(), pin_memory=torch.cuda.is_available(),
+            **how)
 
     def split(self, size):
         """Center crops of all images in batches, like a tensor's split."""
@@ -247,8 +255,8 @@ class Folder(datasets.ImageFolder):
 
 def first_of(limit, n):
     """Indices of the first `limit` of n things in a fixed random order; for limit 0 of all."""
-    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    return shuffled[:limit] if limit else torch.arange(n)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(n, generator=generator)[:limit] if limit else torch.arange(n)
 
 
 def load_data(config, device):
@@ -264,7 +272,7 @@ def load_data(config, device):
             parts += [Folder(root / "val", config)] if (root / "val").is_dir() else []
             folders = [(part, torch.tensor(part.targets, device=device)) for part in parts]
             if len(parts) == 1 or parts[0].classes == ["."]:
-                print(f"no class folders in {root / 'train'} or no {root / 'val'}: no evaluation")
+                print(f"no evaluation: it needs class folders in train/ and val/ of {root}")
                 return folders[0], None, None
             check(parts[0].classes == parts[1].classes, "train/ and val/ differ in their classes")
             return folders[0], *folders
@@ -343,7 +351,7 @@ def draw_augmentation(n, policy, height, width, device):
         return torch.empty(n, *shape, device=device).uniform_(low, high)
 
     drawn = {"flip": uniform(0, 1) < policy.flip}
-    if policy.scale:  # as RandomResizedCrop: the first of ten boxes that fits
+    if policy.scale:  # as RandomResizedCrop: the first of ten boxes that fits (in a square)
         area = height * width * uniform(*policy.scale, 10)
         ratio = uniform(math.log(RATIO[0]), math.log(RATIO[1]), 10).exp()
         h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
@@ -376,8 +384,8 @@ def draw_augmentation(n, policy, height, width, device):
 def augment(images, parameters, size, interpolation=InterpolationMode.BILINEAR):
     """Views of images (N, 3, H, W), uint8 or float in [0, 1]: float (N, 3, size, size) in [0, 1].
 
-    Row i of each of the parameters, which draw_augmentation makes, belongs to image i. Images to
-    which it gives no box are taken to have that size.
+    Row i of each of the parameters, which draw_augmentation makes, belongs to image i. Without a
+    box, the images must have that size already.
     """
     p = {name: rows[:, None, None, None] for name, rows in parameters.items() if rows.ndim == 1}
     images = images.float() / 255 if images.dtype == torch.uint8 else images
@@ -556,7 +564,8 @@ class Method(nn.Module):
             return loss_invariance, terms
 
         v_small = self.view(images, 2)  # (N, 3, s, s)
-        v_cat, target = self.versions(v_small, one=self.classes > 4)  # (4N, 3, s, s), (4N,)
+        # rotation: all four turns by rotate4 (4N, 3, s, s), and 0, 1, 2, 3 for them (4N,)
+        v_cat, target = self.versions(v_small, one=self.classes > 4)
         with autocast(config, labels.device):
             v_equivariance = p2(f(v_cat))  # (4N, 4)
         loss_equivariance = F.cross_entropy(v_equivariance.float(), target)
@@ -591,7 +600,7 @@ class Method(nn.Module):
 
 
 def spread(z):
-    """Std of the normalised embeddings (N, D) over its ideal 1 / sqrt(D): 0 is collapse."""
+    """Std of the normalised embeddings (N, D) over its ideal 1 / sqrt(D); 0 if all are equal."""
     return F.normalize(z.detach().float()).std(0).mean() * z.shape[1] ** 0.5
 
 
@@ -672,8 +681,9 @@ def write(path, content):
     """Writes text, or a state for torch.load, whole or not at all: beside, synced, then renamed."""
     if process()[0] > 0:
         return
-    buffer = io.BytesIO()
-    buffer.write(content.encode()) if isinstance(content, str) else torch.save(content, buffer)
+    buffer = io.BytesIO(content.encode() if isinstance(content, str) else b"")
+    if not isinstance(content, str):
+        torch.save(content, buffer)
     beside = path.with_name(path.name + ".part")
     with open(beside, "wb") as file:
         file.write(buffer.getbuffer())
@@ -687,7 +697,9 @@ def load_checkpoint(path):
     check(path.is_file(), f"there is no checkpoint {path}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        script, _, _ = saved["script"], saved["config"], saved["state"]
+        script, _ = saved["script"], saved["state"]
+        if script == SCRIPT:
+            saved["config"] = asdict(Config(**saved["config"]))
     except Exception as problem:  # a damaged file can raise nearly anything
         check(False, f"{path} is damaged or not the checkpoint of a run ({type(problem).__name__})")
     check(script == SCRIPT, f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
@@ -717,13 +729,14 @@ def start(config):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
     here = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     check(name in here, f"there is no device {name}; here are {', '.join(here)}")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("gloo" if name == "cpu" else "nccl", timeout=timedelta(hours=12))
-        sys.stdout = sys.stdout if process()[0] == 0 else open(os.devnull, "w")
     if name != "cpu":
         torch.cuda.set_device(name)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        check(":" not in config.device, "torchrun gives each process a GPU: use --device cuda")
+        dist.init_process_group("gloo" if name == "cpu" else "nccl", timeout=timedelta(hours=12))
+        sys.stdout = sys.stdout if process()[0] == 0 else open(os.devnull, "w")
     return torch.device(name)
 
 
@@ -755,8 +768,10 @@ def train(config):
         dist.barrier()
     n = len(data[0][1])
     check(config.batch_size <= n, f"--batch-size {config.batch_size} is more than the {n} images")
-    check(config.batch_size % world == 0, f"--batch-size is no multiple of the {world} processes")
-    check(not data[1] or len(data[1][1]) >= K, f"kNN needs {K} images, not {n}: raise --limit")
+    check(config.batch_size % world == 0 and config.batch_size >= 2 * world,
+          f"--batch-size {config.batch_size} does not give {world} processes 2 or more images each")
+    bank = len(data[1][1]) if data[1] else K
+    check(bank >= K, f"kNN needs {K} labelled training images, not {bank}")
     if not config.eval:
         write(Path(config.out) / "config.json", json.dumps(asdict(config), indent=1))
     torch.manual_seed(config.seed)
@@ -818,19 +833,19 @@ def fit(method, optimizer, data, config, state, device):
                 torch.cuda.synchronize()
                 seconds = state["seconds"] + time.perf_counter() - clock
                 print(time_left(seconds, 20, total), "left", flush=True)
-            now, done = time.perf_counter(), state["step"] % steps
+            now, step_of_epoch = time.perf_counter(), state["step"] % steps
             due = stops or state["step"] == total or now - saved_at >= 60 * config.save_every
-            if done and not due:  # here the host does not wait for the device
-                if sys.stderr.isatty():
+            if step_of_epoch and not due:  # here the host does not wait for the device
+                if sys.stderr.isatty() and process()[0] == 0:
                     left = time_left(state["seconds"] + now - clock, state["step"], total)
-                    print(f" step {done}/{steps}, {left} left ", end="\r", file=sys.stderr)
+                    print(f" step {step_of_epoch}/{steps}, {left} left ", end="\r", file=sys.stderr)
                 continue
             if bad_step == 0 and not all(p.isfinite().all() for p in method.parameters()):
                 bad_step += state["step"]
             check(bad_step == 0, f"loss or weights were not finite at step {int(bad_step)}, with a "
                   f"learning rate near {rate:.3g}; {out} holds what was saved before", code=1)
             state["seconds"] += time.perf_counter() - clock
-            if done == 0:
+            if step_of_epoch == 0:
                 log_epoch(method, data, config, state, steps)
             if due or stops:  # a signal may come while kNN runs
                 write(out / "checkpoint.pt", {
@@ -851,7 +866,8 @@ def log_epoch(method, data, config, state, steps):
     if data[1] and config.knn_every and epoch % config.knn_every == 0 and process()[0] == 0:
         line["knn_top1"], *_ = knn(method, data)
     line["images_per_second"] = step * config.batch_size / state["seconds"]
-    print(f"epoch {epoch}/{config.epochs}", *(f"{k} {value:.4g}" for k, value in line.items()),
+    print(f"epoch {epoch}/{config.epochs}",
+          *(f"{name} {value:.{4 if value < 1e4 else 5}g}" for name, value in line.items()),
           time_left(state["seconds"], step, config.epochs * steps), "left", flush=True)
     state["sums"] = {}
     state["log"].append(json.dumps({"epoch": epoch, "step": step, **line}))
@@ -884,7 +900,7 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k, temperature, class
     A neighbour at cosine s has exp(s / temperature) votes.
     """
     bank, queries, right = F.normalize(bank), F.normalize(queries), 0
-    for part, labels in zip(queries.split(1000), query_labels.split(1000)):
+    for part, labels in zip(queries.split(250), query_labels.split(250)):
         s, nearest = (part @ bank.T).topk(k)  # (m, k)
         votes = s.new_zeros(len(part), classes)
         votes.scatter_add_(1, bank_labels[nearest], (s / temperature).exp())
@@ -948,12 +964,12 @@ def probe_views(method, data, config):
 @torch.no_grad()
 def transform_accuracy(method, images):
     """Percent of all classes of whole images, at the size of the small view, that p2 recognises."""
-    method.eval()
     right = []
     for part in images.split(256):
         part = TF.resize(part.to(method.mean_std.device).float() / 255, method.config.small_size)
         versions, target = method.versions(part, one=False)
-        right.append(method.predictor(method.features(versions)).argmax(1) == target)
+        features = extract(method, versions, prepare=lambda x: x)
+        right.append(method.predictor(features).argmax(1) == target)
     return 100 * torch.cat(right).float().mean().item()
 
 
@@ -1007,7 +1023,7 @@ def evaluate(method, data, config, state):
 
 def interrupt(number, frame=None):
     """Ends the program as the signal asks, in one line."""
-    check(False, "stopped; the same command continues from the last checkpoint", 128 + number)
+    check(False, "stopped; the same command continues a run from its checkpoint", 128 + number)
 
 
 def main(argv=None):
@@ -1018,7 +1034,7 @@ def main(argv=None):
     out = Path(config.out)
     try:
         if (out / "results.json").exists() and not config.eval:
-            open_run(config)
+            check(open_run(config), f"{out} holds results but no checkpoint: choose another --out")
             print(f"{out} is finished: {(out / 'results.json').read_text()}")
             return
         method, data, state = train(config)
@@ -1026,15 +1042,15 @@ def main(argv=None):
             results = json.dumps(evaluate(method, data, config, state), indent=1)
             print(results)
             if not config.eval:
-                write(out / "encoder.pt", method.encoder.state_dict())
+                write(out / "encoder.pt", method.encoder.cpu().state_dict())
                 write(out / "results.json", results)
         if dist.is_initialized():
             dist.barrier()  # nobody leaves while the first process evaluates
             dist.destroy_process_group()
     except torch.OutOfMemoryError:
-        check(False, "the GPU's memory is full: choose a smaller --batch-size", code=1)
+        check(False, "the GPU's memory is full: training needs a smaller --batch-size", code=1)
     except OSError as problem:  # a full disk, a damaged image (of which a loader sends a traceback)
-        check(False, f"{str(problem).splitlines()[-1]}; the same command continues", code=1)
+        check(False, f"{str(problem).splitlines()[-1]}; then the same command continues", code=1)
 
 
 if __name__ == "__main__":
