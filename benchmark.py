@@ -70,7 +70,22 @@ def essl_parts(script, method, images):
     return augment, network
 
 
-PARTS = {"simclr_essl": essl_parts, "simsiam_essl": essl_parts}
+def care_parts(script, method, images):
+    """CARE: the views of a batch, of which two share augmentations, and the bare network on them."""
+    chunks = [None, None] + [method.config.chunks] * 2 * (method.config.lam > 0)
+
+    def augment():
+        return [method.a(images, chunks=chunk) for chunk in chunks]
+
+    views = augment()
+
+    def network():
+        sum(method.f(view).float().sum() for view in views).backward()
+
+    return augment, network
+
+
+PARTS = {"simclr_essl": essl_parts, "simsiam_essl": essl_parts, "care": care_parts}
 
 
 def script_row(name, argv, repeats):
@@ -176,6 +191,15 @@ def main(argv):
     else:
         flags = [] if torch.cuda.is_available() else ["--batch-size", "64"]  # a step in seconds
         rows = [script_row(name, flags, 3) for name in SCRIPTS]
+        if "care" in SCRIPTS:
+            rows += [script_row("care", [*flags, "--lam", "0"], 3)]
+            ratio = rows[SCRIPTS.index("care")]["step_ms"] / rows[-1]["step_ms"]
+            rows += [
+                {
+                    "comparison": "CARE's step over SimCLR's, four forwards of N images over two",
+                    "ratio": ratio,
+                }
+            ]
         rows.append(
             augmentation_row()
         )  # last: as in training, the allocator keeps its memory by now
