@@ -71,7 +71,7 @@ def essl_parts(script, method, images):
 
 
 def care_parts(script, method, images):
-    """CARE: the views of a batch, of which two share augmentations, and the bare network on them."""
+    """CARE: the views of a batch, two of them in chunks, and the bare network on them."""
     chunks = [None, None] + [method.config.chunks] * 2 * (method.config.lam > 0)
 
     def augment():

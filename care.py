@@ -261,16 +261,12 @@ class Folder(datasets.ImageFolder):
         views = [self.crop(image), self.crop(image), self.center(image)]
         return [TF.pil_to_tensor(view) for view in views], label
 
-    def batches(self, **how):
-        """A DataLoader that leaves torch's random state alone."""
+    def split(self, size=1, **how):
+        """All center crops in batches, like a tensor's split, or what the keywords ask for."""
+        workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         return torch.utils.data.DataLoader(
-            self, num_workers=max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
-            prefetch_factor=1, generator=torch.Generator(), pin_memory=torch.cuda.is_available(),
-            **how)
-
-    def split(self, size):
-        """Center crops of all images in batches, like a tensor's split."""
-        return self.batches(batch_size=size)
+            self, size, num_workers=workers, prefetch_factor=1, generator=torch.Generator(),
+            pin_memory=torch.cuda.is_available(), **how)  # its generator leaves torch's alone
 
 
 def first_of(limit, n):
@@ -306,7 +302,7 @@ def load_data(config, device):
             parts = [getattr(datasets, name.upper())(root, part, download=True) for part in splits]
             parts = [(x.data, x.labels if name == "stl10" else x.targets) for x in parts]
     except (OSError, RuntimeError) as problem:
-        check(False, f"cannot read {name} in {root}: {problem}")
+        check(False, f"cannot read {name} in {root} ({problem}): put it there, or try --quick")
     for i, (images, labels) in enumerate(parts):
         images, labels = torch.as_tensor(images), torch.as_tensor(labels).long()
         rows = first_of(config.limit if i < len(parts) - 1 else 0, len(labels))
@@ -329,7 +325,7 @@ def batches(data, config, epoch, first, device):
         yield from ((images[row], labels[row]) for row in rows.to(device))
     else:
         keys = [[(seed, i) for i in row] for row in rows.tolist()]
-        for views, labels in images.batches(batch_sampler=keys):
+        for views, labels in images.split(batch_sampler=keys):
             *views, labels = (x.to(device, non_blocking=True) for x in (*views, labels))
             yield views, labels
 
@@ -567,7 +563,7 @@ class Method(nn.Module):
         self.register_buffer("mean_std", torch.tensor(mean_std)[..., None, None], persistent=False)
 
     def forward(self, images, labels):
-        f, a, config, K = self.f, self.a, self.config, self.config.chunks
+        f, a, config = self.f, self.a, self.config
         streamed = isinstance(images, list)
         x1, x2, x = images if streamed else [images] * 3
         z1_inv = f(a(x1, streamed))  # (N, D)
@@ -578,9 +574,11 @@ class Method(nn.Module):
             return loss, terms
 
         x = x[:len(x) * config.equivariance_batch // config.batch_size or len(x)]
+        K = math.gcd(config.chunks, len(x) * process()[1])  # fewer only for forecast's few images
         shared = 1 if config.share_pair else K
+        plain = x if self.clouds else x.float() / 255
         z1_eq = f(a(x, chunks=shared))  # (N, D)
-        z2_eq = f(x.float() / 255 if config.plain_gram else a(x, chunks=shared))
+        z2_eq = f(plain if config.plain_gram else a(x, chunks=shared))
         loss_equi = equivariance_loss(gather(z1_eq), gather(z2_eq), K)
         if config.mean_gram:  # the sum over a row of m - 1 pairs, twice
             loss_equi = loss_equi / (2 * (len(x) * process()[1] // K - 1))
@@ -733,10 +731,7 @@ def open_run(config):
     differ = [f"{name}: {then[name]} then, {now[name]} now" for name in then
               if name not in FREE and then[name] != now[name]]
     check(not differ, f"{out} holds another run ({'; '.join(differ)}); choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        check(False, f"cannot make the folder {out}: {problem}")
+    out.mkdir(parents=True, exist_ok=True)
     return saved
 
 
@@ -845,8 +840,8 @@ def fit(method, optimizer, data, config, state, device):
             state["step"] += 1
             loss = loss.detach()
             bad_step = torch.where((bad_step == 0) & ~loss.isfinite(), state["step"], bad_step)
-            for name, value in {"loss": loss, **terms}.items():
-                state["sums"][name] = state["sums"].get(name, 0) + value
+            state["sums"] = {name: state["sums"].get(name, 0) + value
+                             for name, value in {"loss": loss, **terms}.items()}
 
             if device.type == "cuda" and state["step"] == 20:
                 torch.cuda.synchronize()
@@ -1110,13 +1105,12 @@ def positive_cosines(method, images):
 def evaluate(method, data, config, state):
     """Measures the encoder: the contents of results.json. Draws pictures beside it."""
     seconds, device, out = state["seconds"], method.mean_std.device, Path(config.out)
-    results = dict.fromkeys(("knn_top1", "random_init_knn_top1", "linear_top1", "linear_top1_std",
-                             "peak_memory_gb"))
-    results |= {"epochs": config.epochs, "seed": config.seed, "train_seconds": seconds,
-                "images_per_second": state["step"] * config.batch_size / max(seconds, 1e-9),
-                **json.loads(state["log"][0])}
-    if device.type == "cuda":
-        results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2 ** 30
+    memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
+    results = {"knn_top1": None, "random_init_knn_top1": None, "linear_top1": None,
+               "linear_top1_std": None, "epochs": config.epochs, "seed": config.seed,
+               "train_seconds": seconds, "peak_memory_gb": memory,
+               "images_per_second": state["step"] * config.batch_size / max(seconds, 1e-9),
+               **json.loads(state["log"][0])}
     if data[1] is None:
         return results
     torch.manual_seed(config.seed)
@@ -1193,6 +1187,8 @@ def main(argv=None):
             dist.destroy_process_group()
     except torch.OutOfMemoryError:
         check(False, "the GPU's memory is full: training needs a smaller --batch-size", code=1)
+    except (FileExistsError, NotADirectoryError, PermissionError) as problem:
+        check(False, f"cannot write to {out}: {problem}")
     except OSError as problem:  # a full disk, a damaged image (of which a loader sends a traceback)
         check(False, f"{str(problem).splitlines()[-1]}; then the same command continues", code=1)
 

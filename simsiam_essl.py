@@ -224,7 +224,7 @@ def load_data(config, device):
             parts = [getattr(datasets, name.upper())(root, part, download=True) for part in splits]
             parts = [(x.data, x.labels if name == "stl10" else x.targets) for x in parts]
     except (OSError, RuntimeError) as problem:
-        check(False, f"cannot read {name} in {root}: {problem}")
+        check(False, f"cannot read {name} in {root} ({problem}): put it there, or try --quick")
     for i, (images, labels) in enumerate(parts):
         images, labels = torch.as_tensor(images), torch.as_tensor(labels).long()
         rows = first_of(config.limit if i < len(parts) - 1 else 0, len(labels))
@@ -567,10 +567,7 @@ def open_run(config):
     differ = [f"{name}: {then[name]} then, {now[name]} now" for name in then
               if name not in FREE and then[name] != now[name]]
     check(not differ, f"{out} holds another run ({'; '.join(differ)}); choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        check(False, f"cannot make the folder {out}: {problem}")
+    out.mkdir(parents=True, exist_ok=True)
     return saved
 
 
@@ -679,8 +676,8 @@ def fit(method, optimizer, data, config, state, device):
             state["step"] += 1
             loss = loss.detach()
             bad_step = torch.where((bad_step == 0) & ~loss.isfinite(), state["step"], bad_step)
-            for name, value in {"loss": loss, **terms}.items():
-                state["sums"][name] = state["sums"].get(name, 0) + value
+            state["sums"] = {name: state["sums"].get(name, 0) + value
+                             for name, value in {"loss": loss, **terms}.items()}
 
             if device.type == "cuda" and state["step"] == 20:
                 torch.cuda.synchronize()
@@ -845,13 +842,12 @@ def draw_neighbours(path, data, bank, test):
 def evaluate(method, data, config, state):
     """Measures the encoder: the contents of results.json. Draws neighbours.png beside it."""
     seconds, device = state["seconds"], method.mean_std.device
-    results = dict.fromkeys(("knn_top1", "random_init_knn_top1", "linear_top1", "linear_top1_std",
-                             "rotation_top1", "peak_memory_gb"))
-    results |= {"epochs": config.epochs, "seed": config.seed, "train_seconds": seconds,
-                "images_per_second": state["step"] * config.batch_size / max(seconds, 1e-9),
-                **json.loads(state["log"][0])}
-    if device.type == "cuda":
-        results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2 ** 30
+    memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
+    results = {"knn_top1": None, "random_init_knn_top1": None, "linear_top1": None,
+               "linear_top1_std": None, "rotation_top1": None, "epochs": config.epochs,
+               "seed": config.seed, "train_seconds": seconds, "peak_memory_gb": memory,
+               "images_per_second": state["step"] * config.batch_size / max(seconds, 1e-9),
+               **json.loads(state["log"][0])}
     torch.manual_seed(config.seed)
     results["random_init_knn_top1"], *_ = knn(Method(config).to(device), data)
     results["knn_top1"], bank, test = knn(method, data)
@@ -902,6 +898,8 @@ def main(argv=None):
             dist.destroy_process_group()
     except torch.OutOfMemoryError:
         check(False, "the GPU's memory is full: training needs a smaller --batch-size", code=1)
+    except (FileExistsError, NotADirectoryError, PermissionError) as problem:
+        check(False, f"cannot write to {out}: {problem}")
     except OSError as problem:  # a full disk, a damaged image (of which a loader sends a traceback)
         check(False, f"{str(problem).splitlines()[-1]}; then the same command continues", code=1)
 
