@@ -877,7 +877,8 @@ def log_epoch(method, data, config, state, steps):
     """Prints the means of the epoch, with kNN when it is due, and adds them to metrics.jsonl."""
     step, epoch = state["step"], state["step"] // steps
     line = {name: value.item() / steps for name, value in state["sums"].items()}
-    if data[1] and config.knn_every and epoch % config.knn_every == 0 and process()[0] == 0:
+    due = config.knn_every and epoch % config.knn_every == 0 and not method.clouds
+    if data[1] and due and process()[0] == 0:
         line["knn_top1"], *_ = knn(method, data)
         line |= geometry(method, data[2][0][:1000], 5)
     line["images_per_second"] = step * config.batch_size / state["seconds"]

@@ -2018,6 +2018,16 @@ def test_clouds():
     assert torch.allclose((axis[:, None] @ turn.double())[:, 0], turned, atol=1e-3)
 
 
+def test_quick_on_chains_ends_with_its_measures(tmp_path):
+    line = ["--quick", "--dataset", "proteins", "--limit", "512", "--epochs", "2"]
+    care.main([*line, "--knn-every", "1", "--out", str(tmp_path / "run")])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["data"] == "synthetic" and results["knn_top1"] is None
+    for name in ("axis_mse", "axis_angle_degrees"):
+        assert math.isfinite(results[name]) and math.isfinite(results["random_init_" + name])
+    assert (tmp_path / "run" / "paths.svg").read_text().count("polyline") == 3
+
+
 def test_geometry_draws_the_same_augmentations_for_every_encoder():
     method, _ = care_method()
     images = care.draw_patterns(60, 0)[0]
