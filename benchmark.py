@@ -2,6 +2,7 @@
 
   python benchmark.py                                               all that fits this machine
   python benchmark.py simclr_essl --dataset cifar10 --arch resnet18 one script, with its flags
+  python benchmark.py sfrik                                         and its loss beside its rivals
 
 Times are medians after a warm-up, of alternating calls, so that a drifting machine moves all alike.
 A step is all that training does for one batch; forward_backward is the bare network, encoder and
@@ -10,14 +11,17 @@ heads, on the same views: what is left of a step is augmentation, loss and optim
 
 import importlib
 import json
+import os
 import statistics
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 SCRIPTS = [
@@ -48,14 +52,15 @@ def matmul_tflops(device):
     return 2 * n**3 / milliseconds({"matmul": lambda: a @ b}, device, 5)["matmul"] / 1e9
 
 
-def essl_parts(script, method, images):
-    """E-SimCLR and E-SimSiam: the views of a batch, and the bare network on them."""
+def view_parts(script, method, images):
+    """E-SimCLR, E-SimSiam, SFRIK: the views of a batch, and the bare network on them."""
+    predictor = getattr(method, "predictor", None)
 
     def augment():
         return [method.view(images, i) for i in range(len(method.policies))]
 
     views = augment()
-    if method.predictor:
+    if predictor:
         small = views.pop()
         others = hasattr(method, "versions")  # simclr_essl predicts other transformations too
         turned = method.versions(small, method.classes > 4)[0] if others else script.rotate4(small)
@@ -64,7 +69,7 @@ def essl_parts(script, method, images):
         with script.autocast(method.config, images.device):
             outputs = [method.projector(method.features(view)) for view in views]
             outputs = [method.h(z) if hasattr(method, "h") else z for z in outputs]
-            outputs += [method.predictor(method.features(turned))] if method.predictor else []
+            outputs += [predictor(method.features(turned))] if predictor else []
         sum(output.float().sum() for output in outputs).backward()
 
     return augment, network
@@ -85,7 +90,12 @@ def care_parts(script, method, images):
     return augment, network
 
 
-PARTS = {"simclr_essl": essl_parts, "simsiam_essl": essl_parts, "care": care_parts}
+PARTS = {
+    "simclr_essl": view_parts,
+    "simsiam_essl": view_parts,
+    "care": care_parts,
+    "sfrik": view_parts,
+}
 
 
 def script_row(name, argv, repeats):
@@ -131,6 +141,75 @@ def script_row(name, argv, repeats):
     }
 
 
+LOSSES = {
+    "sfrik L=2": lambda sfrik, a, b: sfrik.sfrik_loss(a, b, 4000, 1, (1, 40)),
+    "sfrik L=3": lambda sfrik, a, b: sfrik.sfrik_loss(a, b, 4000, 1, (1, 40, 40)),
+    "vicreg": lambda sfrik, a, b: sfrik.vicreg_loss(a, b, 10, 10, 1),
+    "auh": lambda sfrik, a, b: sfrik.auh_loss(a, b, 3000, 1, 2.5),
+    "nt_xent": lambda sfrik, a, b: sfrik.nt_xent(a, b, 0.15),
+}
+
+
+def allocated_peak(function, device):
+    """GB that a call allocates at its peak, as torch's own allocators count it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events)) / 2**30
+
+
+def loss_cost(name, n, q, device):
+    """(milliseconds, GB) of a loss of two views (n, q), forward and backward."""
+    import sfrik
+
+    z1, z2 = (torch.randn(n, q, device=device, requires_grad=True) for _ in range(2))
+
+    def call():
+        z1.grad = z2.grad = None
+        LOSSES[name](sfrik, z1, z2).backward()
+
+    memory = allocated_peak(call, device)  # and warms up
+    began = time.perf_counter()
+    ms = milliseconds({"loss": call}, device, 1)["loss"]
+    slow = time.perf_counter() - began > 5
+    return ms if slow else milliseconds({"loss": call}, device, 5)["loss"], memory
+
+
+def loss_rows(n, widths=(1024, 2048, 4096, 8192, 16384, 32768)):
+    """Costs of SFRIK's loss and its rivals for n images over q: the table of the paper's headline.
+
+    A loss goes no further once a call takes more than 15 s (VICReg's cost grows fourfold from q to
+    q), nor where its q x q matrices do not fit; None stands there. VICReg forms its covariance as
+    published: the norm of the off-diagonal part could be had from the n x n Gram matrix.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        room = torch.cuda.mem_get_info()[0]
+    else:
+        room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    rows, slow = [], set()
+    for q in widths:
+        row = {"losses": f"n {n}, q {q}"}
+        for name in LOSSES:
+            need = 4 * (6 * q * q if name == "vicreg" else 12 * n * n) + 48 * n * q
+            ms, memory = None, None
+            if name not in slow and need < room:
+                ms, memory = loss_cost(name, n, q, device)
+                slow |= {name} if ms > 15_000 else set()
+            row |= {f"{name} ms": ms, f"{name} GB": memory}
+        both = row["vicreg ms"] and row["sfrik L=3 ms"]
+        row["sfrik L=3 over vicreg"] = row["sfrik L=3 ms"] / row["vicreg ms"] if both else None
+        rows.append(row)
+    return rows
+
+
 def augmentation_row(n=512, repeats=5):
     """Images/s on one core: simclr_essl's large CIFAR view, and torchvision's transforms on PIL."""
     from simclr_essl import Config, augment, draw_augmentation, view_policies
@@ -169,8 +248,16 @@ def augmentation_row(n=512, repeats=5):
 
 
 def show(rows):
-    """A small table of each row, then all rows as lines of JSON."""
-    for row in rows:
+    """A small table of each row, or one of all rows of losses; then all rows as lines of JSON."""
+    losses = [row for row in rows if "losses" in row]
+    if losses:
+        print("\n  forward and backward, ms / GB that the loss allocates")
+        print(f"  {'':20}", *(f"{name:>16}" for name in LOSSES))
+    for row in losses:
+        cells = [(row[f"{name} ms"], row[f"{name} GB"]) for name in LOSSES]
+        cells = ["-" if ms is None else f"{ms:.4g} / {gb:.2g}" for ms, gb in cells]
+        print(f"  {row['losses']:20}", *(f"{cell:>16}" for cell in cells))
+    for row in (row for row in rows if "losses" not in row):
         print()
         for name, value in row.items():
             print(
@@ -186,10 +273,13 @@ def main(argv):
     if argv and argv[0] not in SCRIPTS:
         print(f"error: choose a script of {', '.join(SCRIPTS)}", file=sys.stderr)
         raise SystemExit(2)
+    flags = [] if torch.cuda.is_available() else ["--batch-size", "64"]  # a step in seconds
     if argv:
-        rows = [script_row(argv[0], argv[1:], 5)]
+        rows = [script_row(argv[0], argv[1:] or flags, 5)]
+        if argv[0] == "sfrik":
+            given = [after for before, after in zip(argv, argv[1:]) if before == "--batch-size"]
+            rows += loss_rows(int(given[0]) if given else 2048)
     else:
-        flags = [] if torch.cuda.is_available() else ["--batch-size", "64"]  # a step in seconds
         rows = [script_row(name, flags, 3) for name in SCRIPTS]
         if "care" in SCRIPTS:
             rows += [script_row("care", [*flags, "--lam", "0"], 3)]
@@ -200,6 +290,8 @@ def main(argv):
                     "ratio": ratio,
                 }
             ]
+        if "sfrik" in SCRIPTS:
+            rows += loss_rows(2048, (1024, 8192))
         rows.append(
             augmentation_row()
         )  # last: as in training, the allocator keeps its memory by now

@@ -134,7 +134,7 @@ PRESETS = {
                         batch_size=512, lr=0.8, weight_decay=1e-4, temperature=0.2, queue=65536),
     "folder": dict(IMAGENET, lam=0.005, chunks=8, lr=0.4, weight_decay=1e-4),  # ours
     "patterns": dict(arch="small", epochs=100),  # ours
-    "proteins": dict(lam=0.1, epochs=100, knn_every=0, projector="128-16"),  # ours
+    "proteins": dict(lam=1.0, epochs=100, knn_every=0, projector="128-16"),  # ours
 }
 PRESETS["chains"] = PRESETS["proteins"]
 QUICK = dict(epochs=8, knn_every=2, limit=4000)
@@ -341,7 +341,8 @@ class Policy(NamedTuple):
     size: int
     scale: tuple  # least and largest area of the crop, as shares of the image; None: no crop
     interpolation: InterpolationMode = InterpolationMode.BILINEAR
-    jitter: tuple = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue; probability 0.8
+    jitter: tuple = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
+    jitter_p: float = 0.8  # its probability
     flip: float = 0.5
     gray: float = 0.2
     blur: float = 0.0
@@ -372,7 +373,7 @@ def draw_augmentation(n, policy, height, width, device):
         drawn["box"] = torch.cat([corner.floor(), h, w], dim=1)  # top, left, height, width
     if policy.jitter:  # as ColorJitter, with an order of its own for every image
         *strengths, hue = policy.jitter
-        jittered = uniform(0, 1, 1) < 0.8
+        jittered = uniform(0, 1, 1) < policy.jitter_p
         factors = torch.stack([uniform(max(0, 1 - s), 1 + s) for s in strengths], dim=1)  # (n, 3)
         order = uniform(0, 1, 3).argsort(1)  # of brightness, contrast and saturation
         early = torch.arange(3, device=device) < uniform(0, 4, 1).floor()  # how many precede hue
@@ -552,8 +553,7 @@ class Method(nn.Module):
         self.encoder = DeepSets() if self.clouds else make_encoder(config.arch, config.size)
         width = {"resnet18": 512, "resnet50": 2048, "small": 128}[config.arch]
         width = 256 if self.clouds else width
-        norm = not self.clouds and config.size <= 64
-        self.projector = make_projector([width, *widths], norm)
+        self.projector = make_projector([width, *widths], norm=config.size <= 64)
         if config.base == "moco":
             self.key_encoder, self.key_projector = (copy.deepcopy(part).requires_grad_(False)
                                                     for part in (self.encoder, self.projector))
@@ -1294,30 +1294,41 @@ def principal_axis(clouds):
     """First principal components (N, 3), signed so that the third moment along them is positive."""
     points = clouds[..., :3].double()
     axis = torch.linalg.eigh(points.mT @ points).eigenvectors[:, :, -1:]  # (N, 3, 1)
-    return (axis * torch.where((points @ axis).pow(3).sum(1, keepdim=True) < 0, -1, 1))[..., 0]
+    axis = axis * torch.where((points @ axis).pow(3).sum(1, keepdim=True) < 0, -1, 1)
+    return axis[..., 0].float()
 
 
 def evaluate_chains(method, untrained, data, config):
-    """How well a linear map of the frozen embedding tells a rotated chain's principal axis.
+    """How well an MLP on the frozen embedding tells the principal axis of a rotated chain.
 
-    Ridge regression, four random rotations of every chain. axis_mse: squared error of the vector;
-    axis_angle_degrees: mean angle to it. Draws paths of embeddings under turns about each axis.
+    axis_mse: squared error of the unit vector; axis_angle_degrees: mean angle to it;
+    axis_free_angle_degrees: to it or its negative; ridge_: the same for a linear map. All of four
+    random rotations of every chain. Draws the paths of embeddings under turns about each axis.
     """
     results = {"data": "synthetic" if config.dataset == "chains" or config.quick
                else str(Path(config.data_root) / "proteins")}
     for encoder, prefix in ((method, ""), (untrained, "random_init_")):
         torch.manual_seed(0)
-        z, axes = [], []
-        for clouds, _ in data[1:]:
-            clouds = clouds.repeat(4, 1, 1)
-            clouds = rotate(clouds, haar_rotations(len(clouds), clouds.device))
-            z.append(F.pad(embed(encoder, clouds, lambda x: x).double(), (0, 1), value=1.0))
-            axes.append(principal_axis(clouds))
-        gram = z[0].T @ z[0] + 1e-3 * torch.eye(z[0].shape[1], device=z[0].device)
-        guess = z[1] @ torch.linalg.solve(gram, z[0].T @ axes[0])
-        cosine = F.cosine_similarity(guess, axes[1]).clamp(-1, 1)
-        results[prefix + "axis_mse"] = (guess - axes[1]).square().sum(1).mean().item()
-        results[prefix + "axis_angle_degrees"] = cosine.acos().rad2deg().mean().item()
+        clouds = [part.repeat(4, 1, 1) for part, _ in data[1:]]
+        clouds = [rotate(part, haar_rotations(len(part), part.device)) for part in clouds]
+        z, test_z = (embed(encoder, part, lambda x: x) for part in clouds)
+        axes, test_axes = map(principal_axis, clouds)
+        mean, std = z.mean(0), z.std(0).clamp(min=1e-6)
+        z, test_z = (F.pad((part - mean) / std, (0, 1), value=1.0) for part in (z, test_z))
+        ridge = torch.linalg.solve(z.T @ z + torch.eye(len(z.T), device=z.device), z.T @ axes)
+        mlp = nn.Sequential(nn.Linear(len(z.T), 128), nn.ReLU(), nn.Linear(128, 3)).to(z.device)
+        optimizer = torch.optim.Adam(mlp.parameters(), 1e-2)
+        for _ in range(300):
+            loss = (mlp(z) - axes).square().sum(1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        for probe, guess in (("axis_", mlp(test_z).detach()), ("ridge_axis_", test_z @ ridge)):
+            cosine = F.cosine_similarity(guess, test_axes).clamp(-1, 1)
+            results |= {f"{prefix}{probe}{name}": value.mean().item() for name, value in {
+                "mse": (guess - test_axes).square().sum(1),
+                "angle_degrees": cosine.acos().rad2deg(),
+                "free_angle_degrees": cosine.abs().acos().rad2deg()}.items()}
     if not config.eval:
         draw_paths(Path(config.out) / "paths.svg", method, data[2][0][0])
     return results

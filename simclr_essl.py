@@ -317,7 +317,8 @@ class Policy(NamedTuple):
     size: int
     scale: tuple  # least and largest area of the crop, as shares of the image; None: no crop
     interpolation: InterpolationMode = InterpolationMode.BILINEAR
-    jitter: tuple = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue; probability 0.8
+    jitter: tuple = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
+    jitter_p: float = 0.8  # its probability
     flip: float = 0.5
     gray: float = 0.2
     blur: float = 0.0
@@ -356,7 +357,7 @@ def draw_augmentation(n, policy, height, width, device):
         drawn["box"] = torch.cat([corner.floor(), h, w], dim=1)  # top, left, height, width
     if policy.jitter:  # as ColorJitter, with an order of its own for every image
         *strengths, hue = policy.jitter
-        jittered = uniform(0, 1, 1) < 0.8
+        jittered = uniform(0, 1, 1) < policy.jitter_p
         factors = torch.stack([uniform(max(0, 1 - s), 1 + s) for s in strengths], dim=1)  # (n, 3)
         order = uniform(0, 1, 3).argsort(1)  # of brightness, contrast and saturation
         early = torch.arange(3, device=device) < uniform(0, 4, 1).floor()  # how many precede hue

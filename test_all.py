@@ -21,11 +21,13 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import datasets, models
 from torchvision.transforms import InterpolationMode
 from torchvision.utils import save_image
 
 import care
+import sfrik
 import simclr_essl
 import simsiam_essl
 
@@ -41,6 +43,8 @@ MAY_DIFFER = {
     "PRESETS": "the paper's values",
     "QUICK": "the method's flags",
     "LEAST": "the method's flags",
+    "FREE": "sfrik's fraction of the labels, which only the evaluation reads",
+    "IMAGENET": "the paper's values",
     "MEAN_STD": "the paper's datasets",
     "parse_args": "the method's rules",
     "Method": "the method",
@@ -478,7 +482,13 @@ def tiny_care(out, *flags):
     ]
 
 
-TINY = {"simclr_essl": tiny, "simsiam_essl": tiny, "care": tiny_care}
+def tiny_sfrik(out, *flags):
+    """The same for sfrik.py."""
+    line = ["--quick", "--limit", "256", "--epochs", "3", "--batch-size", "64", "--knn-every", "0"]
+    return [*line, "--projector", "32-32", "--out", str(out), *flags]
+
+
+TINY = {"simclr_essl": tiny, "simsiam_essl": tiny, "care": tiny_care, "sfrik": tiny_sfrik}
 
 
 @pytest.fixture(autouse=True)
@@ -924,6 +934,7 @@ POINTS = {
     "simclr_essl": ["step 1", "step 3", "step 6", "step 8", "step 11", "fsync 5", "replace 9"],
     "simsiam_essl": ["step 6"],
     "care": ["step 6"],
+    "sfrik": ["step 6"],
 }
 
 
@@ -1208,6 +1219,29 @@ def test_bad_input(script, name, tmp_path, capsys):
         base += ["--batch-size", "32"]
     line = fails(capsys, 2, *base, *flags, script=script)
     assert MENTIONS[name] in line
+
+
+CARE_BAD = {
+    "chunks that do not cut the batch": (["--chunks", "5"], "5 --chunks"),
+    "chunks of one image": (["--chunks", "64"], "64 --chunks"),
+    "a queue smaller than the batch": (["--queue", "10"], "--queue"),
+    "MoCo with another contrast": (["--contrast", "uniformity"], "InfoNCE"),
+    "no list of classes": (["--dataset", "folder", "--classes", "nowhere.txt"], "nowhere.txt"),
+    "no chains": (["--dataset", "proteins", "--data-root", "nowhere"], "--dataset chains"),
+    "an equivariance batch over the batch": (["--equivariance-batch", "128"], "128"),
+    "a negative lambda": (["--lam", "-1"], "--lam is 0 to"),
+    "an unknown base": (["--base", "byol"], "byol"),
+    "bad widths": (["--projector", "x"], "like x"),
+}
+
+
+@pytest.mark.parametrize("name", CARE_BAD)
+def test_cares_bad_input(name, tmp_path, capsys):
+    flags, word = CARE_BAD[name]
+    line = [
+        flag for flag in tiny_care(tmp_path / "run") if flag != "--quick" or "chains" not in word
+    ]
+    assert word in fails(capsys, 2, *line, *flags, script=care)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -1516,6 +1550,9 @@ if dist.is_initialized():
         ("simsiam_essl", ["--lam", "0"]),
         ("care", ["--chunks", "4"]),
         ("care", ["--base", "moco", "--queue", "100"]),
+        ("sfrik", ["--projector", "64-64"]),
+        ("sfrik", ["--projector", "64-64", "--loss", "vicreg"]),
+        ("sfrik", ["--projector", "64-64", "--loss", "auh"]),
     ),
 )
 def test_two_processes_compute_what_one_computes(tmp_path, script, flags):
@@ -2015,7 +2052,29 @@ def test_clouds():
     # the axis turns with the chain
     turn = care.haar_rotations(300, CPU)
     axis, turned = care.principal_axis(clouds), care.principal_axis(care.rotate(clouds, turn))
-    assert torch.allclose((axis[:, None] @ turn.double())[:, 0], turned, atol=1e-3)
+    assert torch.allclose((axis[:, None] @ turn)[:, 0], turned, atol=1e-3)
+
+
+def test_the_axis_probes_tell_what_an_embedding_knows(tmp_path, monkeypatch):
+    """Both read an axis off; a sign they cannot know costs 90 degrees, nothing known costs more."""
+    config = care.parse_args(["--quick", "--dataset", "chains", "--out", str(tmp_path)])
+    data, method = care.load_data(config, CPU), care.Method(config)
+    monkeypatch.setattr(care, "draw_paths", lambda *args: None)
+
+    def measured(embedding):
+        monkeypatch.setattr(care, "embed", lambda method, x, prepare: embedding(x))
+        results = care.evaluate_chains(method, method, data, config)
+        return [results[name] for name in ("axis_angle_degrees", "axis_free_angle_degrees")] + [
+            results[name] for name in ("ridge_axis_angle_degrees", "ridge_axis_mse")
+        ]
+
+    angle, free, ridge, mse = measured(lambda x: 3 * care.principal_axis(x) + 5)
+    assert angle < 6 and free < 6 and ridge < 0.1 and mse < 1e-4
+    sign = lambda x: torch.randint(2, (len(x), 1)) * 2 - 1
+    angle, free, ridge, mse = measured(lambda x: sign(x) * care.principal_axis(x))
+    assert 75 < angle < 105 and 75 < ridge < 105 and mse == pytest.approx(1, abs=0.05)
+    angle, free, ridge, mse = measured(lambda x: torch.ones(len(x), 16))
+    assert 80 < angle < 100 and 45 < free < 70
 
 
 def test_quick_on_chains_ends_with_its_measures(tmp_path):
@@ -2061,3 +2120,403 @@ def test_retrieval(tmp_path, monkeypatch):
     )
     found = care.retrieve(None, data, None)
     assert found["overlap_at_5"] == 100
+
+
+# ------------------------------------------------------------------------------------------ sfrik
+
+# golden: SFRIK's code; sfrik 4000 and 1 with weights 1-40-40 or 1-40, vicreg 10-10-1, auh 3000-1-2.5,
+# simclr at temperature 0.15: [loss, |dloss/dz1|, |dloss/dz2|]
+SFRIK = {
+    (8, 5, 0.3, 0.7, 0.35, 0.72): {
+        "sfrik L=3": (62.16760080638928, 79.23587012049995, 79.38914667034038),
+        "sfrik L=2": (52.509687181831666, 79.03729241977291, 79.77217540525524),
+        "vicreg": (4.524743144819417, 0.8360672494013524, 0.6912275662151696),
+        "auh": (29.75807677608779, 59.25586892223705, 59.64061004321384),
+        "simclr": (1.053758978843689, 0.3573980766148844, 0.3103226398596795),
+    },
+    (16, 32, 1.1, 0.2, 1.0, 0.25): {
+        "sfrik L=3": (54.52702586918945, 9.26883071669594, 9.252951397257835),
+        "sfrik L=2": (52.575078775574276, 9.266053039440157, 9.240061912859343),
+        "vicreg": (5.921771430334143, 0.3815566971237009, 0.37832121835446936),
+        "auh": (32.29701228140772, 6.950002528864161, 6.938032909363837),
+        "simclr": (0.16031864285469055, 0.0533835774652855, 0.05329532594087628),
+    },
+}
+LOSSES = {
+    "sfrik L=3": lambda a, b: sfrik.sfrik_loss(a, b, 4000, 1, (1, 40, 40)),
+    "sfrik L=2": lambda a, b: sfrik.sfrik_loss(a, b, 4000, 1, (1, 40)),
+    "vicreg": lambda a, b: sfrik.vicreg_loss(a, b, 10, 10, 1),
+    "auh": lambda a, b: sfrik.auh_loss(a, b, 3000, 1, 2.5),
+    "simclr": lambda a, b: sfrik.nt_xent(a, b, 0.15),
+}
+
+
+@pytest.mark.parametrize("key", SFRIK)
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_equal_the_authors(key, name):
+    n, d, a1, b1, a2, b2 = key
+    z1, z2 = wave(n, d, a1, b1).requires_grad_(), wave(n, d, a2, b2).requires_grad_()
+    loss = LOSSES[name](z1, z2)
+    loss.backward()
+    assert (loss.item(), z1.grad.norm().item(), z2.grad.norm().item()) == pytest.approx(
+        SFRIK[key][name], rel=1e-6
+    )
+    assert LOSSES[name](z1.bfloat16(), z2.bfloat16()).dtype == torch.float32
+
+
+def test_legendre_polynomials():
+    golden = {  # SFRIK's code, degrees 1 to 4
+        (8192, 0.3): (0.3, 0.08988890245391283, 0.026900012208521548, 0.008040044344068234),
+        (5, -0.6): (-0.6, 0.19999999999999996, 0.07199999999999995, -0.1648),
+    }
+    for (q, t), values in golden.items():
+        t = torch.tensor(t, dtype=torch.float64)
+        got = [sfrik.legendre(degree, q, t).item() for degree in (1, 2, 3, 4)]
+        assert got == pytest.approx(values, rel=1e-12)
+    nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(200))
+    for q in (3, 5, 8, 64):
+        # Gegenbauer polynomials of index q / 2 - 1, by their own recurrence, over their value at 1
+        t, index = torch.cat([nodes, torch.ones(1, dtype=torch.float64)]), q / 2 - 1
+        gegenbauer = [torch.ones_like(t), 2 * index * t]
+        for l in range(2, 7):
+            a, b = gegenbauer[-1], gegenbauer[-2]
+            gegenbauer.append((2 * (l + index - 1) * t * a - (l + 2 * index - 2) * b) / l)
+        values = [sfrik.legendre(degree, q, t) for degree in range(7)]
+        for got, want in zip(values, gegenbauer):
+            assert torch.allclose(got, want / want[-1], atol=1e-11) and got[-1] == pytest.approx(1)
+        sphere = weights * (1 - nodes**2) ** ((q - 3) / 2)  # the law of a coordinate on the sphere
+        gram = torch.stack([value[:-1] for value in values])
+        gram = (gram * sphere) @ gram.T / sphere.sum()
+        assert (gram - gram.diagonal().diag()).abs().max() < 1e-6 and gram.diagonal().min() > 0
+
+
+def test_mmd_to_uniform():
+    """Its sign, its symmetry, its zero, its value on a collapsed batch and of uniform points."""
+    weights = (1, 40, 40)
+    for n, q in ((6, 4), (5, 16), (40, 3)):
+        z = torch.randn(n, q, dtype=torch.float64)
+        value = sfrik.mmd_to_uniform(z, weights)
+        slow = 0
+        for u in F.normalize(z):
+            for v in F.normalize(z):
+                t = u @ v
+                p2, p3 = (q * t**2 - 1) / (q - 1), ((q + 2) * t**3 - 3 * t) / (q - 1)
+                slow += (t + 40 * p2 + 40 * p3) / n**2
+        assert value.item() == pytest.approx(slow.item(), rel=1e-12) and value > 0
+        assert sfrik.mmd_to_uniform(2 * z @ orthogonal(q), weights).item() == pytest.approx(
+            value.item(), rel=1e-10
+        )
+    axes = torch.cat([torch.eye(7), -torch.eye(7)]).double()  # a spherical 3-design
+    for length in (1, 2, 3):
+        assert sfrik.mmd_to_uniform(axes, weights[:length]).item() == pytest.approx(0, abs=1e-13)
+    assert sfrik.mmd_to_uniform(axes, (1, 40, 40, 1)) > 1e-3
+    assert sfrik.mmd_to_uniform(torch.ones(9, 5), weights).item() == pytest.approx(81)
+    apart = torch.randn(2048, 512)  # uniform: little but the diagonal is left
+    off = sfrik.mmd_to_uniform(apart, weights) - 81 / 2048
+    assert abs(off) < 81 / 2048 / 20
+
+
+def test_two_moments_give_the_same_mmd_as_the_gram_matrix():
+    for n, q in ((50, 6), (7, 6), (6, 7)):
+        z = F.normalize(torch.randn(n, q, dtype=torch.float64))
+        t = z @ z.T
+        for weights in ((3.0,), (1.0, 40.0)):
+            gram = t.mean() * weights[0]
+            moments = weights[0] * z.mean(0).square().sum()
+            if len(weights) == 2:
+                gram = gram + 40 * ((q * t**2 - 1) / (q - 1)).mean()
+                moments = moments + 40 * (q * (z.T @ z / n).square().sum() - 1) / (q - 1)
+            got = sfrik.mmd_to_uniform(z, weights).item()
+            assert got == pytest.approx(gram.item(), rel=1e-10) == moments.item()
+    # zero exactly where the mean is 0 and the covariance I / q
+    assert sfrik.mmd_to_uniform(torch.eye(4).repeat(3, 1), (0, 1)).item() == pytest.approx(
+        0, abs=1e-6
+    )
+    assert sfrik.mmd_to_uniform(torch.eye(4).repeat(3, 1), (1, 1)).item() == pytest.approx(1 / 4)
+
+
+class Largest(TorchDispatchMode):
+    """Number of elements of the largest tensor that any operation makes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.numel())
+        return result
+
+
+def test_sfrik_makes_no_tensor_of_q_squared_elements():
+    sizes = {}
+    for name, loss in LOSSES.items():
+        z1, z2 = torch.randn(2, 16, 256).requires_grad_().unbind()
+        with Largest() as largest:
+            loss(z1, z2).backward()
+        sizes[name] = largest.size
+    assert sizes["vicreg"] == 256**2 and sizes["sfrik L=3"] == sizes["sfrik L=2"] == 2 * 16 * 256
+    with Largest() as largest:  # as many images as dimensions
+        LOSSES["sfrik L=2"](*torch.randn(2, 32, 32))
+    assert largest.size == 2 * 32**2  # the two views, and no more
+
+
+def test_the_other_kernels():
+    z1, z2 = torch.randn(2, 5, 4, dtype=torch.float64)
+    rows = F.normalize(z1)
+    other = F.normalize(z2)
+    pairs = [(rows[i] - rows[j]).norm() for i in range(5) for j in range(5) if i != j]
+    distance, rbf = sum(pairs) / 20, sum(torch.exp(-2.5 * d**2) for d in pairs) / 20
+    assert sfrik.mean_distance(rows).item() == pytest.approx(distance.item(), rel=1e-9)
+    assert sfrik.mean_rbf(rows, 2.5).item() == pytest.approx(rbf.item(), rel=1e-9)
+    same = F.normalize(torch.ones(4, 3)).requires_grad_()  # equal rows: no nan in the gradient
+    (sfrik.mean_distance(same) + sfrik.mean_rbf(same, 2.5)).backward()
+    assert same.grad.isfinite().all()
+    for name in ("rbf", "distance"):
+        method, _, _ = sfrik_method("--loss", name, "--sim-coeff", "3", "--mmd-coeff", "2")
+        kernel = {
+            "rbf": lambda z: sfrik.mean_rbf(z, 2.5),
+            "distance": lambda z: -sfrik.mean_distance(z),
+        }
+        want = 3 * F.mse_loss(rows, other) + kernel[name](rows) + kernel[name](other)
+        assert method.loss(z1, z2).item() == pytest.approx(want.item(), rel=1e-12)
+
+
+def sfrik_method(*flags, n=16):
+    config = sfrik.parse_args(tiny_sfrik("unused", *flags))
+    torch.manual_seed(0)
+    return sfrik.Method(config), sfrik.draw_patterns(n, 3)[0], torch.zeros(n).long()
+
+
+@pytest.mark.parametrize("name", ("sfrik", "vicreg", "auh", "simclr"))
+def test_sfrik_is_its_algorithm(name):
+    flags = ("--loss", name, "--sim-coeff", "7", "--mmd-coeff", "2", "--weights", "1,30")
+    method, images, labels = sfrik_method(*flags)
+    torch.manual_seed(1)
+    loss, terms = method(images, labels)
+    torch.manual_seed(1)
+    z = []
+    for policy in sfrik.view_policies(method.config):
+        drawn = sfrik.draw_augmentation(16, policy, 32, 32, CPU)
+        view = sfrik.augment(images, drawn, 32, policy.interpolation)
+        mean, std = torch.tensor(sfrik.MEAN_STD["patterns"])[..., None, None]
+        z.append(method.projector(method.encoder((view - mean) / std)))
+    want = {
+        "sfrik": sfrik.sfrik_loss(*z, 7, 2, (1, 30)),
+        "vicreg": sfrik.vicreg_loss(*z, 7, 10, 1),
+        "auh": sfrik.auh_loss(*z, 7, 2, 2.5),
+        "simclr": sfrik.nt_xent(*z, 0.15),
+    }
+    assert loss.item() == pytest.approx(want[name].item(), rel=1e-5)
+    distance = (F.normalize(z[0]) - F.normalize(z[1])).norm(dim=1).square().mean()
+    assert terms["distance"].item() == pytest.approx(distance.item(), rel=1e-5)
+    off = sfrik.mmd_to_uniform(z[0], (1, 30)) - 31 / 16
+    assert terms["mmd"].item() == pytest.approx(off.item(), rel=1e-4)
+    assert method.encoder[1].num_batches_tracked == 4  # two forward passes, twice
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for n, p in method.named_parameters() if "weight" in n)
+
+
+def test_lambda_and_the_two_coefficients():
+    """The authors' factors; and lam is the weight of L_reg against the mean squared distance."""
+    of = lambda *line: sfrik.Method(sfrik.parse_args(["--arch", "small", *line])).sim_coeff
+    assert of("--projector", "64-8192") == pytest.approx(4000)
+    assert of("--projector", "64-1024") == pytest.approx(500)
+    assert of("--projector", "64-32768", "--lam", "0.8192") == pytest.approx(40000)
+    assert of("--loss", "auh", "--projector", "64-8192") == pytest.approx(3000, rel=1e-4)
+    assert of("--loss", "vicreg") == 10 and of("--sim-coeff", "25") == 25
+    z1, z2 = torch.randn(2, 6, 9, dtype=torch.float64)
+    paper = (F.normalize(z1) - F.normalize(z2)).square().sum(1).mean()
+    paper = paper + 1.7 / 2 * sum(sfrik.mmd_to_uniform(z, (1, 40)) for z in (z1, z2))
+    ours = sfrik.sfrik_loss(z1, z2, 5 * 9 / 1.7, 5, (1, 40))
+    assert ours.item() == pytest.approx(5 / 1.7 * paper.item(), rel=1e-12)
+
+
+def test_sfriks_presets():
+    parse = lambda *line: sfrik.parse_args(line)
+    c = parse("--dataset", "imagenet20")
+    assert (c.arch, c.epochs, c.batch_size, c.size) == ("resnet18", 100, 2048, 224)
+    assert (c.lr, c.weight_decay, c.warmup_epochs) == (1.2, 1e-6, 10)
+    assert (c.projector, c.weights, c.lam) == ("8192-8192-8192", "1,40,40", 2.048)
+    c = parse("--dataset", "imagenet")
+    assert (c.arch, c.epochs, c.lr, c.projector) == ("resnet50", 200, 0.4, "8192-8192-32768")
+    c = parse("--dataset", "imagenet20", "--loss", "vicreg")
+    assert (c.lr, c.sim_coeff, c.std_coeff, c.cov_coeff) == (0.7, 10, 10, 1)
+    assert parse("--loss", "simclr").lr == 0.8 and parse("--loss", "auh").lr == 1.0
+    assert parse("--loss", "auh", "--lr", "0.3").lr == 0.3
+    assert parse("--quick", "--loss", "simclr").lr == 0.1  # sgd: the rate of the built-in data
+    first, second = sfrik.view_policies(c)
+    assert (first.blur, second.blur, first.solarize, second.solarize) == (1, 0.1, 0, 0.2)
+    assert first.scale == (0.08, 1.0) and first.jitter == (0.4, 0.4, 0.2, 0.1)
+    first, second = sfrik.view_policies(parse("--dataset", "stl10"))
+    assert (
+        first == second and first.jitter == (0.4,) * 4 and first.jitter_p == 1 and first.blur == 0
+    )
+    # the schedule: base rate 1.2 at batch 2048, 100 epochs of 10 steps, down to 0.001 of the peak
+    c = parse("--dataset", "imagenet20", "--arch", "small", "--projector", "32-32")
+    optimizer = sfrik.make_optimizer(sfrik.Method(c), c)
+    peak = optimizer.defaults["lr"]
+    assert isinstance(optimizer, sfrik.LARS) and peak == pytest.approx(9.6)
+    golden = {
+        0: 0.0,
+        5: 0.48,
+        99: 9.504,
+        100: 9.6,
+        101: 9.599970786000636,
+        500: 5.637477741548465,
+        999: 0.009629213999363506,
+    }
+    for step, want in golden.items():
+        got = sfrik.learning_rate(step, 1000, 100, peak, c.final_lr * peak)
+        assert got == pytest.approx(want, rel=1e-9)
+
+
+def test_sfriks_heads_and_stems():
+    layers = [*sfrik.make_projector((8, 6, 6, 4))]
+    assert [type(layer).__name__ for layer in layers] == [
+        *["Linear", "BatchNorm1d", "ReLU"] * 2,
+        "Linear",
+    ]
+    assert layers[0].bias is not None and layers[-1].bias is None and layers[1].affine
+    kernel = lambda *line: sfrik.Method(
+        sfrik.parse_args(["--projector", "8-8", *line])
+    ).encoder.conv1.kernel_size[0]
+    assert kernel("--dataset", "stl10") == 7 and kernel() == 3  # 64 pixels, with ImageNet's stem
+
+
+def test_the_svm_solves_its_problem():
+    """Against plain gradient descent, and by the size of the gradient."""
+    x = F.pad(F.normalize(torch.randn(40, 5, dtype=torch.float64)), (0, 1), value=1.0)
+    labels, cost = torch.arange(40) % 3, 0.7
+    w = sfrik.linear_svm(x, labels, cost)
+    for c in range(3):
+        y, v = torch.where(labels == c, 1.0, -1.0).double(), torch.zeros(6, dtype=torch.float64)
+        for _ in range(20_000):
+            slack = (1 - y * (x @ v)).clamp(min=0)
+            gradient = v - 2 * cost * (slack * y) @ x
+            v -= 0.01 * gradient
+        assert gradient.norm() < 1e-10 and torch.allclose(w[:, c], v, atol=1e-5)
+    again = sfrik.linear_svm(x, labels, cost, start=10 * torch.randn(6, 3, dtype=torch.float64))
+    assert torch.allclose(w, again, atol=1e-5)
+    train, test = torch.randn(90, 8), torch.randn(30, 8)
+    train[:, 0], test[:, 0] = 8.0 * (torch.arange(90) % 3 - 1), 8.0 * (torch.arange(30) % 3 - 1)
+    accuracy, cost = sfrik.svm_accuracy(train, torch.arange(90) % 3, test, torch.arange(30) % 3)
+    assert accuracy > 90 and cost in (0.05, 0.1, 0.3, 0.5, 1.0, 3.0, 5.0)
+
+
+def test_label_fractions_are_balanced(capsys):
+    labels = torch.cat([torch.arange(1000) % 10, torch.zeros(500).long()])
+    for fraction, each in ((0.01, 2), (0.1, 15), (0.5, 75), (1e-6, 1)):
+        rows = sfrik.balanced(labels, fraction)
+        assert labels[rows].bincount().tolist() == [each] * 10 and rows.diff().min() > 0
+        assert rows.max() < 1000  # the first of each class
+    assert torch.equal(sfrik.balanced(labels, 1.0), torch.arange(1500))
+    with pytest.raises(SystemExit):
+        sfrik.balanced(labels, 0.9)
+    assert "fewer than 135" in capsys.readouterr().err
+
+
+def test_validation_images_are_never_trained_on(tmp_path):
+    parse = lambda *flags: sfrik.parse_args(["--dataset", "patterns", *flags])
+    images = sfrik.draw_patterns(4000, 1)[0]
+    train, bank, test = sfrik.load_data(parse("--validate"), CPU)
+    assert (len(train[1]), len(bank[1]), len(test[1])) == (3600, 3600, 400)
+    together = torch.cat([train[0], test[0]]).flatten(1).sum(1)
+    assert torch.equal(together.sort()[0], images.flatten(1).sum(1).sort()[0])
+    some = sfrik.load_data(parse("--validate", "--limit", "700"), CPU)
+    assert torch.equal(some[2][0], test[0]) and torch.equal(some[0][0], train[0][:700])
+    plain = sfrik.load_data(parse(), CPU)
+    assert (len(plain[0][1]), len(plain[2][1])) == (4000, 1000)
+    assert parse("--validate").out != parse().out
+    # imagenet20: 260 images of a class, in the order of the files, and the 260 after them
+    labels = torch.arange(3).repeat_interleave(600)
+    config = sfrik.parse_args(["--dataset", "imagenet20", "--validate"])
+    rows, kept = sfrik.hold_out(labels, config)
+    assert rows.sort()[0].tolist() == [600 * c + i for c in range(3) for i in range(260)]
+    assert kept.sort()[0].tolist() == [600 * c + i for c in range(3) for i in range(260, 520)]
+    assert rows.tolist() != rows.sort()[0].tolist()
+
+
+SFRIK_STREAM = ["--dataset", "imagenet20", "--arch", "small", "--size", "72", "--batch-size", "64"]
+SFRIK_STREAM += ["--epochs", "1", "--projector", "32-32", "--save-every", "0"]
+
+
+def test_sfrik_streams_a_folder(tmp_path, capsys):
+    image_tree(tmp_path / "tree", train__cat=270, train__dog=105, val__cat=9, val__dog=8)
+    argv = [*SFRIK_STREAM, "--data-root", str(tmp_path / "tree")]
+    sfrik.main([*argv, "--out", str(tmp_path / "run")])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert "bank of 365" in results["knn_protocol"] and results["svm_top1"] is None
+    assert results["linear_top1"] is not None and results["tested_on"] == "the test split"
+    config = sfrik.parse_args([*argv, "--validate"])
+    train, bank, test = sfrik.load_data(config, CPU)
+    names = [Path(path).stem for path, _ in test[0].samples]
+    assert len(test[1]) == 10 and (test[1] == 0).all() and "cat" in test[0].samples[0][0]
+    assert not set(train[0].samples) & set(test[0].samples) and len(set(names)) == 10
+    for (_, label), row in zip(train[0].samples, train[1].tolist(), strict=True):
+        assert label == row
+    limited = sfrik.load_data(sfrik.parse_args([*argv, "--limit", "300"]), CPU)[0]
+    assert limited[0].samples == sfrik.load_data(sfrik.parse_args(argv), CPU)[0][0].samples[:300]
+    image_tree(tmp_path / "flat", train=80)
+    flat = sfrik.parse_args([*SFRIK_STREAM, "--data-root", str(tmp_path / "flat"), "--limit", "70"])
+    train, bank, test = sfrik.load_data(flat, CPU)
+    assert len(train[1]) == 70 and bank is None and test is None
+    assert "no evaluation" in capsys.readouterr().out
+
+
+def test_sfrik_reads_stl10_at_its_own_size(tmp_path, monkeypatch):
+    stl = tmp_path / "stl10_binary"
+    stl.mkdir()
+    for split, n in (("train", 210), ("test", 20), ("unlabeled", 50)):
+        np.random.default_rng(n).integers(0, 256, n * 3 * 96 * 96, dtype=np.uint8).tofile(
+            stl / f"{split}_X.bin"
+        )
+        if split != "unlabeled":
+            (np.arange(n) % 10 + 1).astype(np.uint8).tofile(stl / f"{split}_y.bin")
+    (stl / "class_names.txt").write_text("\n".join("abcdefghij"))
+    (stl / "fold_indices.txt").write_text("0\n")
+    monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
+    argv = ["--dataset", "stl10", "--data-root", str(tmp_path)]
+    data = sfrik.load_data(sfrik.parse_args(argv), CPU)
+    assert [images.shape for images, _ in data] == [(n, 3, 96, 96) for n in (50, 210, 20)]
+    data = sfrik.load_data(sfrik.parse_args([*argv, "--validate", "--limit", "30"]), CPU)
+    assert [len(labels) for _, labels in data] == [30, 30, 21]
+    method = sfrik.Method(sfrik.parse_args([*argv, "--arch", "small", "--projector", "16-16"]))
+    assert method.view(data[0][0][:2], 0).shape == (2, 3, 64, 64)
+
+
+def test_sfrik_evaluates_a_fraction_of_the_labels(tmp_path, capsys):
+    out = tmp_path / "run"
+    sfrik.main([*tiny_sfrik(out, "--limit", "300")])
+    capsys.readouterr()
+    results = json.loads((out / "results.json").read_text())
+    for name in ("knn_top1", "knn_top1_k10", "knn_top1_k20", "knn_top1_k100", "svm_top1"):
+        assert 10 < results[name] <= 100
+    sfrik.main(["--eval", str(out / "checkpoint.pt"), "--label-fraction", "0.1"])
+    text = capsys.readouterr().out
+    fewer = json.loads(text[text.index("{") :])
+    assert "30 labels" in fewer["linear_protocol"] and "30 labels" in fewer["svm_protocol"]
+    assert fewer["knn_top1"] == results["knn_top1"] and fewer["svm_top1"] < results["svm_top1"]
+    assert "lr" in fails(capsys, 2, "--eval", out / "checkpoint.pt", "--lr", "1", script=sfrik)
+    line = ["--eval", out / "checkpoint.pt", "--label-fraction", "2"]
+    assert "--label-fraction" in fails(capsys, 2, *line, script=sfrik)
+
+
+SFRIK_BAD = {
+    "an unknown loss": (["--loss", "byol"], "byol"),
+    "letters for weights": (["--weights", "1,x"], "1,x"),
+    "a negative weight": (["--weights", "1,-40"], "1,-40"),
+    "no lambda": (["--lam", "0"], "--lam is"),
+    "no labels": (["--label-fraction", "0"], "--label-fraction is"),
+    "too many labels": (["--label-fraction", "1.5"], "at most 1"),
+    "bad widths": (["--projector", "8-"], "8-"),
+    "a batch that is too large": (["--batch-size", "300"], "--batch-size 300"),
+    "no folder": (["--dataset", "imagenet20", "--data-root", "nowhere"], "nowhere"),
+    "another dataset": (["--dataset", "mnist"], "mnist"),
+}
+
+
+@pytest.mark.parametrize("name", SFRIK_BAD)
+def test_sfriks_bad_input(name, tmp_path, capsys):
+    flags, word = SFRIK_BAD[name]
+    assert word in fails(capsys, 2, *tiny_sfrik(tmp_path / "run"), *flags, script=sfrik)
