@@ -27,6 +27,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.utils import save_image
 
 import care
+import homomorphic
 import sfrik
 import simclr_essl
 import simsiam_essl
@@ -59,6 +60,7 @@ MAY_DIFFER = {
     "linear_probe": "the paper's protocol",
     "probe_views": "the paper's protocol",
     "evaluate": "what the paper measures",
+    "main": "homomorphic can measure the equivariance of a new encoder",
 }
 CPU = torch.device("cpu")
 
@@ -488,7 +490,19 @@ def tiny_sfrik(out, *flags):
     return [*line, "--projector", "32-32", "--out", str(out), *flags]
 
 
-TINY = {"simclr_essl": tiny, "simsiam_essl": tiny, "care": tiny_care, "sfrik": tiny_sfrik}
+def tiny_homo(out, *flags):
+    """The same for homomorphic.py."""
+    line = ["--quick", "--limit", "256", "--epochs", "3", "--batch-size", "64", "--knn-every", "0"]
+    return [*line, "--width", "0.5", "--out", str(out), *flags]
+
+
+TINY = {
+    "simclr_essl": tiny,
+    "simsiam_essl": tiny,
+    "care": tiny_care,
+    "sfrik": tiny_sfrik,
+    "homomorphic": tiny_homo,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -935,6 +949,7 @@ POINTS = {
     "simsiam_essl": ["step 6"],
     "care": ["step 6"],
     "sfrik": ["step 6"],
+    "homomorphic": ["step 6"],
 }
 
 
@@ -1553,6 +1568,8 @@ if dist.is_initialized():
         ("sfrik", ["--projector", "64-64"]),
         ("sfrik", ["--projector", "64-64", "--loss", "vicreg"]),
         ("sfrik", ["--projector", "64-64", "--loss", "auh"]),
+        ("homomorphic", ["--group", "rotation"]),
+        ("homomorphic", ["--group", "scale", "--ssl", "augmented"]),
     ),
 )
 def test_two_processes_compute_what_one_computes(tmp_path, script, flags):
@@ -2520,3 +2537,440 @@ SFRIK_BAD = {
 def test_sfriks_bad_input(name, tmp_path, capsys):
     flags, word = SFRIK_BAD[name]
     assert word in fails(capsys, 2, *tiny_sfrik(tmp_path / "run"), *flags, script=sfrik)
+
+
+# ------------------------------------------------------------------------------------ homomorphic
+
+# golden: a slow double loop over Equation 2, temperature 0.1: [loss, |dloss/dz1|, |dloss/dz2|]
+NCE = {
+    (8, 5, 0.3, 0.7, 0.35, 0.72): (0.9287304578748303, 0.9170816312026937, 0.7819685404518322),
+    (16, 32, 1.1, 0.2, 1.0, 0.25): (-3.7692339653330857, 0.4135734143558816, 0.4176165218341101),
+}
+
+
+@pytest.mark.parametrize("key", NCE)
+def test_nce_loss_equals_the_golden_values(key):
+    n, d, a1, b1, a2, b2 = key
+    z1, z2 = wave(n, d, a1, b1).requires_grad_(), wave(n, d, a2, b2).requires_grad_()
+    loss = homomorphic.nce_loss(z1, z2, 0.1)
+    loss.backward()
+    assert (loss.item(), z1.grad.norm().item(), z2.grad.norm().item()) == pytest.approx(
+        NCE[key], rel=1e-6
+    )
+
+
+def test_nce_loss_equals_the_slow_loop():
+    v = torch.randn(2, 5, 4, dtype=torch.float64)
+    s = lambda a, b: F.cosine_similarity(a, b, dim=0) / 0.3
+    want = 0
+    for i in range(5):
+        below = sum(
+            torch.exp(s(v[j][i], v[l][k]))
+            for k in range(5)
+            if k != i
+            for j in range(2)
+            for l in range(2)
+        )
+        want -= torch.log(torch.exp(s(v[0][i], v[1][i])) / below) / 5
+    assert homomorphic.nce_loss(*v, 0.3).item() == pytest.approx(want.item(), rel=1e-12)
+    assert homomorphic.nce_loss(*v.bfloat16(), 0.3).dtype == torch.float32
+
+
+def test_transforms():
+    x = torch.rand(4, 2, 9, 9)
+    assert torch.equal(homomorphic.transform(x, 1, "rotation")[:, :, 0], x[:, :, :, -1])
+    g = torch.tensor([0, 1, 2, 3])
+    turned = homomorphic.transform(x, g, "rotation")
+    for k in range(4):
+        assert torch.equal(turned[k], torch.rot90(x[k], k, (-2, -1)))
+    g = torch.tensor([[0, 0], [2, 3], [-4, 1], [0, -9]])  # down and right
+    moved = homomorphic.transform(x, g, "translation")
+    for image, (down, right), got in zip(x, g.tolist(), moved):
+        want = torch.zeros_like(image)
+        for i in range(9):
+            for j in range(9):
+                if 0 <= i - down < 9 and 0 <= j - right < 9:
+                    want[:, i, j] = image[:, i - down, j - right]
+        assert torch.equal(got, want)
+    bilinear = InterpolationMode.BILINEAR
+    for factor in (0.57, 0.8, 1.0, 1.5):
+        want = TF.affine(x, 0, [0, 0], factor, [0], bilinear)
+        each = homomorphic.transform(x, torch.full((4,), factor), "scale")
+        assert torch.allclose(homomorphic.transform(x, factor, "scale"), each)
+        assert torch.allclose(each[..., 1:-1, 1:-1], want[..., 1:-1, 1:-1], atol=1e-5)
+    assert torch.allclose(homomorphic.transform(x, 1.0, "scale"), x, atol=1e-6)
+
+
+def test_the_basis_is_hermite_gaussian():
+    for scale in (1.0, 1.5):
+        basis = homomorphic.hermite_gaussians(9, 4, scale)
+        grid = (np.arange(9) - 4) / scale
+        for n in range(4):
+            for m in range(4):
+                he = [np.polynomial.hermite_e.HermiteE.basis(k)(grid) for k in (n, m)]
+                want = np.outer(*he) * np.exp(-np.add.outer(grid**2, grid**2) / 2) / scale**2
+                assert np.allclose(basis[4 * n + m].numpy(), want, atol=1e-12)
+    # on a fine grid, the integral of a product is a sum of moments of exp(-x^2)
+    fine = homomorphic.hermite_gaussians(401, 4, 20.0).view(4, 4, 401, 401)
+    line = fine[:, 0, :, 200] * 20  # He_n(x) exp(-x^2 / 2), times the other direction's 1 / s
+    moments = [math.gamma((k + 1) / 2) if k % 2 == 0 else 0 for k in range(8)]
+    for n in range(4):
+        for m in range(4):
+            powers = [np.polynomial.hermite_e.herme2poly([0] * k + [1]) for k in (n, m)]
+            product = np.polynomial.polynomial.polymul(*powers)
+            want = sum(c * moments[k] for k, c in enumerate(product))
+            assert (line[n] * line[m]).sum().item() * 20 == pytest.approx(want, abs=1e-6)
+
+
+def test_bases_of_the_groups():
+    basis = homomorphic.make_basis("rotation", 7, 3)
+    for k in range(4):
+        assert torch.equal(basis[k], basis[0].rot90(k, (1, 2)))
+    assert torch.allclose(basis.flatten(2).norm(dim=2), torch.ones(4, 9))
+    assert torch.equal(homomorphic.make_basis("translation", 7, 3)[0], basis[0])
+    basis = homomorphic.make_basis("scale", 7, 3)
+    assert basis.shape == (6, 9, 7, 7)
+    sides = [7 - 2 * (plane[0, 3] == 0).nonzero().numel() // 2 for plane in basis]
+    assert sides == [5, 5, 5, 7, 7, 7]  # basis A: smaller grids for smaller scales
+    assert torch.allclose(basis[0].flatten(1).norm(dim=1), torch.ones(9))
+    for plane, scale, side in zip(basis, homomorphic.SCALES, sides):
+        raw = homomorphic.hermite_gaussians(side, 3, scale).float()
+        least = homomorphic.hermite_gaussians(5, 3, 1.0).flatten(1).norm(dim=1).float()
+        inner = plane[:, (7 - side) // 2 :, (7 - side) // 2 :][:, :side, :side]
+        assert torch.allclose(inner, raw / least[:, None, None], atol=1e-6)
+
+
+def test_a_larger_scale_sees_a_magnified_image():
+    """Filtering at scale 1.5 s what is magnified by 1.5 gives the magnified result of scale s."""
+    y, x = torch.meshgrid(*[torch.arange(-60.0, 61)] * 2, indexing="ij")
+    image = lambda m: (
+        torch.exp(-((x / m - 5) ** 2 + (y / m) ** 2 / 2) / 60)
+        + 0.5 * torch.sin(x / m / 9) * torch.cos(y / m / 11)
+    )
+    response = {}
+    for m, size in ((1.0, 41), (1.5, 61)):
+        kernel = homomorphic.hermite_gaussians(size, 3, 4.0 * m).float()[:, None]
+        response[m] = F.conv2d(image(m)[None, None], kernel, padding=size // 2)[0]
+    small, large = response[1.0], response[1.5]
+    for i, j in ((0, 0), (10, 4), (-8, 12), (-12, -6)):
+        a, b = small[:, 60 + i, 60 + j], large[:, 60 + 3 * i // 2, 60 + 3 * j // 2]
+        assert torch.allclose(a, b, atol=1e-3 * small.abs().max().item())
+
+
+def homo_method(*flags, group="translation", n=12, dtype=torch.float32):
+    config = homomorphic.parse_args(tiny_homo("unused", "--group", group, *flags))
+    torch.manual_seed(0)
+    method = homomorphic.Method(config).to(dtype)
+    for norm in (m for m in method.modules() if isinstance(m, torch.nn.BatchNorm3d)):
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+        torch.nn.init.uniform_(norm.bias, -0.5, 0.5)
+    images = homomorphic.draw_patterns(n, 3)[0]
+    return method, method.canvas(images.to(dtype) / 255), torch.zeros(n).long()
+
+
+@pytest.mark.parametrize("dtype, bound", ((torch.float32, 1e-5), (torch.float64, 1e-12)))
+@pytest.mark.parametrize("training", (True, False))
+@pytest.mark.parametrize("arch", ("small", "mnist", "resnet20"))
+def test_rotation_is_equivariant_at_every_depth(arch, training, dtype, bound):
+    flags = ["--arch", arch, *["--width", "0.06"] * (arch == "resnet20")]
+    method, x, _ = homo_method(*flags, group="rotation", dtype=dtype, n=4)
+    encoder, turns = method.encoder.train(training), torch.tensor([0, 1, 2, 3])
+    z, w = x, homomorphic.transform(x, turns, "rotation")
+    for layer in encoder.layers:
+        z, w = layer(z), layer(w)
+        error = (homomorphic.act(z, turns, "rotation") - w).norm() / w.norm()
+        assert error < bound
+        assert (z - w).norm() / w.norm() > 100 * bound  # not invariant
+        assert torch.equal(
+            homomorphic.act(z, 1, "rotation")[:, :, 1], z[:, :, 0].rot90(1, (-2, -1))
+        )
+
+
+@pytest.mark.parametrize("dtype, bound", ((torch.float32, 1e-5), (torch.float64, 1e-12)))
+def test_for_rotation_both_methods_are_one(dtype, bound):
+    """Equal losses and gradients, with planes drawn to match: a turn by g moves plane g0 - g to g0."""
+    method, x, _ = homo_method(group="rotation", dtype=dtype)
+    n = len(x)
+    g1, g2, g0 = torch.randint(4, (3, n))
+    plane = lambda g: torch.stack([g % 4, 0 * g, 0 * g], 1)
+    values = []
+    for pair in (
+        lambda: method.homomorphic(x, plane(g0 - g1), plane(g0 - g2))[:2],
+        lambda: method.augmented(x, g1, g2, plane(g0)),
+    ):
+        method.zero_grad()
+        loss = homomorphic.nce_loss(*pair(), 0.1)
+        loss.backward()
+        values.append((loss, [p.grad for p in method.encoder.parameters()]))
+    (loss, gradients), (other, others) = values
+    assert abs(loss - other) < bound * max(1, abs(other))
+    for a, b in zip(gradients, others, strict=True):
+        assert (a - b).norm() < 100 * bound * b.norm()
+    wrong = homomorphic.nce_loss(*method.homomorphic(x, plane(g0 + g1), plane(g0 + g2))[:2], 0.1)
+    assert abs(wrong - other) > 1e-3
+
+
+def test_equivariance_errors():
+    """Zero for rotation; small for translation; larger for scale; large without structure."""
+    errors = {}
+    for group, structure in (
+        ("rotation", "equivariant"),
+        ("translation", "equivariant"),
+        ("scale", "equivariant"),
+        ("translation", "none"),
+        ("scale", "none"),
+    ):
+        method, x, _ = homo_method("--structure", structure, group=group)
+        images = homomorphic.draw_patterns(12, 3)[0]
+        errors[group, structure] = homomorphic.equivariance_errors(method, images)
+    assert max(errors["rotation", "equivariant"]) < 1e-5
+    assert max(errors["translation", "equivariant"]) < 0.1
+    assert max(errors["scale", "equivariant"]) < 0.4
+    assert errors["translation", "none"][-1] > 0.5 and errors["scale", "none"][-1] > 0.5
+
+
+def test_act_of_translation_and_scale():
+    z = torch.rand(2, 3, 1, 6, 6)
+    moved, known = homomorphic.act(z, torch.tensor([[1, 2], [0, -3]]), "translation")
+    assert torch.equal(moved[0, :, 0, 1:, 2:], z[0, :, 0, :-1, :-2])
+    assert torch.equal(moved[1, :, 0, :, :3], z[1, :, 0, :, 3:])
+    assert known[0].sum() == 3 * 5 * 4 and known[1].sum() == 3 * 6 * 3
+    assert (moved[~known] == 0).all()
+    z = torch.rand(2, 3, 6, 8, 8)
+    moved, known = homomorphic.act(z, (1, 3), "scale")  # the maps grow, too
+    want = homomorphic.transform(z[:, :, 1], 1.5 / 1.25, "scale")
+    assert torch.equal(moved[:, :, 3], want) and known[:, :, 3].all()
+    assert not known[:, :, [0, 1, 2, 4, 5]].any()
+
+
+def test_sizes_that_break_the_group_are_refused():
+    for size in (17, 19, 21, 23, 33):  # any odd size from 17 up
+        z = homomorphic.GroupEncoder("rotation")(torch.rand(2, 3, size, size))
+        assert z.shape[:3] == (2, 64, 4)
+    for shape in ((2, 3, 32, 32), (2, 3, 33, 31)):
+        with pytest.raises(ValueError, match="odd"):
+            homomorphic.GroupEncoder("rotation")(torch.rand(shape))
+    with pytest.raises(ValueError, match="stride"):  # 27 -> 14, and then a stride
+        homomorphic.GroupEncoder("rotation", 1, "mnist", 0.1)(torch.rand(2, 1, 27, 27))
+    homomorphic.GroupEncoder("translation")(torch.rand(2, 3, 32, 32))
+
+
+def test_networks_have_the_papers_shapes():
+    def shape(group, dataset, *flags):
+        line = ["--dataset", dataset, "--group", group, "--width", "0.1", *flags]
+        method = homomorphic.Method(homomorphic.parse_args(line))
+        channels, side = (1, 28) if dataset == "mnist" else (3, 64 if "tiny" in dataset else 32)
+        z = method.f(method.canvas(torch.rand(2, channels, side, side)))
+        assert method.classifier(z).shape == (2, 200 if "tiny" in dataset else 10)
+        return tuple(z.shape[1:])
+
+    assert shape("translation", "mnist") == (13, 1, 7, 7)
+    assert shape("rotation", "mnist") == (13, 4, 8, 8)
+    assert shape("scale", "mnist") == (13, 6, 7, 7)
+    assert shape("scale", "cifar10") == (51, 6, 8, 8) and shape("rotation", "cifar10")[1:] == (
+        4,
+        9,
+        9,
+    )
+    assert shape("scale", "tinyimagenet") == (51, 6, 8, 8)
+    assert shape("translation", "mnist", "--structure", "none") == (13, 1, 4, 4)
+    assert shape("scale", "mnist", "--structure", "none") == (13, 6, 7, 7)
+    layers = homomorphic.GroupEncoder("scale", 1, "mnist").layers
+    convs = [layer[0] for layer in layers]
+    assert [conv.weight.shape for conv in convs] == [(32, 1, 121), (64, 32, 9), (128, 64, 9)]
+    assert [(conv.stride, conv.padding) for conv in convs] == [(1, 5), (2, 3), (2, 3)]
+    free = homomorphic.GroupEncoder("scale", 1, "mnist", structure="none").layers
+    assert free[1][0].weight.shape == (6 * 64, 6 * 32, 7, 7)
+    blocks = homomorphic.GroupEncoder("scale", 3, "resnet20").layers
+    assert len(blocks) == 2 + 9 and len(blocks[0]) == 1  # the lifting layer has no norm
+    assert len(homomorphic.GroupEncoder("scale", 3, "tiny").layers) == 2 + 8
+    head = [type(layer).__name__ for layer in homomorphic.make_head((8, 8, 8, 8))]
+    assert head == ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear", "BatchNorm1d"]
+
+
+def test_planes_are_filtered_alone_and_share_their_statistics():
+    conv = homomorphic.GroupConv("scale", 3, 4, 7, 3, 1, 3)
+    x = torch.rand(2, 3, 6, 9, 9)
+    z = conv(x)
+    kernel = torch.einsum("oif,fyx->oiyx", conv.weight, conv.basis[4])
+    assert torch.allclose(z[:, :, 4], F.conv2d(x[:, :, 4], kernel, padding=3), atol=1e-5)
+    block = homomorphic.Block("rotation", 3, 5, 2, "equivariant")
+    assert block(torch.rand(2, 3, 4, 9, 9)).shape == (2, 5, 4, 5, 5)
+    assert block.norm1.weight.shape == (3,) and isinstance(block.norm1, torch.nn.BatchNorm3d)
+
+
+def test_homomorphic_and_augmented_forward():
+    method, x, labels = homo_method()
+    images = homomorphic.draw_patterns(12, 3)[0]
+    torch.manual_seed(1)
+    loss, terms = method(images, labels)
+    torch.manual_seed(1)
+    g1, g2 = method.draw_fibers(12)
+    z = method.f(x)
+    places = [z[torch.arange(12), :, 0, g[:, 1], g[:, 2]] for g in (g1, g2)]
+    contrast = homomorphic.nce_loss(method.head(places[0]), method.head(places[1]), 0.1)
+    classifier = F.cross_entropy(method.classifier(z.detach()), labels)
+    assert loss.item() == pytest.approx((contrast + classifier).item(), rel=1e-5)
+    assert terms["contrast"].item() == pytest.approx(contrast.item(), rel=1e-5)
+    norm = method.encoder.layers[0][1]
+    assert norm.num_batches_tracked == 2  # one forward pass, twice
+    method, x, labels = homo_method("--ssl", "augmented")
+    torch.manual_seed(1)
+    loss, terms = method(images, labels)
+    torch.manual_seed(1)
+    g0, _ = method.draw_fibers(12)
+    shifts = [torch.randint(-6, 7, (12, 2)) for _ in range(2)]  # 20 % of 32 pixels
+    v = []
+    for shift in shifts:
+        z = method.f(homomorphic.transform(x, shift, "translation"))
+        v.append(method.head(z[torch.arange(12), :, 0, g0[:, 1], g0[:, 2]]))
+    want = homomorphic.nce_loss(*v, 0.1)
+    assert terms["contrast"].item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_what_each_mode_trains():
+    images, labels = homomorphic.draw_patterns(12, 3)
+    for ssl, encoder, head in (
+        ("homomorphic", True, True),
+        ("augmented", True, True),
+        ("frozen", False, False),
+        ("supervised", True, False),
+    ):
+        method, _, _ = homo_method("--ssl", ssl, group="scale")
+        assert (method.head is not None) == head
+        method(images, labels)[0].backward()
+        moved = [p.grad is not None and p.grad.abs().sum() > 0 for p in method.encoder.parameters()]
+        assert all(moved) if encoder else not any(moved)
+        assert all(p.grad is not None for p in method.classifier.parameters())
+    # the classifier trains nothing but itself
+    method, x, _ = homo_method(group="scale")
+    torch.manual_seed(1)
+    method(images, labels)[0].backward()
+    both = [p.grad.clone() for p in method.encoder.parameters()]
+    method.zero_grad()
+    torch.manual_seed(1)
+    g1, g2 = method.draw_fibers(12)
+    homomorphic.nce_loss(*method.homomorphic(x, g1, g2)[:2], 0.1).backward()
+    for a, p in zip(both, method.encoder.parameters()):
+        assert torch.allclose(a, p.grad, atol=1e-5)
+
+
+def test_fibers_are_drawn_within_the_distance():
+    def pairs(shape, *flags):
+        config = homomorphic.parse_args(["--quick", *flags])
+        return homomorphic.fiber_pairs(shape, config)
+
+    assert len(pairs((1, 4, 4))) == 16**2 and len(pairs((6, 9, 9), "--group", "scale")) == 36
+    near = pairs((1, 5, 5), "--distance", "1.5")
+    far = (near[:, 0] - near[:, 1]).float().norm(dim=1)
+    assert far.max() == pytest.approx(2**0.5) and (near[:, :, 0] == 0).all()
+    near = pairs((4, 9, 9), "--group", "rotation", "--distance", "1")
+    assert len(near) == 4 + 2 * 3  # no wrap-around
+    assert len(pairs((6, 9, 9), "--group", "scale", "--base-size", "3")) == 4**2
+    method, x, _ = homo_method("--base-size", "2", group="rotation")
+    z = method.f(x)
+    g = torch.tensor([[3, 0, 0]]).repeat(12, 1)
+    want = torch.cat([z[:, :, 3].mean((2, 3)), z[:, :, 0].mean((2, 3))], 1)  # in a circle
+    assert torch.allclose(method.read(z, g), want, atol=1e-6)
+    method, x, _ = homo_method("--base-size", "2")
+    z = method.f(x)
+    g = torch.tensor([[0, 2, 5]]).repeat(12, 1)
+    assert torch.equal(method.read(z, g), torch.cat([z[:, :, 0, 2, 5], z[:, :, 0, 2, 6]], 1))
+    many = torch.stack(method.draw_fibers(4000)).flatten(0, 1)
+    assert many[:, 2].max() == z.shape[4] - 2 and many[:, 1].max() == z.shape[3] - 1
+    first, second = homo_method()[0].draw_fibers(4000)
+    assert (first != second).any(1).float().mean() > 0.98  # drawn independently
+
+
+def test_mnist_and_tiny_imagenet_files(tmp_path, monkeypatch):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, n in (("train", 250), ("t10k", 30)):
+        header = b"".join(k.to_bytes(4, "big") for k in (2051, n, 28, 28))
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + bytes(n * 784))
+        header = b"".join(k.to_bytes(4, "big") for k in (2049, n))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + bytes(i % 10 for i in range(n)))
+    line = ["--data-root", str(tmp_path)]
+    data = homomorphic.load_data(homomorphic.parse_args([*line, "--limit", "100"]), CPU)
+    assert [images.shape for images, _ in data] == [(k, 1, 28, 28) for k in (100, 100, 30)]
+    assert data[2][1].tolist() == [i % 10 for i in range(30)]
+    root = tmp_path / "tiny-imagenet-200"
+    for word in ("n01", "n02"):
+        (root / "train" / word / "images").mkdir(parents=True)
+        for i in range(3):
+            image = torch.full((3, 64, 64), (0.2 if word == "n01" else 0.8) + i / 100)
+            save_image(image, root / "train" / word / "images" / f"{i}.png")
+    (root / "val" / "images").mkdir(parents=True)
+    for i, light in enumerate((0.8, 0.2)):
+        save_image(torch.full((3, 64, 64), light), root / "val" / "images" / f"val_{i}.png")
+    (root / "val" / "val_annotations.txt").write_text(
+        "val_0.png\tn02\t0\t0\t9\t9\nval_1.png\tn01\t0\t0\t9\t9\n"
+    )
+    line += ["--dataset", "tinyimagenet"]
+    train, bank, (images, labels) = homomorphic.load_data(homomorphic.parse_args(line), CPU)
+    assert train[0].shape == (6, 3, 64, 64) and train[1].tolist() == [0, 0, 0, 1, 1, 1]
+    assert labels.tolist() == [1, 0] and images[0, 0, 0, 0] > images[1, 0, 0, 0]
+    asked = {}
+    monkeypatch.setattr(
+        homomorphic,
+        "download_and_extract_archive",
+        lambda url, where, md5: (
+            asked.update(url=url, md5=md5) or shutil.copytree(root, where / root.name)
+        ),
+    )
+    line = ["--dataset", "tinyimagenet", "--data-root", str(tmp_path / "new")]
+    (tmp_path / "new").mkdir()
+    assert len(homomorphic.load_data(homomorphic.parse_args(line), CPU)[2][1]) == 2
+    assert asked["md5"] == "90528d7ca1a48142e341f4ef8d21d0de"
+
+
+def test_homomorphic_presets_and_outputs(tmp_path, capsys):
+    parse = lambda *line: homomorphic.parse_args(line)
+    c = parse()
+    assert (c.dataset, c.group, c.epochs, c.batch_size, c.lr) == (
+        "mnist",
+        "translation",
+        500,
+        4096,
+        0.1,
+    )
+    assert (c.warmup_epochs, c.weight_decay, c.temperature) == (10, 1e-4, 0.1)
+    assert parse("--dataset", "cifar10").projector == "512-2048-512"
+    assert parse("--dataset", "tinyimagenet").epochs == 1300
+    single = parse("--single-device")
+    assert (single.epochs, single.batch_size) == (50, 1024) and single.out != c.out
+    optimizer = homomorphic.make_optimizer(homomorphic.Method(c), c)
+    assert isinstance(optimizer, homomorphic.LARS) and optimizer.defaults["lr"] == 0.1
+    homomorphic.main(tiny_homo(tmp_path / "run", "--group", "scale"))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    for name in ("classifier_top1", "knn_top1", "random_init_knn_top1", "linear_top1"):
+        assert 0 < results[name] <= 100
+    assert len(results["equivariance_errors"]) == 3
+    capsys.readouterr()
+    homomorphic.main(["--eval", str(tmp_path / "run" / "checkpoint.pt"), "--measure-equivariance"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [float(line.split()[-1]) for line in lines] == pytest.approx(
+        results["equivariance_errors"], rel=0.01
+    )
+
+
+HOMO_BAD = {
+    "rotation without structure": (
+        ["--group", "rotation", "--structure", "none"],
+        "--structure none",
+    ),
+    "an unknown group": (["--group", "shear"], "shear"),
+    "a base larger than the group": (["--group", "scale", "--base-size", "7"], "--base-size 7"),
+    "no width": (["--width", "0"], "--width is"),
+    "bad widths": (["--projector", "128-a"], "128-a"),
+    "a batch that is too large": (["--batch-size", "300"], "--batch-size 300"),
+    "no data": (["--dataset", "mnist", "--data-root", "/dev/null/data"], "try --quick"),
+    "another dataset": (["--dataset", "stl10"], "stl10"),
+    "a negative distance": (["--distance", "-1"], "--distance is"),
+}
+
+
+@pytest.mark.parametrize("name", HOMO_BAD)
+def test_homomorphics_bad_input(name, tmp_path, capsys):
+    flags, word = HOMO_BAD[name]
+    assert word in fails(capsys, 2, *tiny_homo(tmp_path / "run"), *flags, script=homomorphic)
