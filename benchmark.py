@@ -90,11 +90,30 @@ def care_parts(script, method, images):
     return augment, network
 
 
+def homomorphic_parts(script, method, images):
+    """H-SSL and A-SSL: the images that are embedded, and the bare encoder on them."""
+    x, group = method.canvas(images.float() / 255), method.config.group
+
+    def augment():
+        if method.config.ssl != "augmented":
+            return [x]
+        elements = [script.draw_group(len(x), group, x) for _ in range(2)]
+        return [script.transform(x, g, group) for g in elements]
+
+    views = augment()
+
+    def network():
+        sum(method.f(view).float().sum() for view in views).backward()
+
+    return augment, network
+
+
 PARTS = {
     "simclr_essl": view_parts,
     "simsiam_essl": view_parts,
     "care": care_parts,
     "sfrik": view_parts,
+    "homomorphic": homomorphic_parts,
 }
 
 
@@ -103,7 +122,8 @@ def script_row(name, argv, repeats):
     script = importlib.import_module(name)
     config = script.parse_args(argv)
     device = script.start(config)
-    shape = (config.batch_size, 3, config.size, config.size)
+    side = config.size if hasattr(config, "size") else 28 if config.dataset == "mnist" else 32
+    shape = (config.batch_size, len(script.MEAN_STD[config.dataset][0]), side, side)
     images = torch.randint(256, shape, dtype=torch.uint8, device=device)
     labels = torch.zeros(len(images), dtype=torch.int64, device=device)
     method = script.Method(config).to(device, memory_format=torch.channels_last)
@@ -139,6 +159,28 @@ def script_row(name, argv, repeats):
         "tflops": tflops,
         "fraction_of_matmul_peak": tflops / matmul_tflops(device),
     }
+
+
+def homomorphic_row(group, n, repeats):
+    """H-SSL's loss and gradient over A-SSL's: one forward pass of MNIST's network over two."""
+    import homomorphic
+
+    line = ["--group", group, *([] if torch.cuda.is_available() else ["--width", "0.25"])]
+    config = homomorphic.parse_args(line)
+    device = homomorphic.start(config)
+    method = homomorphic.Method(config).to(device)
+    x = method.canvas(torch.rand(n, 1, 28, 28, device=device))
+
+    def h_ssl():
+        v1, v2, _ = method.homomorphic(x, *method.draw_fibers(n))
+        homomorphic.nce_loss(v1, v2, 0.1).backward()
+
+    def a_ssl():
+        g1, g2 = (homomorphic.draw_group(n, group, x) for _ in range(2))
+        homomorphic.nce_loss(*method.augmented(x, g1, g2, method.draw_fibers(n)[0]), 0.1).backward()
+
+    ms = milliseconds({"h": h_ssl, "a": a_ssl}, device, repeats)
+    return {"comparison": f"H-SSL's step over A-SSL's, {group}, n {n}", "ratio": ms["h"] / ms["a"]}
 
 
 LOSSES = {
@@ -279,6 +321,10 @@ def main(argv):
         if argv[0] == "sfrik":
             given = [after for before, after in zip(argv, argv[1:]) if before == "--batch-size"]
             rows += loss_rows(int(given[0]) if given else 2048)
+        if argv[0] == "homomorphic":
+            rows += [
+                homomorphic_row(group, 256, 5) for group in ("translation", "rotation", "scale")
+            ]
     else:
         rows = [script_row(name, flags, 3) for name in SCRIPTS]
         if "care" in SCRIPTS:
@@ -289,6 +335,10 @@ def main(argv):
                     "comparison": "CARE's step over SimCLR's, four forwards of N images over two",
                     "ratio": ratio,
                 }
+            ]
+        if "homomorphic" in SCRIPTS:
+            rows += [
+                homomorphic_row(group, 256, 3) for group in ("translation", "rotation", "scale")
             ]
         if "sfrik" in SCRIPTS:
             rows += loss_rows(2048, (1024, 8192))
