@@ -37,12 +37,18 @@ Differences from the paper [P] and the authors' code [C]:
   5. STL-10: [C] reads a momentum but never uses it; here it is 0.9, or --momentum 0. The warm-up
      lasts 10 epochs as in [C]; [P] says steps. Images are resized to 32 pixels, as in [C].
   6. ImageNet100: [C] has no crop in the equivariance views, contrasts on each GPU alone and
-     synchronises BatchNorm for CARE only. Here crops, as in [P]; all embeddings; both.
-  7. MoCo-v2 on CIFAR and STL-10: [P] gives the temperature, 0.1. Queue 4096 and momentum 0.99 are
-     those of FAIR's CIFAR demo (inferred). SyncBatchNorm replaces the shuffled batches.
-  8. L_inv and L_unif of the ablation are those of [P]; [C] has other forms of them.
-  9. Ours: --dataset folder and patterns; all of PROTEINS but R^16, the rotations and the target.
-     Wahba's error, gamma_f and the retrieval have no published code; [P] prints no numbers.
+     synchronises BatchNorm for CARE only. Here crops, as in [P]; all embeddings; both. L_equi sees
+     128 images in chunks of 8 with lam 0.005, as in [C] on four GPUs ([P]: 4 splits; for MoCo 8 and
+     lam 0.01). A cosine per step, not per epoch. kNN, and the probe on cached features by Adam, are
+     those of CIFAR, so that accuracies do not compare with [P]'s.
+  7. MoCo-v2 on CIFAR: [P] gives the temperature, 0.1; queue, momentum and SGD are those of FAIR's
+     CIFAR demo (inferred). On STL-10 only the temperature changes. SyncBatchNorm replaces the
+     shuffled batches.
+  8. L_inv and L_unif of the ablation are those of [P]; [C] has other forms of them. [C] has the
+     stem's default initialisation and, on two GPUs, BatchNorm of each GPU alone.
+  9. Ours: --dataset folder and patterns; all of PROTEINS (also BatchNorm in the head) but R^16, the
+     rotations and the target. Wahba's error, gamma_f and the retrieval have no published code; [P]
+     prints no numbers.
 """
 import argparse
 import copy
@@ -50,6 +56,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -90,12 +97,12 @@ class Config:
     arch: str = option("resnet50", "small: a conv net for CPUs", "resnet18", "resnet50", "small")
     epochs: int = option(400, "passes over the training images (paper: 400)")
     batch_size: int = option(256, "images per step, over all processes (paper: 256)")
-    optimizer: str = option("adam", "paper: adam for CIFAR, sgd otherwise", "adam", "sgd")
+    optimizer: str = option("adam", "paper: adam for CIFAR, sgd for STL-10", "adam", "sgd")
     momentum: float = option(0.9, "of sgd (authors' code for STL-10: 0)")
-    lr: float = option(1e-3, "peak learning rate, whatever the batch size (paper: 1e-3)")
-    final_lr: float = option(1.0, "share of the rate that is left after the cosine (paper: 1)")
-    warmup_epochs: int = option(0, "epochs of linear warm-up (paper: 0)")
-    weight_decay: float = option(1e-6, "on every parameter (paper: 1e-6)")
+    lr: float = option(1e-3, "peak learning rate, whatever the batch size (paper, CIFAR: 1e-3)")
+    final_lr: float = option(1.0, "share of the rate left after the cosine (code, CIFAR: 1)")
+    warmup_epochs: int = option(0, "epochs of linear warm-up (code, STL-10: 10)")
+    weight_decay: float = option(1e-6, "on every parameter (paper, CIFAR: 1e-6)")
     seed: int = option(0, "of the weights, the order and the augmentation")
     device: str = option("auto", "cpu, cuda, cuda:1 (auto: cuda where there is one)")
     precision: str = option("auto", "of the networks (auto: bf16 on GPUs that have it)",
@@ -108,8 +115,8 @@ class Config:
     eval: str = option("", "evaluate this checkpoint.pt, train nothing")
     limit: int = option(0, "use the first N images of the shuffled training split (0: all)")
     # the method
-    lam: float = option(0.01, "lambda, weight of L_equi; 0: the baseline (paper: 0.01)")
-    chunks: int = option(16, "chunks of the batch, each with its own augmentations (paper: 16)")
+    lam: float = option(0.01, "lambda, weight of L_equi; 0: the baseline (paper, CIFAR-10: 0.01)")
+    chunks: int = option(16, "chunks, each with its own augmentations (paper, CIFAR-10: 16)")
     base: str = option("simclr", "the contrastive method", "simclr", "moco")
     contrast: str = option("infonce", "the paper's ablation: other losses in place of InfoNCE",
                            "infonce", "uniformity", "invariance", "none")
@@ -117,7 +124,7 @@ class Config:
     share_pair: bool = option(False, "one pair of augmentations for all chunks (authors' code)")
     mean_gram: bool = option(False, "L_equi as a mean over pairs of images, not 2 / m of the sum")
     plain_gram: bool = option(False, "compare with the Gram matrix of the images themselves")
-    equivariance_batch: int = option(0, "images of a batch that L_equi sees (0: all)")
+    equivariance_batch: int = option(0, "images of a batch L_equi sees, evenly spaced (0: all)")
     queue: int = option(4096, "MoCo's negatives (FAIR's CIFAR demo: 4096)")
     key_momentum: float = option(0.99, "of MoCo's key encoder (paper, ImageNet100: 0.99)")
     size: int = option(32, "side of the views in pixels")
@@ -130,14 +137,15 @@ PRESETS = {
     "cifar100": dict(lam=0.001, chunks=4),
     "stl10": dict(lam=0.01, chunks=8, optimizer="sgd", lr=0.06, final_lr=0.0, warmup_epochs=10,
                   weight_decay=5e-4),
-    "imagenet100": dict(IMAGENET, lam=0.005, chunks=4, equivariance_batch=128, epochs=200,
+    "imagenet100": dict(IMAGENET, lam=0.005, chunks=16, equivariance_batch=128, epochs=200,
                         batch_size=512, lr=0.8, weight_decay=1e-4, temperature=0.2, queue=65536),
     "folder": dict(IMAGENET, lam=0.005, chunks=8, lr=0.4, weight_decay=1e-4),  # ours
     "patterns": dict(arch="small", epochs=100),  # ours
-    "proteins": dict(lam=1.0, epochs=100, knn_every=0, projector="128-16"),  # ours
+    "proteins": dict(lam=1.0, epochs=100, projector="128-16"),  # ours
 }
+MOCO = dict(temperature=0.1, optimizer="sgd", lr=0.03, final_lr=0.0, weight_decay=5e-4)  # CIFAR
 PRESETS["chains"] = PRESETS["proteins"]
-QUICK = dict(epochs=8, knn_every=2, limit=4000)
+QUICK = dict(arch="small", epochs=8, knn_every=2, limit=4000)
 FREE = ("data_root", "device", "compile", "knn_every", "save_every", "out", "eval")
 LEAST = dict(epochs=1, batch_size=2, lr=1e-9, temperature=1e-9, size=8, chunks=1)  # others: 0
 
@@ -168,7 +176,7 @@ def parse_args(argv=None):
     preset = asdict(Config(dataset)) | PRESETS[dataset] | quick
     preset["warmup_epochs"] = min(preset["warmup_epochs"], (preset | given)["epochs"] // 4)
     if given.get("base") == "moco" and dataset != "imagenet100":
-        preset["temperature"] = 0.1
+        preset |= MOCO if dataset in ("cifar10", "cifar100") else {"temperature": 0.1}
     config = Config(**preset | given)
     for name, value in vars(config).items():
         check(isinstance(value, str) or LEAST.get(name, 0) <= value < 2 ** 32,
@@ -177,11 +185,14 @@ def parse_args(argv=None):
           f"widths look like 512-128, not like {config.projector}")
     check(config.warmup_epochs < config.epochs,
           f"--warmup-epochs {config.warmup_epochs} must be fewer than --epochs {config.epochs}")
-    few = config.equivariance_batch or config.batch_size
-    check(few <= config.batch_size and few % config.chunks == 0 and few >= 2 * config.chunks,
-          f"{config.chunks} --chunks do not cut {few} images of a batch into equal parts")
+    few, n = config.equivariance_batch or config.batch_size, config.batch_size
+    check(config.lam == 0 or n % few == 0 and few % config.chunks == 0 and few > config.chunks,
+          f"{config.chunks} --chunks do not cut {few} of {n} images into equal parts of 2 or more")
     check(config.base == "simclr" or config.contrast == "infonce", "--base moco needs InfoNCE")
-    check(config.queue >= config.batch_size, "--queue must hold a batch or more")
+    check(config.base == "simclr" or config.queue >= n, "--queue must hold a batch or more")
+    check(config.momentum < 1 and config.key_momentum <= 1, "a momentum is at most 1")
+    check(config.lam or config.contrast != "none", "--contrast none needs --lam")
+    check(not config.classes or dataset in ("imagenet100", "folder"), "--classes is for folders")
     varies = "".join(f"-{name}" if value is True else f"-{name}{value}"
                      for name, value in vars(config).items()
                      if value != preset[name] and name not in (*FREE, "dataset", "seed", "classes"))
@@ -245,6 +256,7 @@ class Folder(datasets.ImageFolder):
         names = sorted(x.name for x in os.scandir(directory) if x.is_dir() and x.name[0] != ".")
         missing = set(self.chosen or ()) - set(names)
         check(not missing, f"{directory} lacks {len(missing)} classes of the list, {missing}")
+        check(self.chosen != [], "the list of --classes is empty")
         names = sorted(self.chosen or names)
         return (names, {name: i for i, name in enumerate(names)}) if names else (["."], {".": -1})
 
@@ -288,6 +300,8 @@ def load_data(config, device):
             return load_chains(config, device)
         if name in ("imagenet100", "folder"):
             parts = [Folder(root / "train", config, config.limit)]
+            check(name == "folder" or len(parts[0].classes) in (1, 100),
+                  f"imagenet100 has 100 classes, {root} has {len(parts[0].classes)}: use --classes")
             parts += [Folder(root / "val", config)] if (root / "val").is_dir() else []
             folders = [(part, torch.tensor(part.targets, device=device)) for part in parts]
             if len(parts) == 1 or parts[0].classes == ["."]:
@@ -301,7 +315,7 @@ def load_data(config, device):
             splits = ("train+unlabeled", "train", "test") if name == "stl10" else (True, False)
             parts = [getattr(datasets, name.upper())(root, part, download=True) for part in splits]
             parts = [(x.data, x.labels if name == "stl10" else x.targets) for x in parts]
-    except (OSError, RuntimeError) as problem:
+    except (OSError, RuntimeError, ValueError) as problem:
         check(False, f"cannot read {name} in {root} ({problem}): put it there, or try --quick")
     for i, (images, labels) in enumerate(parts):
         images, labels = torch.as_tensor(images), torch.as_tensor(labels).long()
@@ -500,41 +514,46 @@ def make_projector(widths, norm):
 # ------------------------------------------------------------------------------------------- METHOD
 
 
+def sphere(z):
+    """Rows (N, D) divided by their norms, in float32 or better."""
+    return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)))
+
+
 def nt_xent(z1, z2, temperature):
     """InfoNCE of two views (N, D): each of 2N rows against its other view and 2N - 2 negatives."""
-    z = F.normalize(torch.cat([z1, z2]).to(torch.promote_types(z1.dtype, torch.float32)))
+    z = sphere(torch.cat([z1, z2]))
     s = z @ z.T / temperature  # (2N, 2N), cosines
     s = s.masked_fill(torch.eye(len(s), dtype=torch.bool, device=s.device), -torch.inf)
     return F.cross_entropy(s, torch.arange(len(s), device=s.device).roll(len(z1)))
 
 
-def equivariance_loss(z1, z2, chunks):
+def equivariance_loss(z1, z2, chunks, mean=False):
     """L_equi of embeddings (N, D) under two augmentations that all rows of a chunk share.
 
     For a chunk of m rows, 2 / m times the sum of squared differences of the two Gram matrices of
-    the normalised rows (authors' code); the mean over chunks. Zero where z2 = z1 R.
+    the normalised rows (authors' code), or their mean over the pairs; the mean over chunks. Zero
+    where z2 = z1 R.
     """
-    z1, z2 = (F.normalize(z.to(torch.promote_types(z.dtype, torch.float32))) for z in (z1, z2))
-    z1, z2 = (z.unflatten(0, (chunks, -1)) for z in (z1, z2))  # (K, m, D)
+    z1, z2 = (sphere(z).unflatten(0, (chunks, -1)) for z in (z1, z2))  # (K, m, D)
     difference = z1 @ z1.mT - z2 @ z2.mT  # (K, m, m), zero on the diagonals
-    return 2 * difference.square().sum(2).mean()
+    loss = 2 * difference.square().sum(2).mean()
+    return loss / (2 * (z1.shape[1] - 1)) if mean else loss
 
 
 def uniformity_loss(z1, z2):
     """L_unif: the logarithm of the mean of exp(z z') over the pairs of 2N normalised rows."""
-    z = F.normalize(torch.cat([z1, z2]).to(torch.promote_types(z1.dtype, torch.float32)))
+    z = sphere(torch.cat([z1, z2]))
     return (z @ z.T).exp().mean().log()
 
 
 def invariance_loss(z1, z2):
     """L_inv: the mean distance of the two normalised views (N, D)."""
-    z1, z2 = (F.normalize(z.to(torch.promote_types(z.dtype, torch.float32))) for z in (z1, z2))
-    return (z1 - z2).norm(dim=1).mean()
+    return (sphere(z1) - sphere(z2)).norm(dim=1).mean()
 
 
 def moco_loss(q, k, queue, temperature):
     """InfoNCE of queries q against their keys k (N, D) and a queue of other keys (Q, D)."""
-    q, k = (F.normalize(z.to(torch.promote_types(z.dtype, torch.float32))) for z in (q, k))
+    q, k = sphere(q), sphere(k)
     s = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1) / temperature  # (N, 1 + Q)
     return F.cross_entropy(s, torch.zeros(len(s), dtype=torch.int64, device=s.device))
 
@@ -548,12 +567,14 @@ class Method(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        widths = [*map(int, config.projector.split("-"))]
         self.config, self.clouds = config, config.dataset in ("proteins", "chains")
         self.encoder = DeepSets() if self.clouds else make_encoder(config.arch, config.size)
         width = {"resnet18": 512, "resnet50": 2048, "small": 128}[config.arch]
-        width = 256 if self.clouds else width
-        self.projector = make_projector([width, *widths], norm=config.size <= 64)
+        widths = [256 if self.clouds else width, *map(int, config.projector.split("-"))]
+        self.projector = make_projector(widths, norm=self.clouds or config.size <= 64)
+        few = config.equivariance_batch or config.batch_size
+        check(few % process()[1] == 0, f"{process()[1]} processes do not share {few} images")
+        self.every = config.batch_size // few  # L_equi sees every first, second, ... image
         if config.base == "moco":
             self.key_encoder, self.key_projector = (copy.deepcopy(part).requires_grad_(False)
                                                     for part in (self.encoder, self.projector))
@@ -573,15 +594,12 @@ class Method(nn.Module):
         if config.lam == 0:
             return loss, terms
 
-        x = x[:len(x) * config.equivariance_batch // config.batch_size or len(x)]
+        x = x[::self.every]
         K = math.gcd(config.chunks, len(x) * process()[1])  # fewer only for forecast's few images
-        shared = 1 if config.share_pair else K
-        plain = x if self.clouds else x.float() / 255
-        z1_eq = f(a(x, chunks=shared))  # (N, D)
-        z2_eq = f(plain if config.plain_gram else a(x, chunks=shared))
-        loss_equi = equivariance_loss(gather(z1_eq), gather(z2_eq), K)
-        if config.mean_gram:  # the sum over a row of m - 1 pairs, twice
-            loss_equi = loss_equi / (2 * (len(x) * process()[1] // K - 1))
+        pairs = 1 if config.share_pair else K
+        z1_eq = f(a(x, chunks=pairs))  # (N, D)
+        z2_eq = f(self.plain(x) if config.plain_gram else a(x, chunks=pairs))
+        loss_equi = equivariance_loss(gather(z1_eq), gather(z2_eq), K, config.mean_gram)
         terms["equivariance"] = loss_equi.detach()
         return loss + config.lam * loss_equi, terms
 
@@ -595,7 +613,7 @@ class Method(nn.Module):
             return nt_xent(z1, z2, config.temperature)
         loss = moco_loss(z1, z2, self.queue.clone(), config.temperature)
         places = (self.oldest + torch.arange(len(z2), device=z2.device)) % len(self.queue)
-        self.queue[places] = F.normalize(z2.float())
+        self.queue[places] = sphere(z2)
         self.oldest.add_(len(z2)).remainder_(len(self.queue))
         return loss
 
@@ -611,6 +629,10 @@ class Method(nn.Module):
         drawn = {name: mine(rows.repeat_interleave(n // len(rows), 0))
                  for name, rows in drawn.items()}  # a process draws for the whole batch
         return rotate(x, drawn["rotation"]) if self.clouds else augment(x, drawn, self.config.size)
+
+    def plain(self, x):
+        """x as it is, in [0, 1]; or clouds."""
+        return x if self.clouds else x.float() / 255
 
     def f(self, x):
         """Embeddings (N, D); the losses normalise them."""
@@ -762,7 +784,10 @@ def forecast(data, config, device):
     for _ in range(2):  # the first warms up
         began = time.perf_counter()
         method(images, labels)[0].backward()
-    seconds = (time.perf_counter() - began) / few.batch_size * len(data[0][1]) * config.epochs
+        seconds = time.perf_counter() - began
+        if seconds > 5:
+            break
+    seconds *= len(data[0][1]) * config.epochs / few.batch_size
     advice = "; sooner: --quick, --arch small, fewer --epochs, --limit" if seconds > 7200 else ""
     print(f"about {timedelta(seconds=round(seconds))} on this CPU{advice}", flush=True)
 
@@ -784,8 +809,8 @@ def train(config):
     check(config.batch_size <= n, f"--batch-size {config.batch_size} is more than the {n} images")
     check(config.batch_size % world == 0 and config.batch_size >= 2 * world,
           f"--batch-size {config.batch_size} does not give {world} processes 2 or more images each")
-    bank = len(data[1][1]) if data[1] else K
-    check(bank >= K, f"kNN needs {K} labelled training images, not {bank}")
+    bank = len(data[1][1]) if data[1] else KNN_K
+    check(bank >= KNN_K, f"kNN needs {KNN_K} labelled training images, not {bank}")
     if not config.eval:
         write(Path(config.out) / "config.json", json.dumps(asdict(config), indent=1))
     torch.manual_seed(config.seed)
@@ -877,10 +902,11 @@ def log_epoch(method, data, config, state, steps):
     """Prints the means of the epoch, with kNN when it is due, and adds them to metrics.jsonl."""
     step, epoch = state["step"], state["step"] // steps
     line = {name: value.item() / steps for name, value in state["sums"].items()}
-    due = config.knn_every and epoch % config.knn_every == 0 and not method.clouds
-    if data[1] and due and process()[0] == 0:
-        line["knn_top1"], *_ = knn(method, data)
-        line |= geometry(method, data[2][0][:1000], 5)
+    due = config.knn_every and epoch % config.knn_every == 0
+    if data[2] and due and process()[0] == 0:
+        if not method.clouds:
+            line["knn_top1"], *_ = knn(method, data)
+        line |= geometry(method, pick(data[2][0], range(1000)), 5)
     line["images_per_second"] = step * config.batch_size / state["seconds"]
     print(f"epoch {epoch}/{config.epochs}",
           *(f"{name} {value:.{4 if value < 1e4 else 5}g}" for name, value in line.items()),
@@ -897,7 +923,7 @@ def time_left(seconds, step, total):
 
 # ----------------------------------------------------------------------------------------- EVALUATE
 
-K, KNN_TEMPERATURE = 200, 0.5  # authors' code
+KNN_K, KNN_TEMPERATURE = 200, 0.5  # authors' code, CIFAR and STL-10
 
 
 @torch.no_grad()
@@ -929,7 +955,7 @@ def knn(method, data):
     _, (bank, bank_labels), (test, test_labels) = data
     bank, test = extract(method, bank), extract(method, test)
     classes = int(bank_labels.max()) + 1
-    accuracy = knn_accuracy(bank, bank_labels, test, test_labels, K, KNN_TEMPERATURE, classes)
+    accuracy = knn_accuracy(bank, bank_labels, test, test_labels, KNN_K, KNN_TEMPERATURE, classes)
     return accuracy, bank, test
 
 
@@ -959,10 +985,18 @@ def linear_probe(train, train_labels, test, test_labels, lr=1e-3, epochs=100, pr
     return right.mean().item(), right.std(correction=0).item()
 
 
+def pick(images, rows):
+    """These rows of images or clouds, as far as there are any, or of a Folder, as a tensor."""
+    rows = [row for row in rows if row < len(images)]
+    if isinstance(images, torch.Tensor):
+        return images[rows]
+    return torch.stack([images[row] for row in rows])
+
+
 @torch.no_grad()
-def embed(method, images, prepare=lambda x: x.float() / 255):
+def embed(method, images, prepare=None):
     """f of prepare(images) on the sphere, (N, D), float32, in eval mode."""
-    features, training = extract(method, images, prepare), method.training
+    features, training = extract(method, images, prepare or method.plain), method.training
     method.eval()
     z = F.normalize(method.projector(features))
     method.train(training)
@@ -1006,20 +1040,26 @@ def geometry(method, images, count=20):
     """What `count` augmentations, each applied to all images alike, do to their embeddings: means.
 
     wahba_so, wahba_o: Wahba's error in SO(D) and O(D) over the root of the number of images;
-    gamma_f: relative rotational equivariance, of 1000 images; invariance: mean distance moved.
+    gamma_f: relative rotational equivariance, of 1000 images, None where it is undefined;
+    invariance: mean distance moved. images: uint8 (N, 3, H, W), or clouds, which are rotated.
     """
-    sums = dict(wahba_so=0.0, wahba_o=0.0, gamma_f=0.0, invariance=0.0)
     torch.manual_seed(0)  # the same augmentations for every encoder
-    z, policy = embed(method, images), view_policy(method.config)
+    z, policy, rows = embed(method, images), view_policy(method.config), []
     for _ in range(count):
-        drawn = draw_augmentation(1, policy, *images.shape[2:], images.device)
-        z_a = embed(method, images, lambda x: augment(
-            x, {k: rows.expand(len(x), *rows.shape[1:]) for k, rows in drawn.items()}, policy.size))
-        sums["wahba_so"] += wahba_error(z, z_a) / len(z) ** 0.5 / count
-        sums["wahba_o"] += wahba_error(z, z_a, reflections=True) / len(z) ** 0.5 / count
-        sums["gamma_f"] += relative_equivariance(z[:1000], z_a[:1000]) / count
-        sums["invariance"] += (z - z_a).norm(dim=1).mean().item() / count
-    return sums
+        if method.clouds:
+            rotation = haar_rotations(1, z.device)
+            z_a = embed(method, images, lambda x: rotate(x, rotation))
+        else:
+            drawn = draw_augmentation(1, policy, *images.shape[2:], z.device)
+            z_a = embed(method, images, lambda x: augment(
+                x, {k: v.expand(len(x), *v.shape[1:]) for k, v in drawn.items()}, policy.size))
+        rows.append([wahba_error(z, z_a) / len(z) ** 0.5,
+                     wahba_error(z, z_a, reflections=True) / len(z) ** 0.5,
+                     relative_equivariance(z[:1000], z_a[:1000]),
+                     (z - z_a).norm(dim=1).mean().item()])
+    means = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
+    names = ("wahba_so", "wahba_o", "gamma_f", "invariance")
+    return {name: mean if math.isfinite(mean) else None for name, mean in zip(names, means)}
 
 
 def probe_views(method, data, config):
@@ -1046,33 +1086,38 @@ def retrieve(method, data, path, count=200):
 
     overlap_at_5: percent of the five nearest training images, by f, that stay when the hue is
     shifted by 0.1 to 0.5 turns. hue_difference: mean hue distance, in degrees, of those found for
-    the recoloured image to it. Draws five queries, recoloured below, with their nearest at `path`.
+    the recoloured image to it (chance: 90, as on the nearly gray patterns). Draws five queries,
+    recoloured below, with their nearest at `path`.
     """
-    images, queries = data[1][0], data[2][0][:count].float() / 255
+    images, device = data[1][0], method.mean_std.device
+    queries = pick(data[2][0], range(count)).to(device).float() / 255
     shift = (torch.linspace(0.1, 0.9, len(queries), device=queries.device)[:, None, None, None])
     recoloured = shift_hue(queries, shift)
     bank, kept = embed(method, images), embed(method, queries, lambda x: x)
     before = (kept @ bank.T).topk(5).indices  # (count, 5)
     after = (embed(method, recoloured, lambda x: x) @ bank.T).topk(5).indices
     overlap = 100 * (before[:, :, None] == after[:, None]).any(2).float().mean().item()
-    found = mean_hue(images[after.flatten()].float() / 255).view_as(after)
+    found = mean_hue(pick(images, after.flatten().tolist()).float() / 255).view_as(after)
+    found = found.to(device)
     off = (found - mean_hue(recoloured)[:, None] + 0.5).remainder(1) - 0.5
     if path:
         shown = torch.linspace(0, len(queries) - 1, 5).long().tolist()
-        rows = [torch.cat([query[i:i + 1], images[near[i]].float() / 255])
+        rows = [torch.cat([query[i:i + 1].cpu(), pick(images, near[i].tolist()).cpu() / 255])
                 for i in shown for query, near in ((queries, before), (recoloured, after))]
-        grid = make_grid(torch.cat(rows).cpu(), nrow=6, pad_value=1.0)
+        grid = make_grid(torch.cat(rows), nrow=6, pad_value=1.0)
         save_image(F.interpolate(grid[None], scale_factor=2), path)
     return {"overlap_at_5": overlap, "hue_difference": 360 * off.abs().mean().item()}
 
 
-def plot(path, curves, x_label, y_label):
-    """An SVG drawing with axes of curves {name: (x, y)}, lists of numbers."""
+def plot(path, curves, x_label, y_label, square=False):
+    """An SVG drawing with axes of curves {name: (x, y)}, lists of numbers; square: equal units."""
     xs, ys = ([v for curve in curves.values() for v in curve[i]] for i in (0, 1))
     (left, right), (low, high) = (min(xs), max(xs)), (min(ys), max(ys))
+    unit_x, unit_y = 400 / (right - left or 1), 300 / (high - low or 1)
+    unit_x, unit_y = [min(unit_x, unit_y)] * 2 if square else (unit_x, unit_y)
 
     def place(x, y):
-        return 60 + 400 * (x - left) / (right - left), 320 - 300 * (y - low) / (high - low)
+        return 60 + unit_x * (x - left), 320 - unit_y * (y - low)
 
     def text(x, y, words, how=""):
         return f'<text x="{x:.0f}" y="{y:.0f}" {how}>{words}</text>'
@@ -1099,7 +1144,7 @@ def positive_cosines(method, images):
     """Histogram (x, y) of the cosine of two augmented views of each image: 40 bins, percent."""
     torch.manual_seed(0)
     z1, z2 = (embed(method, images, method.a) for _ in range(2))
-    counts = torch.histc((z1 * z2).sum(1).cpu(), 40, -1, 1)
+    counts = torch.histc((z1 * z2).sum(1).clamp(-1, 1).cpu(), 40, -1, 1)
     return torch.linspace(-0.975, 0.975, 40).tolist(), (100 * counts / counts.sum()).tolist()
 
 
@@ -1112,7 +1157,7 @@ def evaluate(method, data, config, state):
                "train_seconds": seconds, "peak_memory_gb": memory,
                "images_per_second": state["step"] * config.batch_size / max(seconds, 1e-9),
                **json.loads(state["log"][0])}
-    if data[1] is None:
+    if data[2] is None:
         return results
     torch.manual_seed(config.seed)
     untrained = Method(config).to(device)
@@ -1120,7 +1165,7 @@ def evaluate(method, data, config, state):
         return results | evaluate_chains(method, untrained, data, config)
     results["random_init_knn_top1"], *_ = knn(untrained, data)
     results["knn_top1"], bank, test = knn(method, data)
-    results["knn_protocol"] = f"k {K}, temperature {KNN_TEMPERATURE}, bank of {len(data[1][1])}"
+    results["knn_protocol"] = f"k {KNN_K}, temperature {KNN_TEMPERATURE}, bank of {len(data[1][1])}"
     streamed = isinstance(data[1][0], Folder)
     if streamed or config.quick:
         probed = linear_probe(bank, data[1][1], test, data[2][1])
@@ -1131,15 +1176,14 @@ def evaluate(method, data, config, state):
     results["linear_top1"], results["linear_top1_std"] = probed
     if not config.eval:
         draw_neighbours(out / "neighbours.png", data, bank, test)
-    if streamed:
-        return results
+    images = pick(data[2][0], range(1000)).to(device) if streamed else data[2][0]
     for encoder, prefix in ((method, ""), (untrained, "random_init_")):
         picture = out / "retrieval.png" if encoder is method and not config.eval else None
-        measures = geometry(encoder, data[2][0]) | retrieve(encoder, data, picture)
+        measures = geometry(encoder, images) | retrieve(encoder, data, picture)
         results |= {prefix + name: value for name, value in measures.items()}
     if not config.eval:
-        plot(out / "cosines.svg", {"trained": positive_cosines(method, data[2][0]),
-                                   "before training": positive_cosines(untrained, data[2][0])},
+        plot(out / "cosines.svg", {"trained": positive_cosines(method, images),
+                                   "before training": positive_cosines(untrained, images)},
              "cosine of two views of a test image", "percent of images")
     return results
 
@@ -1188,7 +1232,7 @@ def main(argv=None):
             dist.destroy_process_group()
     except torch.OutOfMemoryError:
         check(False, "the GPU's memory is full: training needs a smaller --batch-size", code=1)
-    except (FileExistsError, NotADirectoryError, PermissionError) as problem:
+    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as problem:
         check(False, f"cannot write to {out}: {problem}")
     except OSError as problem:  # a full disk, a damaged image (of which a loader sends a traceback)
         check(False, f"{str(problem).splitlines()[-1]}; then the same command continues", code=1)
@@ -1200,16 +1244,19 @@ def main(argv=None):
 
 
 def read_chain(path):
-    """Coordinates (P, 3) in angstrom of the CA atoms of the first model in a .pdb file."""
+    """Coordinates (P, 3) in angstrom of the CA atoms of the first model in a .pdb file.
+
+    A line that is cut or has no such numbers ends the program with the name and the line.
+    """
     points = []
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         if line.startswith("ENDMDL"):
             break
         if line.startswith("ATOM") and line[12:16] == " CA " and line[16] in " A":
-            try:
-                points.append([float(line[i:i + 8]) for i in (30, 38, 46)])
-            except ValueError:
-                check(False, f"{path}, line {number}: these are no coordinates: {line[30:54]!r}")
+            fields = [line[i:i + 8] for i in (30, 38, 46)]
+            good = all(re.fullmatch(r" *-?\d+\.\d{3}", x) for x in fields)
+            check(good, f"{path}, line {number}: these are no coordinates: {line[30:54]!r}")
+            points.append([float(x) for x in fields])
     check(points, f"{path} has no CA atoms")
     return torch.tensor(points)
 
@@ -1229,7 +1276,7 @@ def draw_chains(n, seed):
 
 
 def load_chains(config, device):
-    """Clouds (N, P, 4) and labels (-1) of three splits; proteins: data_root/proteins/*.pdb.
+    """Clouds (N, P, 4) and labels (-1) to train on and to test; proteins: data_root/proteins/*.pdb.
 
     Chains of 20 atoms or more; train.txt and val.txt list the files of the splits, else one in ten
     is for validation.
@@ -1239,10 +1286,12 @@ def load_chains(config, device):
         parts = [draw_chains(2000, 1), draw_chains(200, 2)]
     else:
         root = Path(config.data_root) / "proteins"
-        files = {path.stem: path for path in sorted(root.rglob("*.pdb"))}
+        paths = sorted(root.rglob("*.pdb"))
+        files = {path.stem: path for path in paths}
+        check(len(files) == len(paths), f"two .pdb files in {root} have the same name")
         check(files, f"no .pdb files in {root}; built in is --dataset chains")
         names = [*files]
-        splits = [[name for name in names if name not in names[9::10]], names[9::10]]
+        splits = [[name for i, name in enumerate(names) if i % 10 < 9], names[9::10]]
         if (root / "train.txt").is_file() and (root / "val.txt").is_file():
             splits = [[Path(name).stem for name in (root / f"{part}.txt").read_text().split()]
                       for part in ("train", "val")]
@@ -1250,6 +1299,7 @@ def load_chains(config, device):
         check(not missing, f"{root} lacks {len(missing)} files of its lists, {missing[:1]}")
         parts = [[read_chain(files[name]) for name in split] for split in splits]
         parts = [[chain for chain in part if len(chain) >= 20] for part in parts]
+        check(all(parts), f"{root} has too few chains of 20 residues to train and validate on")
     parts[0] = [parts[0][i] for i in first_of(config.limit, len(parts[0])).tolist()]
     longest = max(len(chain) for part in parts for chain in part)
     data = []
@@ -1260,7 +1310,7 @@ def load_chains(config, device):
             cloud[:len(chain), :3] = chain / chain.square().sum(1).mean().sqrt()
             cloud[:len(chain), 3] = 1
         data.append((clouds.to(device), torch.full((len(part),), -1, device=device)))
-    return data[0], *data
+    return data[0], None, data[1]
 
 
 class DeepSets(nn.Module):
@@ -1309,9 +1359,9 @@ def evaluate_chains(method, untrained, data, config):
                else str(Path(config.data_root) / "proteins")}
     for encoder, prefix in ((method, ""), (untrained, "random_init_")):
         torch.manual_seed(0)
-        clouds = [part.repeat(4, 1, 1) for part, _ in data[1:]]
+        clouds = [part.repeat(4, 1, 1) for part, _ in (data[0], data[2])]
         clouds = [rotate(part, haar_rotations(len(part), part.device)) for part in clouds]
-        z, test_z = (embed(encoder, part, lambda x: x) for part in clouds)
+        z, test_z = (embed(encoder, part) for part in clouds)
         axes, test_axes = map(principal_axis, clouds)
         mean, std = z.mean(0), z.std(0).clamp(min=1e-6)
         z, test_z = (F.pad((part - mean) / std, (0, 1), value=1.0) for part in (z, test_z))
@@ -1329,6 +1379,7 @@ def evaluate_chains(method, untrained, data, config):
                 "mse": (guess - test_axes).square().sum(1),
                 "angle_degrees": cosine.acos().rad2deg(),
                 "free_angle_degrees": cosine.abs().acos().rad2deg()}.items()}
+        results |= {prefix + k: v for k, v in geometry(encoder, data[2][0]).items()}
     if not config.eval:
         draw_paths(Path(config.out) / "paths.svg", method, data[2][0][0])
     return results
@@ -1344,12 +1395,12 @@ def draw_paths(path, method, cloud):
     turn = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero,
                         zero, zero, one], 1).view(-1, 3, 3)  # about z
     orders = {"about x": (2, 0, 1), "about y": (1, 2, 0), "about z": (0, 1, 2)}
-    z = torch.cat([embed(method, rotate(cloud.expand(101, -1, -1), turn[:, order][:, :, order]),
-                         lambda x: x) for order in orders.values()])
+    z = torch.cat([embed(method, rotate(cloud.expand(101, -1, -1), turn[:, order][:, :, order]))
+                   for order in orders.values()])
     z = z - z.mean(0)
     plane = (z @ torch.linalg.svd(z, full_matrices=False).Vh[:2].T).view(3, 101, 2).cpu()
     plot(path, {name: part.T.tolist() for name, part in zip(orders, plane)},
-         "first principal component", "second principal component")
+         "first principal component", "second principal component", square=True)
 
 
 if __name__ == "__main__":

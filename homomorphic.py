@@ -802,7 +802,10 @@ def forecast(data, config, device):
     for _ in range(2):  # the first warms up
         began = time.perf_counter()
         method(images, labels)[0].backward()
-    seconds = (time.perf_counter() - began) / few.batch_size * len(data[0][1]) * config.epochs
+        seconds = time.perf_counter() - began
+        if seconds > 5:
+            break
+    seconds *= len(data[0][1]) * config.epochs / few.batch_size
     advice = "; sooner: --quick, --arch small, fewer --epochs, --limit" if seconds > 7200 else ""
     print(f"about {timedelta(seconds=round(seconds))} on this CPU{advice}", flush=True)
 
@@ -824,8 +827,8 @@ def train(config):
     check(config.batch_size <= n, f"--batch-size {config.batch_size} is more than the {n} images")
     check(config.batch_size % world == 0 and config.batch_size >= 2 * world,
           f"--batch-size {config.batch_size} does not give {world} processes 2 or more images each")
-    bank = len(data[1][1]) if data[1] else K
-    check(bank >= K, f"kNN needs {K} labelled training images, not {bank}")
+    bank = len(data[1][1]) if data[1] else KNN_K
+    check(bank >= KNN_K, f"kNN needs {KNN_K} labelled training images, not {bank}")
     if not config.eval:
         write(Path(config.out) / "config.json", json.dumps(asdict(config), indent=1))
     torch.manual_seed(config.seed)
@@ -935,7 +938,7 @@ def time_left(seconds, step, total):
 
 # ----------------------------------------------------------------------------------------- EVALUATE
 
-K, KNN_TEMPERATURE = 200, 0.1  # ours
+KNN_K, KNN_TEMPERATURE = 200, 0.1  # ours
 
 
 @torch.no_grad()
@@ -967,15 +970,15 @@ def knn(method, data):
     _, (bank, bank_labels), (test, test_labels) = data
     bank, test = extract(method, bank), extract(method, test)
     classes = int(bank_labels.max()) + 1
-    accuracy = knn_accuracy(bank, bank_labels, test, test_labels, K, KNN_TEMPERATURE, classes)
+    accuracy = knn_accuracy(bank, bank_labels, test, test_labels, KNN_K, KNN_TEMPERATURE, classes)
     return accuracy, bank, test
 
 
-def linear_probe(train, train_labels, test, test_labels, lr=30.0, epochs=100, probes=5):
+def linear_probe(train, train_labels, test, test_labels, lr=1.0, epochs=100, probes=5):
     """Test accuracy, percent, of linear classifiers of frozen features: mean and population std.
 
     train is (N, D), or a function that returns (N, D) anew for each epoch; test is (M, D). SGD with
-    momentum 0.9, batch 256, cosine to 0 (authors' code); the probes are trained side by side.
+    momentum 0.9, batch 256, cosine to 0 (ours); the probes are trained side by side.
     """
     features = train() if callable(train) else train
     (n, width), classes = features.shape, int(train_labels.max()) + 1
@@ -1081,8 +1084,8 @@ def evaluate(method, data, config, state):
     torch.manual_seed(config.seed)
     results["random_init_knn_top1"], *_ = knn(Method(config).to(device), data)
     results["knn_top1"], bank, test = knn(method, data)
-    results["knn_protocol"] = f"k {K}, temperature {KNN_TEMPERATURE}, bank of {len(labels)}"
-    probed = linear_probe(bank, labels, test, test_labels, lr=1.0)
+    results["knn_protocol"] = f"k {KNN_K}, temperature {KNN_TEMPERATURE}, bank of {len(labels)}"
+    probed = linear_probe(bank, labels, test, test_labels)
     results["linear_top1"], results["linear_top1_std"] = probed
     results["linear_protocol"] = "5 probes, cached means of all fibers"
     results["classifier_top1"] = classifier_accuracy(method, images, test_labels)
@@ -1126,7 +1129,7 @@ def main(argv=None):
             dist.destroy_process_group()
     except torch.OutOfMemoryError:
         check(False, "the GPU's memory is full: training needs a smaller --batch-size", code=1)
-    except (FileExistsError, NotADirectoryError, PermissionError) as problem:
+    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as problem:
         check(False, f"cannot write to {out}: {problem}")
     except OSError as problem:  # a full disk, a damaged image (of which a loader sends a traceback)
         check(False, f"{str(problem).splitlines()[-1]}; then the same command continues", code=1)

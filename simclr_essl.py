@@ -741,7 +741,10 @@ def forecast(data, config, device):
     for _ in range(2):  # the first warms up
         began = time.perf_counter()
         method(images, labels)[0].backward()
-    seconds = (time.perf_counter() - began) / few.batch_size * len(data[0][1]) * config.epochs
+        seconds = time.perf_counter() - began
+        if seconds > 5:
+            break
+    seconds *= len(data[0][1]) * config.epochs / few.batch_size
     advice = "; sooner: --quick, --arch small, fewer --epochs, --limit" if seconds > 7200 else ""
     print(f"about {timedelta(seconds=round(seconds))} on this CPU{advice}", flush=True)
 
@@ -763,8 +766,8 @@ def train(config):
     check(config.batch_size <= n, f"--batch-size {config.batch_size} is more than the {n} images")
     check(config.batch_size % world == 0 and config.batch_size >= 2 * world,
           f"--batch-size {config.batch_size} does not give {world} processes 2 or more images each")
-    bank = len(data[1][1]) if data[1] else K
-    check(bank >= K, f"kNN needs {K} labelled training images, not {bank}")
+    bank = len(data[1][1]) if data[1] else KNN_K
+    check(bank >= KNN_K, f"kNN needs {KNN_K} labelled training images, not {bank}")
     if not config.eval:
         write(Path(config.out) / "config.json", json.dumps(asdict(config), indent=1))
     torch.manual_seed(config.seed)
@@ -874,7 +877,7 @@ def time_left(seconds, step, total):
 
 # ----------------------------------------------------------------------------------------- EVALUATE
 
-K, KNN_TEMPERATURE = 200, 0.1  # authors' code
+KNN_K, KNN_TEMPERATURE = 200, 0.1  # authors' code
 
 
 @torch.no_grad()
@@ -906,7 +909,7 @@ def knn(method, data):
     _, (bank, bank_labels), (test, test_labels) = data
     bank, test = extract(method, bank), extract(method, test)
     classes = int(bank_labels.max()) + 1
-    accuracy = knn_accuracy(bank, bank_labels, test, test_labels, K, KNN_TEMPERATURE, classes)
+    accuracy = knn_accuracy(bank, bank_labels, test, test_labels, KNN_K, KNN_TEMPERATURE, classes)
     return accuracy, bank, test
 
 
@@ -993,7 +996,7 @@ def evaluate(method, data, config, state):
     torch.manual_seed(config.seed)
     results["random_init_knn_top1"], *_ = knn(Method(config).to(device), data)
     results["knn_top1"], bank, test = knn(method, data)
-    results["knn_protocol"] = f"k {K}, temperature {KNN_TEMPERATURE}, bank of {len(data[1][1])}"
+    results["knn_protocol"] = f"k {KNN_K}, temperature {KNN_TEMPERATURE}, bank of {len(data[1][1])}"
     if not config.eval:
         draw_neighbours(Path(config.out) / "neighbours.png", data, bank, test)
     if config.dataset == "imagenet" or config.quick:
@@ -1041,7 +1044,7 @@ def main(argv=None):
             dist.destroy_process_group()
     except torch.OutOfMemoryError:
         check(False, "the GPU's memory is full: training needs a smaller --batch-size", code=1)
-    except (FileExistsError, NotADirectoryError, PermissionError) as problem:
+    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as problem:
         check(False, f"cannot write to {out}: {problem}")
     except OSError as problem:  # a full disk, a damaged image (of which a loader sends a traceback)
         check(False, f"{str(problem).splitlines()[-1]}; then the same command continues", code=1)
