@@ -2827,6 +2827,7 @@ SFRIK_BAD = {
 def test_sfriks_bad_input(name, tmp_path, capsys):
     flags, word = SFRIK_BAD[name]
     assert word in fails(capsys, 2, *tiny_sfrik(tmp_path / "run"), *flags, script=sfrik)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()  # before training
 
 
 # ------------------------------------------------------------------------------------ homomorphic
