@@ -51,7 +51,6 @@ Differences from the paper [P] and the authors' code [C]:
      prints no numbers.
 """
 import argparse
-import copy
 import io
 import json
 import math
@@ -60,6 +59,7 @@ import re
 import signal
 import sys
 import time
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from itertools import pairwise
@@ -576,7 +576,7 @@ class Method(nn.Module):
         check(few % process()[1] == 0, f"{process()[1]} processes do not share {few} images")
         self.every = config.batch_size // few  # L_equi sees every first, second, ... image
         if config.base == "moco":
-            self.key_encoder, self.key_projector = (copy.deepcopy(part).requires_grad_(False)
+            self.key_encoder, self.key_projector = (deepcopy(part).requires_grad_(False)
                                                     for part in (self.encoder, self.projector))
             self.register_buffer("queue", F.normalize(torch.randn(config.queue, widths[-1])))
             self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))
@@ -776,11 +776,11 @@ def start(config):
     return torch.device(name)
 
 
-def forecast(data, config, device):
-    """Says how long training takes on this CPU, from a forward and backward of a few images."""
+def forecast(method, data, config, device):
+    """Says how long training takes on this CPU, from a few images through a copy of method."""
     few = replace(config, batch_size=min(32 * process()[1], config.batch_size))
     images, labels = next(batches(data, few, 0, 0, device))
-    method = Method(config)
+    method = deepcopy(method)
     for _ in range(2):  # the first warms up
         began = time.perf_counter()
         method(images, labels)[0].backward()
@@ -844,7 +844,7 @@ def fit(method, optimizer, data, config, state, device):
     print(f"{out}: {config.epochs} epochs of {steps} steps, peak learning rate {peak:g}"
           + (f", continued after step {state['step']}" if state["step"] else ""), flush=True)
     if device.type == "cpu" and state["step"] == 0:
-        forecast(data, config, device)
+        forecast(method, data, config, device)
     if config.compile:
         method.compile()  # in place: the names of the parameters stay
     model = nn.parallel.DistributedDataParallel(method) if process()[1] > 1 else method
@@ -888,7 +888,7 @@ def fit(method, optimizer, data, config, state, device):
                 log_epoch(method, data, config, state, steps)
             if due or stops:  # a signal may come while kNN runs
                 write(out / "checkpoint.pt", {
-                    "script": SCRIPT, "config": asdict(config), "state": state,
+                    "script": SCRIPT, "config": asdict(method.config), "state": state,
                     "method": method.state_dict(), "optimizer": optimizer.state_dict()})
                 saved_at = time.perf_counter()
             if stops:

@@ -58,6 +58,7 @@ import os
 import signal
 import sys
 import time
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from itertools import pairwise
@@ -794,11 +795,11 @@ def start(config):
     return torch.device(name)
 
 
-def forecast(data, config, device):
-    """Says how long training takes on this CPU, from a forward and backward of a few images."""
+def forecast(method, data, config, device):
+    """Says how long training takes on this CPU, from a few images through a copy of method."""
     few = replace(config, batch_size=min(32 * process()[1], config.batch_size))
     images, labels = next(batches(data, few, 0, 0, device))
-    method = Method(config)
+    method = deepcopy(method)
     for _ in range(2):  # the first warms up
         began = time.perf_counter()
         method(images, labels)[0].backward()
@@ -816,6 +817,9 @@ def train(config):
     Returns the method, the data and the state: step, seconds, sums of the terms, lines of the log.
     """
     device = start(config)
+    if config.measure_equivariance:
+        print_equivariance(config, device)
+        raise SystemExit
     saved = load_checkpoint(Path(config.eval)) if config.eval else open_run(config)
     rank, world = process()
     if rank > 0:  # the first process downloads
@@ -862,7 +866,7 @@ def fit(method, optimizer, data, config, state, device):
     print(f"{out}: {config.epochs} epochs of {steps} steps, peak learning rate {peak:g}"
           + (f", continued after step {state['step']}" if state["step"] else ""), flush=True)
     if device.type == "cpu" and state["step"] == 0:
-        forecast(data, config, device)
+        forecast(method, data, config, device)
     if config.compile:
         method.compile()  # in place: the names of the parameters stay
     model = nn.parallel.DistributedDataParallel(method) if process()[1] > 1 else method
@@ -906,7 +910,7 @@ def fit(method, optimizer, data, config, state, device):
                 log_epoch(method, data, config, state, steps)
             if due or stops:  # a signal may come while kNN runs
                 write(out / "checkpoint.pt", {
-                    "script": SCRIPT, "config": asdict(config), "state": state,
+                    "script": SCRIPT, "config": asdict(method.config), "state": state,
                     "method": method.state_dict(), "optimizer": optimizer.state_dict()})
                 saved_at = time.perf_counter()
             if stops:
@@ -1049,9 +1053,8 @@ def equivariance_errors(method, images):
     return (errors / len(elements)).tolist()
 
 
-def print_equivariance(config):
+def print_equivariance(config, device):
     """Prints the errors of a new encoder or, with --eval, of a trained one."""
-    device = start(config)
     method, (_, _, (images, _)) = Method(config).to(device), load_data(config, device)
     if config.eval:
         method.load_state_dict(load_checkpoint(Path(config.eval))["method"])
@@ -1111,8 +1114,6 @@ def main(argv=None):
     config = parse_args(argv)
     out = Path(config.out)
     try:
-        if config.measure_equivariance:
-            return print_equivariance(config)
         if (out / "results.json").exists() and not config.eval:
             check(open_run(config), f"{out} holds results but no checkpoint: choose another --out")
             print(f"{out} is finished: {(out / 'results.json').read_text()}")

@@ -63,6 +63,7 @@ import os
 import signal
 import sys
 import time
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from itertools import islice, pairwise
@@ -858,11 +859,11 @@ def start(config):
     return torch.device(name)
 
 
-def forecast(data, config, device):
-    """Says how long training takes on this CPU, from a forward and backward of a few images."""
+def forecast(method, data, config, device):
+    """Says how long training takes on this CPU, from a few images through a copy of method."""
     few = replace(config, batch_size=min(32 * process()[1], config.batch_size))
     images, labels = next(batches(data, few, 0, 0, device))
-    method = Method(config)
+    method = deepcopy(method)
     for _ in range(2):  # the first warms up
         began = time.perf_counter()
         method(images, labels)[0].backward()
@@ -926,7 +927,7 @@ def fit(method, optimizer, data, config, state, device):
     print(f"{out}: {config.epochs} epochs of {steps} steps, peak learning rate {peak:g}"
           + (f", continued after step {state['step']}" if state["step"] else ""), flush=True)
     if device.type == "cpu" and state["step"] == 0:
-        forecast(data, config, device)
+        forecast(method, data, config, device)
     if config.compile:
         method.compile()  # in place: the names of the parameters stay
     model = nn.parallel.DistributedDataParallel(method) if process()[1] > 1 else method
@@ -970,7 +971,7 @@ def fit(method, optimizer, data, config, state, device):
                 log_epoch(method, data, config, state, steps)
             if due or stops:  # a signal may come while kNN runs
                 write(out / "checkpoint.pt", {
-                    "script": SCRIPT, "config": asdict(config), "state": state,
+                    "script": SCRIPT, "config": asdict(method.config), "state": state,
                     "method": method.state_dict(), "optimizer": optimizer.state_dict()})
                 saved_at = time.perf_counter()
             if stops:
