@@ -16,7 +16,6 @@ import statistics
 import sys
 import time
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 import torchvision.transforms as T
@@ -24,11 +23,7 @@ import torchvision.transforms.functional as TF
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-SCRIPTS = [
-    name
-    for name in ("simclr_essl", "simsiam_essl", "care", "sfrik", "homomorphic", "photonics_reg")
-    if Path(__file__).with_name(f"{name}.py").exists()
-]
+SCRIPTS = ["simclr_essl", "simsiam_essl", "care", "sfrik", "homomorphic", "photonics_reg"]
 
 
 def milliseconds(functions, device, repeats):
@@ -108,12 +103,30 @@ def homomorphic_parts(script, method, images):
     return augment, network
 
 
+def photonics_parts(script, method, cells):
+    """E-SimCLR on photonic crystals: two views and four turns, and the bare network on them."""
+
+    def augment():
+        return [method.view(cells), method.view(cells), script.versions(cells, "gpm")]
+
+    views = augment()
+
+    def network():
+        with script.autocast(method.config, cells.device):
+            outputs = [method.projector(method.features(view)) for view in views[:2]]
+            outputs += [method.predictor(method.features(views[2]))]
+        sum(output.float().sum() for output in outputs).backward()
+
+    return augment, network
+
+
 PARTS = {
     "simclr_essl": view_parts,
     "simsiam_essl": view_parts,
     "care": care_parts,
     "sfrik": view_parts,
     "homomorphic": homomorphic_parts,
+    "photonics_reg": photonics_parts,
 }
 
 
@@ -122,9 +135,12 @@ def script_row(name, argv, repeats):
     script = importlib.import_module(name)
     config = script.parse_args(argv)
     device = script.start(config)
-    side = config.size if hasattr(config, "size") else 28 if config.dataset == "mnist" else 32
-    shape = (config.batch_size, len(script.MEAN_STD[config.dataset][0]), side, side)
-    images = torch.randint(256, shape, dtype=torch.uint8, device=device)
+    if name == "photonics_reg":
+        images = script.draw_cells("gpm", config.batch_size, 1).float().to(device)
+    else:
+        side = config.size if hasattr(config, "size") else 28 if config.dataset == "mnist" else 32
+        shape = (config.batch_size, len(script.MEAN_STD[config.dataset][0]), side, side)
+        images = torch.randint(256, shape, dtype=torch.uint8, device=device)
     labels = torch.zeros(len(images), dtype=torch.int64, device=device)
     method = script.Method(config).to(device, memory_format=torch.channels_last)
     optimizer = script.make_optimizer(method, config)
@@ -181,6 +197,21 @@ def homomorphic_row(group, n, repeats):
 
     ms = milliseconds({"h": h_ssl, "a": a_ssl}, device, repeats)
     return {"comparison": f"H-SSL's step over A-SSL's, {group}, n {n}", "ratio": ms["h"] / ms["a"]}
+
+
+def label_row(repeats):
+    """Seconds that the density of states of a photonic crystal takes, on one core or on the GPU."""
+    import photonics_reg
+
+    cuda, threads = torch.cuda.is_available(), torch.get_num_threads()
+    device, n = torch.device("cuda" if cuda else "cpu"), 32 if cuda else 1
+    cells = photonics_reg.draw_cells("gpm", n, 1).to(device)
+    torch.set_num_threads(1)
+    label = {"label": lambda: photonics_reg.density_of_states(cells)}
+    ms = milliseconds(label, device, repeats)["label"]
+    torch.set_num_threads(threads)
+    seconds = ms / 1000 / n
+    return {"labels": f"density of states, {device}, one core", "seconds_per_cell": seconds}
 
 
 LOSSES = {
@@ -323,37 +354,27 @@ def main(argv):
         print(f"error: choose a script of {', '.join(SCRIPTS)}", file=sys.stderr)
         raise SystemExit(2)
     flags = [] if torch.cuda.is_available() else ["--batch-size", "64"]  # a step in seconds
+    groups, care = ("translation", "rotation", "scale"), SCRIPTS.index("care")
     if argv:
         rows = [script_row(argv[0], argv[1:] or flags, 5)]
         if argv[0] == "sfrik":
             given = any(word.startswith("--batch-size") for word in argv)
-            rows += loss_rows(
-                importlib.import_module("sfrik").parse_args(argv[1:]).batch_size if given else 2048
-            )
+            config = importlib.import_module("sfrik").parse_args(argv[1:])
+            rows += loss_rows(config.batch_size if given else 2048)
         if argv[0] == "homomorphic":
-            rows += [
-                homomorphic_row(group, 256, 5) for group in ("translation", "rotation", "scale")
-            ]
+            rows += [homomorphic_row(group, 256, 5) for group in groups]
+        if argv[0] == "photonics_reg":
+            rows.append(label_row(9))
     else:
         rows = [script_row(name, flags, 3) for name in SCRIPTS]
-        if "care" in SCRIPTS:
-            rows += [script_row("care", [*flags, "--lam", "0"], 3)]
-            ratio = rows[SCRIPTS.index("care")]["step_ms"] / rows[-1]["step_ms"]
-            rows += [
-                {
-                    "comparison": "CARE's step over SimCLR's, four forwards of N images over two",
-                    "ratio": ratio,
-                }
-            ]
-        if "homomorphic" in SCRIPTS:
-            rows += [
-                homomorphic_row(group, 256, 3) for group in ("translation", "rotation", "scale")
-            ]
-        if "sfrik" in SCRIPTS:
-            rows += loss_rows(2048, (1024, 8192))
-        rows.append(
-            augmentation_row()
-        )  # last: as in training, the allocator keeps its memory by now
+        baseline = script_row("care", [*flags, "--lam", "0"], 3)
+        name = "CARE's step over SimCLR's, four forwards of N images over two"
+        ratio = rows[care]["step_ms"] / baseline["step_ms"]
+        rows += [baseline, {"comparison": name, "ratio": ratio}]
+        rows += [homomorphic_row(group, 256, 3) for group in groups]
+        rows += loss_rows(2048, (1024, 8192))
+        rows.append(label_row(5))
+        rows.append(augmentation_row())  # last: the allocator keeps its memory by now
     show(rows)
 
 

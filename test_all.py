@@ -3109,7 +3109,7 @@ def test_planes_are_filtered_alone_and_share_their_statistics():
 
 
 def test_homomorphic_and_augmented_forward():
-    method, x, labels = homo_method()
+    method, x, labels = homo_method("--temperature", "0.3")
     images = homomorphic.draw_patterns(12, 3)[0]
     torch.manual_seed(1)
     loss, terms = method(images, labels)
@@ -3117,13 +3117,13 @@ def test_homomorphic_and_augmented_forward():
     g1, g2 = method.draw_fibers(12)
     z = method.f(x)
     places = [z[torch.arange(12), :, 0, g[:, 1], g[:, 2]] for g in (g1, g2)]
-    contrast = homomorphic.nce_loss(method.head(places[0]), method.head(places[1]), 0.1)
+    contrast = homomorphic.nce_loss(method.head(places[0]), method.head(places[1]), 0.3)
     classifier = F.cross_entropy(method.classifier(z.detach()), labels)
     assert loss.item() == pytest.approx((contrast + classifier).item(), rel=1e-5)
     assert terms["contrast"].item() == pytest.approx(contrast.item(), rel=1e-5)
     norm = method.encoder.layers[0][1]
     assert norm.num_batches_tracked == 2  # one forward pass, twice
-    method, x, labels = homo_method("--ssl", "augmented")
+    method, x, labels = homo_method("--ssl", "augmented", "--temperature", "0.3")
     torch.manual_seed(1)
     loss, terms = method(images, labels)
     torch.manual_seed(1)
@@ -3133,7 +3133,7 @@ def test_homomorphic_and_augmented_forward():
     for shift in shifts:
         z = method.f(homomorphic.transform(x, shift, "translation"))
         v.append(method.head(z[torch.arange(12), :, 0, g0[:, 1], g0[:, 2]]))
-    want = homomorphic.nce_loss(*v, 0.1)
+    want = homomorphic.nce_loss(*v, 0.3)
     assert terms["contrast"].item() == pytest.approx(want.item(), rel=1e-5)
 
 
@@ -3164,6 +3164,77 @@ def test_what_each_mode_trains():
         assert torch.allclose(a, p.grad, atol=1e-5)
 
 
+def test_augmentations_are_drawn_from_the_papers_ranges():
+    x = torch.zeros(1, 1, 28, 28)
+    shift = homomorphic.draw_group(20_000, "translation", x)
+    assert shift.shape == (20_000, 2) and shift.unique().tolist() == list(range(-5, 6))  # 20 %
+    turns = homomorphic.draw_group(20_000, "rotation", x)
+    assert torch.allclose(turns.bincount(minlength=4) / 20_000, torch.full((4,), 0.25), atol=0.02)
+    factor = homomorphic.draw_group(20_000, "scale", x)
+    assert 0.57 <= factor.min() < 0.575 and 0.995 < factor.max() <= 1
+    assert factor.mean().item() == pytest.approx((0.57 + 1) / 2, abs=0.005)
+
+
+def test_blocks_heads_and_classifiers_by_hand():
+    block = homomorphic.Block("scale", 3, 5, 2, "equivariant").eval()
+    x = torch.randn(2, 3, 6, 9, 9)
+    y = F.relu(block.norm1(x))
+    thin = y[..., ::2, ::2]  # both branches see the activated input
+    skip = torch.einsum("oi,bilyx->bolyx", block.widen.weight[..., 0, 0], thin)
+    want = skip + block.conv2(F.relu(block.norm2(block.conv1(y))))
+    assert torch.allclose(block(x), want, atol=1e-5) and (block(x) < 0).any()
+    same = homomorphic.Block("scale", 3, 3, 1, "equivariant").eval()
+    want = x + same.conv2(F.relu(same.norm2(same.conv1(F.relu(same.norm1(x))))))
+    assert torch.allclose(same(x), want, atol=1e-5) and same.widen is None
+
+    z = torch.randn(4, 8, 6, 7, 7)
+    pooled = homomorphic.Classifier("scale", 8, 10, steerable=False).eval()
+    want = pooled.linear(F.relu(pooled.norm(z.max(2).values)).mean((2, 3)))
+    assert torch.allclose(pooled(z), want, atol=1e-5)
+    steerable = homomorphic.Classifier("scale", 8, 10, steerable=True)
+    assert steerable.conv(z).shape == (4, 8, 6, 1, 1)
+    assert torch.allclose(
+        steerable(z), steerable.linear(steerable.conv(z)[..., 0, 0].max(2).values)
+    )
+
+    config = homomorphic.parse_args(["--dataset", "cifar10", "--width", "0.05"])
+    head = homomorphic.Method(config).head
+    assert isinstance(head[0], torch.nn.BatchNorm1d) and head[1][0].out_features == 512
+    assert isinstance(homo_method()[0].head[0], torch.nn.Sequential)  # none for MNIST's h
+
+
+def test_images_are_normalised_before_the_encoder():
+    method, x, _ = homo_method()
+    mean, std = torch.tensor(homomorphic.MEAN_STD["patterns"])[..., None, None]
+    assert torch.allclose(method.f(x), method.encoder((x - mean) / std), atol=1e-5)
+
+
+def test_the_mlp_of_table_2():
+    encoder = homomorphic.GroupEncoder("translation", 1, "mnist", structure="none", image_size=28)
+    first, second = (m for m in encoder.modules() if isinstance(m, torch.nn.Linear))
+    assert (first.in_features, first.out_features, second.out_features) == (784, 1024, 2048)
+    x = torch.rand(3, 1, 28, 28)
+    want = second(F.relu(first(x.flatten(1)))).view(3, 128, 1, 4, 4)  # 16 rows of 128
+    assert torch.allclose(encoder(x), want, atol=1e-6)
+
+
+def test_equivariance_errors_by_hand():
+    """The first layer: plane i of the image against plane j of the magnified image."""
+    method, x, _ = homo_method(group="scale")
+    images = homomorphic.draw_patterns(12, 3)[0]
+    got, scales = homomorphic.equivariance_errors(method, images)[0], homomorphic.SCALES
+    method.eval()
+    mean, std = torch.tensor(homomorphic.MEAN_STD["patterns"])[..., None, None]
+    layer, errors = method.encoder.layers[0], []
+    for i in range(5):
+        factor, inner = scales[i + 1] / scales[i], slice(8, 24)
+        z, w = (layer((y - mean) / std) for y in (x, homomorphic.transform(x, factor, "scale")))
+        moved = homomorphic.transform(z[:, :, i], factor, "scale")[..., inner, inner]
+        plane = w[:, :, i + 1, inner, inner]
+        errors.append(((moved - plane).norm() / plane.norm()).item())
+    assert got == pytest.approx(np.mean(errors), rel=1e-4)
+
+
 def test_fibers_are_drawn_within_the_distance():
     def pairs(shape, *flags):
         config = homomorphic.parse_args(["--quick", *flags])
@@ -3173,6 +3244,7 @@ def test_fibers_are_drawn_within_the_distance():
     near = pairs((1, 5, 5), "--distance", "1.5")
     far = (near[:, 0] - near[:, 1]).float().norm(dim=1)
     assert far.max() == pytest.approx(2**0.5) and (near[:, :, 0] == 0).all()
+    assert len(pairs((1, 5, 5), "--distance", "1.2")) == 25 + 4 * 20  # Euclidean: no diagonals
     near = pairs((4, 9, 9), "--group", "rotation", "--distance", "1")
     assert len(near) == 4 + 2 * 3  # no wrap-around
     assert len(pairs((6, 9, 9), "--group", "scale", "--base-size", "3")) == 4**2
