@@ -17,7 +17,7 @@ A fiber is, for rotation and scale, one of the L planes, averaged over space; fo
 L = 1, one of the H W places.
 
 Usage
-  python homomorphic.py --quick                       built-in data, two CPU cores, two minutes
+  python homomorphic.py --quick                       built-in data, two minutes on two CPU cores
   python homomorphic.py --group scale                 the paper's MNIST run, on a large GPU
   python homomorphic.py --group scale --single-device our shorter run with a quarter of the batch
   python homomorphic.py --ssl augmented               A-SSL; also frozen, supervised
@@ -32,23 +32,29 @@ What is known from where. [W]: the authors' workshop version (NeurIPS 2022), wit
 networks, settings and tables; the text of TMLR was not at hand. [SESN]: the public layers that
 the paper builds on. The rest is inferred or ours:
   1. [W] losses, sampling of fibers, augmentations, the networks `mnist`, `resnet20` and `tiny`,
-     heads, classifiers, LARS at 0.1, batch 4096, T 0.1, 10 epochs of warm-up, cosine, weight decay
-     1e-4.
+     heads, LARS at 0.1, batch 4096, T 0.1, 10 epochs of warm-up, cosine, weight decay 1e-4;
+     kernels of rotation are rot90 copies of one.
   2. [SESN] the Hermite-Gaussian basis and its norms, no mixing of planes, BatchNorm statistics
      shared by all planes, initial weights, the pre-activation block.
-  3. Ours: images are padded to odd sizes for rotation (28 -> 29 pixels), before they are turned:
-     on even maps a stride of 2 breaks equivariance; in [W] they are not padded.
-  4. Inferred: kernels of rotation are rot90 copies of one, as [W] says, and planes do not mix.
-  5. Inferred: [W]'s map sizes of 8 and 7 seem swapped between MNIST and CIFAR. MNIST's classifier
-     here takes the mean over what a 7x7 convolution leaves and the maximum over the planes; for
-     other encoders it is [W]'s of CIFAR.
-  6. Ours: A-SSL's classifier sees the image as it is, in a forward pass without gradient; scaling
-     is bilinear; black comes in from the border.
-  7. Unknown, ours: momentum 0.9 and trust coefficient 0.001 of LARS, no decay and no scaling for
+  3. Ours: images are padded to odd sizes for rotation (28 -> 29 pixels) before they are turned: on
+     even maps a stride of 2 breaks equivariance. Planes of rotations do not mix, either.
+  4. Inferred: [W]'s map sizes of 8 and 7 seem swapped between MNIST and CIFAR.
+  5. MNIST's classifier: the 7 x 7 convolution has stride 1, not 2, then the mean of what it leaves
+     and the maximum over the planes. Without structure, its kernel is free, 4 x 4 for the MLP: ours.
+  6. Ours: A-SSL's classifier sees the image as it is, in a forward pass without gradient, which
+     BatchNorm's running statistics see too; each view has a forward pass of its own; scaling is
+     bilinear; black comes in from the border; a base space goes on to the right, in a circle for
+     rotation; a BatchNorm before h for Tiny ImageNet as for CIFAR; heads and MLP have biases.
+  7. Table 2's networks: [W] a wider MLP, and free kernels with six times the channels. That these
+     see all planes and have a BatchNorm for each is inferred.
+  8. Unknown, ours: momentum 0.9 and trust coefficient 0.001 of LARS, no decay and no scaling for
      parameters of one dimension, 0.1 not scaled by the batch, means and stds, bf16.
-  8. Ours: `small` and patterns, --single-device, --width, kNN and linear probe on the mean of z.
-  9. For rotation, H-SSL and A-SSL at matched draws are one and the same training run; for scale
-     and translation nearly so. --measure-equivariance prints how nearly, layer by layer.
+  9. Ours: `small` and patterns, --single-device, --width, kNN and linear probe on the mean of z.
+ 10. For rotation, H-SSL and A-SSL at matched draws are one and the same training run. For scale and
+     translation they are not: the layers are far from equivariant to scale (--measure-equivariance
+     prints by how much, layer by layer, and beside it what ignoring the transformation would give),
+     a smaller image has a smaller mean over space, and H-SSL draws places from the whole map where
+     A-SSL shifts by up to 20 %.
 """
 import argparse
 import io
@@ -107,7 +113,7 @@ class Config:
     knn_every: int = option(10, "epochs between kNN evaluations (0: only at the end)")
     save_every: float = option(5.0, "minutes between checkpoints (0: every step)")
     out: str = option("", "folder of the run (default: in runs/, named after the flags)")
-    quick: bool = option(False, "built-in data, small encoder: everything in two minutes on a CPU")
+    quick: bool = option(False, "built-in data, small encoder; translation: two minutes on a CPU")
     eval: str = option("", "evaluate this checkpoint.pt, train nothing")
     limit: int = option(0, "use the first N images of the shuffled training split (0: all)")
     # the method
@@ -174,6 +180,9 @@ def parse_args(argv=None):
               f"--{name.replace('_', '-')} is {LEAST.get(name, 0)} to 4294967295, not {value}")
     check(all(w.isdecimal() and int(w) for w in config.projector.split("-")),
           f"widths look like 128-128-128, not like {config.projector}")
+    check(config.ssl == "homomorphic" or not config.distance, "--distance is for H-SSL")
+    check(config.ssl in ("homomorphic", "augmented") or config.base_size == 1,
+          "--base-size is for H-SSL and A-SSL")
     check(config.structure == "equivariant" or config.group != "rotation",
           "--structure none is for translation and scale (paper's Table 2)")
     check(config.warmup_epochs < config.epochs,
@@ -380,25 +389,42 @@ class GroupConv(nn.Module):
         return maps.unflatten(1, (self.planes, -1)).transpose(1, 2)
 
 
+class FreeNorm(nn.BatchNorm2d):
+    """BatchNorm of planes (B, C, L, H, W) without structure: C L channels of their own."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(1, 2)).view_as(x)
+
+
+def make_norm(group, channels, structure):
+    """BatchNorm with one set of statistics for all planes, or without structure."""
+    if structure == "none":
+        return FreeNorm(channels * PLANES[group])
+    return nn.BatchNorm3d(channels)
+
+
 class Block(nn.Module):
     """SESN's pre-activation residual block of two convolutions."""
 
     def __init__(self, group, inputs, outputs, stride, structure):
         super().__init__()
         how = dict(size=7, orders=3, padding=3, structure=structure)
-        self.norm1, self.norm2 = nn.BatchNorm3d(inputs), nn.BatchNorm3d(outputs)
+        self.norm1, self.norm2 = (make_norm(group, n, structure) for n in (inputs, outputs))
         self.conv1 = GroupConv(group, inputs, outputs, stride=stride, **how)
         self.conv2 = GroupConv(group, outputs, outputs, stride=1, **how)
-        self.stride, self.widen = stride, None
-        if inputs != outputs:  # 1 x 1, the same for all planes
-            self.widen = nn.Conv2d(inputs, outputs, 1, bias=False)
+        self.widen = None
+        if (inputs, stride) != (outputs, 1) and structure == "none":
+            self.widen = GroupConv(group, inputs, outputs, 1, 1, stride, 0, structure=structure)
+        elif (inputs, stride) != (outputs, 1):  # 1 x 1, the same for all planes
+            self.widen = nn.Conv3d(inputs, outputs, 1, (1, stride, stride), bias=False)
 
     def forward(self, x):
         y = F.relu(self.norm1(x))
-        if self.widen:
-            thin = y[..., ::self.stride, ::self.stride]
-            x = self.widen(thin.flatten(3)).unflatten(3, thin.shape[3:])
-        return x + self.conv2(F.relu(self.norm2(self.conv1(y))))
+        skip = self.widen(y) if self.widen else x
+        return skip + self.conv2(F.relu(self.norm2(self.conv1(y))))
+
+
+MLP = "translation", "none"  # the group and structure of the paper's MLP
 
 
 class GroupEncoder(nn.Module):
@@ -414,14 +440,17 @@ class GroupEncoder(nn.Module):
         def wide(channels):
             return max(1, round(channels * width))
 
-        def conv(inputs, outputs, size, orders, stride, norm=True):
-            layer = GroupConv(group, inputs, outputs, size, orders, stride, size // 2,
-                              not self.strides, structure)
+        def conv(inputs, outputs, size, orders, stride, lift=False):
             self.strides.append(stride)
-            return nn.Sequential(layer, *[nn.BatchNorm3d(outputs), nn.ReLU()] * norm)
+            return GroupConv(group, inputs, outputs, size, orders, stride, size // 2, lift,
+                             structure)
+
+        def normed(inputs, outputs, *how, **more):
+            return nn.Sequential(conv(inputs, outputs, *how, **more),
+                                 make_norm(group, outputs, structure), nn.ReLU())
 
         self.group, self.strides, layers = group, [], []
-        if structure == "none" and group == "translation":
+        if (group, structure) == MLP:
             pixels, hidden, self.channels = in_channels * image_size ** 2, wide(1024), wide(128)
             self.strides = [1]
             layers = [nn.Sequential(nn.Flatten(), nn.Linear(pixels, hidden), nn.ReLU(),
@@ -430,15 +459,17 @@ class GroupEncoder(nn.Module):
         elif arch in ("mnist", "small"):
             a, b, c = (wide(w) for w in ((32, 64, 128) if arch == "mnist" else (16, 32, 64)))
             if arch == "mnist":
-                layers = [conv(in_channels, a, 11, 11, 1), conv(a, b, 7, 3, 2), conv(b, c, 7, 3, 2)]
+                layers = [normed(in_channels, a, 11, 11, 1, lift=True), normed(a, b, 7, 3, 2),
+                          normed(b, c, 7, 3, 2)]
             else:
-                layers = [conv(in_channels, a, 5, 3, 1), conv(a, b, 5, 3, 2), conv(b, c, 5, 3, 1)]
+                layers = [normed(in_channels, a, 5, 3, 1, lift=True), normed(a, b, 5, 3, 2),
+                          normed(b, c, 5, 3, 1)]
             self.channels = c
         else:
             widths, blocks = {"resnet20": ((128, 256, 512), 3),
                               "tiny": ((64, 128, 256, 512), 2)}[arch]
-            layers, inputs = [conv(in_channels, wide(9), 7, 7, 1, norm=False),
-                              conv(wide(9), wide(64), 7, 3, 1)], wide(64)
+            layers, inputs = [conv(in_channels, wide(9), 7, 7, 1, lift=True),
+                              normed(wide(9), wide(64), 7, 3, 1)], wide(64)
             for stage, channels in enumerate(map(wide, widths)):
                 for block in range(blocks):
                     stride = 2 if stage and not block else 1
@@ -465,12 +496,15 @@ def make_head(widths):
 
 
 class Classifier(nn.Module):
-    """Logits of z (B, C, L, H, W): by a steerable layer for MNIST, else by a norm and pooling."""
+    """Logits of z (B, C, L, H, W), by a convolution of the given size or, with 0, by pooling."""
 
-    def __init__(self, group, channels, classes, steerable):
+    def __init__(self, group, channels, classes, size, structure="equivariant"):
         super().__init__()
-        self.conv = GroupConv(group, channels, channels, 7, 3, 1, 0) if steerable else None
-        self.norm = None if steerable else nn.BatchNorm2d(channels)
+        self.conv = self.norm = None
+        if size:
+            self.conv = GroupConv(group, channels, channels, size, 3, 1, 0, structure=structure)
+        else:
+            self.norm = nn.BatchNorm2d(channels)
         self.linear = nn.Linear(channels, classes)
 
     def forward(self, z):
@@ -533,9 +567,9 @@ class Method(nn.Module):
         classes = 200 if config.dataset == "tinyimagenet" else 10
         self.encoder = GroupEncoder(config.group, len(mean_std[0]), config.arch, config.width,
                                     config.structure, pixels)
-        channels, steerable = self.encoder.channels, config.arch == "mnist"
-        self.classifier = Classifier(config.group, channels, classes,
-                                     steerable and config.structure == "equivariant")
+        channels, mlp = self.encoder.channels, (config.group, config.structure) == MLP
+        size = 0 if config.arch != "mnist" else 4 if mlp else 7
+        self.classifier = Classifier(config.group, channels, classes, size, config.structure)
         self.head = None
         if config.ssl in ("homomorphic", "augmented"):
             inputs = channels * config.base_size
@@ -564,8 +598,7 @@ class Method(nn.Module):
             with torch.no_grad():
                 z = self.f(x)
         else:
-            with torch.set_grad_enabled(config.ssl == "supervised" and torch.is_grad_enabled()):
-                z = self.f(x)
+            z = self.f(x)
         with autocast(config, x.device):
             logits = self.classifier(z if config.ssl == "supervised" else z.detach()).float()
         loss = F.cross_entropy(logits, labels)
@@ -604,13 +637,11 @@ class Method(nn.Module):
 
         g holds plane, row and column. Rotation and scale: the plane's mean over space.
         """
-        image, fibers = torch.arange(len(z), device=z.device), []
-        for i in range(self.config.base_size):
-            if self.config.group == "translation":
-                fibers.append(z[image, :, 0, g[:, 1], g[:, 2] + i])
-            else:
-                fibers.append(z.mean((3, 4))[image, :, (g[:, 0] + i) % z.shape[2]])
-        return torch.cat(fibers, dim=1)
+        image, base = torch.arange(len(z), device=z.device), range(self.config.base_size)
+        if self.config.group == "translation":
+            return torch.cat([z[image, :, 0, g[:, 1], g[:, 2] + i] for i in base], dim=1)
+        planes = z.mean((3, 4))  # (N, C, L)
+        return torch.cat([planes[image, :, (g[:, 0] + i) % z.shape[2]] for i in base], dim=1)
 
     def draw_fibers(self, n):
         """Two group elements (n, 3) for each image, at most --distance apart."""
@@ -633,18 +664,22 @@ def fiber_pairs(shape, config):
     starts, it must end on the axis; rotation closes in a circle.
     """
     planes, height, width = shape
-    if config.group == "translation":
-        planes, width = 1, width - config.base_size + 1
+    group, base = config.group, config.base_size
+    if group == "translation":
+        planes, width = 1, width - base + 1
     else:
-        height = width = 1
-        planes -= (config.base_size - 1) * (config.group == "scale")
-    check(planes > 0 and width > 0, f"--base-size {config.base_size} is more than the group has")
+        check(base <= planes, f"--base-size {base} is more than the {planes} planes of {group}")
+        planes, height, width = planes - (base - 1) * (group == "scale"), 1, 1
+    check(width > 0, f"--base-size {base} is more than the {shape[2]} places of a row")
     ranges = [torch.arange(k) for k in (planes, height, width)]
     elements = torch.cartesian_prod(*ranges)  # (E, 3)
-    pairs = torch.cartesian_prod(*[torch.arange(len(elements))] * 2)
-    pairs = elements[pairs]  # (E^2, 2, 3)
+    every = torch.arange(len(elements))
+    pairs = elements[torch.cartesian_prod(every, every)]  # (E^2, 2, 3)
     far = (pairs[:, 0] - pairs[:, 1]).float().norm(dim=1)
-    return pairs[far <= (config.distance or far.max())]
+    pairs = pairs[far <= (config.distance or far.max())]
+    check(far.max() > 0 and len(pairs) > len(elements),
+          f"--base-size {base} and --distance {config.distance:g} leave no two different fibers")
+    return pairs
 
 
 def draw_group(n, group, x):
@@ -804,7 +839,7 @@ def forecast(method, data, config, device):
         began = time.perf_counter()
         method(images, labels)[0].backward()
         seconds = time.perf_counter() - began
-        if seconds > 5:
+        if seconds > 5 and process()[1] == 1:  # several processes wait for each other
             break
     seconds *= len(data[0][1]) * config.epochs / few.batch_size
     advice = "; sooner: --quick, --arch small, fewer --epochs, --limit" if seconds > 7200 else ""
@@ -1023,22 +1058,22 @@ def equivariance_errors(method, images):
     """For every layer |act(f(x), g) - f(T_g x)| / |f(T_g x)|, Frobenius norms, in eval mode.
 
     rotation: a quarter turn, the whole map. translation: by the product of all strides in both
-    directions; scale: the mean over neighbouring planes. Both in the inner half of the map.
+    directions; scale: the mean over neighbouring planes. Both in the inner half of the map. Second,
+    what leaving f(x) as it is would give: with the same plane, place and orientation. In float64.
     """
-    group, encoder = method.config.group, method.encoder
-    mean, std = method.mean_std
-    x, stride = method.canvas(images.float() / 255), math.prod(encoder.strides)
+    group, strides = method.config.group, method.encoder.strides
+    layers, (mean, std) = deepcopy(method.encoder.layers).double().eval(), method.mean_std
+    x, stride = method.canvas(images.double() / 255), math.prod(strides)
     elements = {"rotation": [1], "translation": [torch.full((len(x), 2), stride, device=x.device)],
                 "scale": [*pairwise(range(len(SCALES)))]}[group]
-    errors, training = torch.zeros(len(encoder.layers)), method.training
-    method.eval()
+    errors, unmoved = torch.zeros(2, len(layers))
     for g in elements:
         factor = SCALES[g[1]] / SCALES[g[0]] if group == "scale" else g
-        z, w, left = ((y - mean) / std for y in (x, transform(x, factor, group))), None, stride
-        z, w = z
-        for depth, layer in enumerate(encoder.layers):
+        z, w = (x - mean) / std, (transform(x, factor, group) - mean) / std
+        left = stride
+        for depth, layer in enumerate(layers):
             z, w = layer(z), layer(w)
-            left //= encoder.strides[depth]
+            left //= strides[depth]
             if group == "rotation":
                 moved, known = act(z, g, group), torch.ones_like(z)
             else:
@@ -1048,18 +1083,20 @@ def equivariance_errors(method, images):
                 rows, columns = (slice(side // 4, side - side // 4) for side in z.shape[3:])
                 inner[..., rows, columns] = True
                 known = known & inner
-            errors[depth] += ((moved - w) * known).norm().item() / (w * known).norm().item()
-    method.train(training)
-    return (errors / len(elements)).tolist()
+            size = (w * known).norm()
+            errors[depth] += ((moved - w) * known).norm().item() / size.item()
+            unmoved[depth] += ((z - w) * known).norm().item() / size.item()
+    return (errors / len(elements)).tolist(), (unmoved / len(elements)).tolist()
 
 
 def print_equivariance(config, device):
     """Prints the errors of a new encoder or, with --eval, of a trained one."""
+    torch.manual_seed(config.seed)
     method, (_, _, (images, _)) = Method(config).to(device), load_data(config, device)
     if config.eval:
         method.load_state_dict(load_checkpoint(Path(config.eval))["method"])
-    for depth, error in enumerate(equivariance_errors(method, images[:256]), 1):
-        print(f"layer {depth}: {error:.3g}")
+    for depth, both in enumerate(zip(*equivariance_errors(method, images[:256])), 1):
+        print("layer {}: {:.3g}, unmoved {:.3g}".format(depth, *both))
 
 
 def draw_neighbours(path, data, bank, test):
@@ -1093,7 +1130,8 @@ def evaluate(method, data, config, state):
     results["linear_protocol"] = "5 probes, cached means of all fibers"
     results["classifier_top1"] = classifier_accuracy(method, images, test_labels)
     results["classifier_protocol"] = "trained along on detached features, last epoch"
-    results["equivariance_errors"] = equivariance_errors(method, images[:256])
+    errors = equivariance_errors(method, images[:256])
+    results["equivariance_errors"], results["equivariance_errors_unmoved"] = errors
     if not config.eval:
         draw_neighbours(Path(config.out) / "neighbours.png", data, bank, test)
     return results

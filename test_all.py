@@ -3031,7 +3031,8 @@ def test_equivariance_errors():
     ):
         method, x, _ = homo_method("--structure", structure, group=group)
         images = homomorphic.draw_patterns(12, 3)[0]
-        errors[group, structure] = homomorphic.equivariance_errors(method, images)
+        errors[group, structure], unmoved = homomorphic.equivariance_errors(method, images)
+        assert min(unmoved) > 0.1
     assert max(errors["rotation", "equivariant"]) < 1e-5
     assert max(errors["translation", "equivariant"]) < 0.1
     assert max(errors["scale", "equivariant"]) < 0.4
@@ -3090,8 +3091,12 @@ def test_networks_have_the_papers_shapes():
     assert [(conv.stride, conv.padding) for conv in convs] == [(1, 5), (2, 3), (2, 3)]
     free = homomorphic.GroupEncoder("scale", 1, "mnist", structure="none").layers
     assert free[1][0].weight.shape == (6 * 64, 6 * 32, 7, 7)
+    z = torch.rand(2, 32, 6, 9, 9, requires_grad=True)
+    free[1][0](z)[:, 0, 0].sum().backward()
+    assert (z.grad.abs().sum((0, 1, 3, 4)) > 0).all()  # a free kernel sees all planes
     blocks = homomorphic.GroupEncoder("scale", 3, "resnet20").layers
-    assert len(blocks) == 2 + 9 and len(blocks[0]) == 1  # the lifting layer has no norm
+    assert len(blocks) == 2 + 9
+    assert isinstance(blocks[0], homomorphic.GroupConv)  # the lifting layer has no norm
     assert len(homomorphic.GroupEncoder("scale", 3, "tiny").layers) == 2 + 8
     head = [type(layer).__name__ for layer in homomorphic.make_head((8, 8, 8, 8))]
     assert head == ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear", "BatchNorm1d"]
@@ -3137,6 +3142,30 @@ def test_homomorphic_and_augmented_forward():
     assert terms["contrast"].item() == pytest.approx(want.item(), rel=1e-5)
 
 
+def test_the_classifier_sees_the_image_as_it_is():
+    method, x, labels = homo_method("--ssl", "augmented", "--group", "scale")
+    images = homomorphic.draw_patterns(12, 3)[0]
+    method.eval()
+    _, terms = method(images, labels)
+    want = F.cross_entropy(method.classifier(method.f(x)), labels)
+    assert terms["classifier"].item() == pytest.approx(want.item(), rel=1e-5)
+    assert torch.allclose(method.features(images / 255), method.f(x).mean((2, 3, 4)), atol=1e-5)
+
+
+def test_homomorphics_lars():
+    method, _, _ = homo_method("--optimizer", "lars", "--lr", "0.5")
+    optimizer = homomorphic.make_optimizer(method, method.config)
+    assert (optimizer.decay, optimizer.eta, optimizer.defaults["lr"]) == (1e-4, 1e-3, 0.5)
+    matrix, vector = method.classifier.linear.weight, method.classifier.linear.bias
+    before = matrix.detach().clone(), vector.detach().clone()
+    for p in method.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    gradient = 1 + 1e-4 * before[0]
+    want = before[0] - 0.5 * 1e-3 * before[0].norm() / gradient.norm() * gradient
+    assert torch.allclose(matrix, want, atol=1e-6) and torch.allclose(vector, before[1] - 0.5)
+
+
 def test_what_each_mode_trains():
     images, labels = homomorphic.draw_patterns(12, 3)
     for ssl, encoder, head in (
@@ -3180,18 +3209,25 @@ def test_blocks_heads_and_classifiers_by_hand():
     x = torch.randn(2, 3, 6, 9, 9)
     y = F.relu(block.norm1(x))
     thin = y[..., ::2, ::2]  # both branches see the activated input
-    skip = torch.einsum("oi,bilyx->bolyx", block.widen.weight[..., 0, 0], thin)
+    skip = torch.einsum("oi,bilyx->bolyx", block.widen.weight[..., 0, 0, 0], thin)
     want = skip + block.conv2(F.relu(block.norm2(block.conv1(y))))
     assert torch.allclose(block(x), want, atol=1e-5) and (block(x) < 0).any()
     same = homomorphic.Block("scale", 3, 3, 1, "equivariant").eval()
     want = x + same.conv2(F.relu(same.norm2(same.conv1(F.relu(same.norm1(x))))))
     assert torch.allclose(same(x), want, atol=1e-5) and same.widen is None
 
+    free = homomorphic.Block("scale", 3, 5, 2, "none")  # a plain network of 6 times the channels
+    assert free.norm1.num_features == 18 and free.widen.weight.shape == (30, 18, 1, 1)
+    assert free(x).shape == (2, 5, 6, 5, 5)
+    y = torch.stack([(2 + i) * torch.randn(2, 3, 9, 9) for i in range(6)], 2)
+    spread = homomorphic.FreeNorm(18)(y).std((0, 3, 4))
+    assert torch.allclose(spread, torch.ones(3, 6), atol=0.01)  # each plane has its own statistics
+
     z = torch.randn(4, 8, 6, 7, 7)
-    pooled = homomorphic.Classifier("scale", 8, 10, steerable=False).eval()
+    pooled = homomorphic.Classifier("scale", 8, 10, 0).eval()
     want = pooled.linear(F.relu(pooled.norm(z.max(2).values)).mean((2, 3)))
     assert torch.allclose(pooled(z), want, atol=1e-5)
-    steerable = homomorphic.Classifier("scale", 8, 10, steerable=True)
+    steerable = homomorphic.Classifier("scale", 8, 10, 7)
     assert steerable.conv(z).shape == (4, 8, 6, 1, 1)
     assert torch.allclose(
         steerable(z), steerable.linear(steerable.conv(z)[..., 0, 0].max(2).values)
@@ -3222,17 +3258,20 @@ def test_equivariance_errors_by_hand():
     """The first layer: plane i of the image against plane j of the magnified image."""
     method, x, _ = homo_method(group="scale")
     images = homomorphic.draw_patterns(12, 3)[0]
-    got, scales = homomorphic.equivariance_errors(method, images)[0], homomorphic.SCALES
+    got, scales = homomorphic.equivariance_errors(method, images), homomorphic.SCALES
     method.eval()
     mean, std = torch.tensor(homomorphic.MEAN_STD["patterns"])[..., None, None]
-    layer, errors = method.encoder.layers[0], []
+    layer, errors, unmoved = method.encoder.layers[0], [], []
     for i in range(5):
         factor, inner = scales[i + 1] / scales[i], slice(8, 24)
         z, w = (layer((y - mean) / std) for y in (x, homomorphic.transform(x, factor, "scale")))
         moved = homomorphic.transform(z[:, :, i], factor, "scale")[..., inner, inner]
         plane = w[:, :, i + 1, inner, inner]
         errors.append(((moved - plane).norm() / plane.norm()).item())
-    assert got == pytest.approx(np.mean(errors), rel=1e-4)
+        here = z[:, :, i + 1, inner, inner]
+        unmoved.append(((here - plane).norm() / plane.norm()).item())
+    assert got[0][0] == pytest.approx(np.mean(errors), rel=1e-4)
+    assert got[1][0] == pytest.approx(np.mean(unmoved), rel=1e-4)
 
 
 def test_fibers_are_drawn_within_the_distance():
@@ -3333,10 +3372,16 @@ def test_homomorphic_presets_and_outputs(tmp_path, capsys):
             ["--eval", str(tmp_path / "run" / "checkpoint.pt"), "--measure-equivariance"]
         )
     assert end.value.code is None
-    lines = capsys.readouterr().out.splitlines()
-    assert [float(line.split()[-1]) for line in lines] == pytest.approx(
-        results["equivariance_errors"], rel=0.01
-    )
+    lines = [line.replace(",", "").split() for line in capsys.readouterr().out.splitlines()]
+    for column, name in ((2, "equivariance_errors"), (4, "equivariance_errors_unmoved")):
+        got = [float(line[column]) for line in lines]
+        assert got == pytest.approx(results[name], rel=0.01)
+    line = tiny_homo("unused", "--group", "scale", "--measure-equivariance")
+    for _ in range(2):  # the weights are those of the seed
+        with pytest.raises(SystemExit):
+            homomorphic.main(line)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:3] == printed[3:] and len(printed) == 6
 
 
 HOMO_BAD = {
@@ -3352,6 +3397,11 @@ HOMO_BAD = {
     "no data": (["--dataset", "mnist", "--data-root", "/dev/null/data"], "try --quick"),
     "another dataset": (["--dataset", "stl10"], "stl10"),
     "a negative distance": (["--distance", "-1"], "--distance is"),
+    "a base over all rotations": (["--group", "rotation", "--base-size", "5"], "4 planes"),
+    "a base over all scales": (["--group", "scale", "--base-size", "6"], "no two different"),
+    "a distance below 1": (["--group", "scale", "--distance", "0.5"], "no two different"),
+    "a distance of A-SSL": (["--ssl", "augmented", "--distance", "2"], "for H-SSL"),
+    "a base that nobody reads": (["--ssl", "frozen", "--base-size", "2"], "--base-size is for"),
 }
 
 
