@@ -40,7 +40,7 @@ the paper builds on. The rest is inferred or ours:
      even maps a stride of 2 breaks equivariance. Planes of rotations do not mix, either.
   4. Inferred: [W]'s map sizes of 8 and 7 seem swapped between MNIST and CIFAR.
   5. MNIST's classifier: the 7 x 7 convolution has stride 1, not 2, then the mean of what it leaves
-     and the maximum over the planes. Without structure, its kernel is free, 4 x 4 for the MLP: ours.
+     and the maximum over the planes. Without structure its kernel is free, 4 x 4 for the MLP: ours.
   6. Ours: A-SSL's classifier sees the image as it is, in a forward pass without gradient, which
      BatchNorm's running statistics see too; each view has a forward pass of its own; scaling is
      bilinear; black comes in from the border; a base space goes on to the right, in a circle for
