@@ -1230,8 +1230,10 @@ def main(argv=None):
         if dist.is_initialized():
             dist.barrier()  # nobody leaves while the first process evaluates
             dist.destroy_process_group()
-    except torch.OutOfMemoryError:
-        check(False, "the GPU's memory is full: training needs a smaller --batch-size", code=1)
+    except RuntimeError as problem:
+        if "allocate" not in str(problem):
+            raise
+        check(False, "the memory is full: training needs a smaller --batch-size", code=1)
     except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as problem:
         check(False, f"cannot write to {out}: {problem}")
     except OSError as problem:  # a full disk, a damaged image (of which a loader sends a traceback)

@@ -4,6 +4,7 @@ Golden values were printed by the authors' released code, in float64, for wave(n
 """
 
 import ast
+import importlib
 import inspect
 import json
 import math
@@ -1074,6 +1075,23 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, caps
     assert "step 3" in fails(capsys, 1, *tiny(tmp_path / "run", "--save-every", "0"))
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert saved["state"]["step"] == 2
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_full_memory_names_the_batch_size(script, tmp_path, monkeypatch, capsys):
+    """Of the CPU, and of a GPU, whose message is given by hand."""
+    script = importlib.import_module(script)
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 ...")
+
+    for function in (full, lambda *args: torch.empty(2**50)):
+        monkeypatch.setattr(script, "fit", function)
+        line = TINY[script.__name__](tmp_path / function.__name__)
+        assert "--batch-size" in fails(capsys, 1, *line, script=script)
+    monkeypatch.setattr(script, "fit", lambda *args: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):  # other faults are not hidden
+        script.main(TINY[script.__name__](tmp_path / "other"))
 
 
 def test_a_refused_command_leaves_the_folder_to_the_next(tmp_path, capsys):
