@@ -389,11 +389,15 @@ class GroupConv(nn.Module):
         return maps.unflatten(1, (self.planes, -1)).transpose(1, 2)
 
 
-class FreeNorm(nn.BatchNorm2d):
+class FreeNorm(nn.Module):
     """BatchNorm of planes (B, C, L, H, W) without structure: C L channels of their own."""
 
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+
     def forward(self, x):
-        return super().forward(x.flatten(1, 2)).view_as(x)
+        return self.norm(x.flatten(1, 2)).reshape(x.shape)
 
 
 def make_norm(group, channels, structure):

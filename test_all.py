@@ -3235,8 +3235,10 @@ def test_blocks_heads_and_classifiers_by_hand():
     assert torch.allclose(same(x), want, atol=1e-5) and same.widen is None
 
     free = homomorphic.Block("scale", 3, 5, 2, "none")  # a plain network of 6 times the channels
-    assert free.norm1.num_features == 18 and free.widen.weight.shape == (30, 18, 1, 1)
+    assert free.norm1.norm.num_features == 18 and free.widen.weight.shape == (30, 18, 1, 1)
     assert free(x).shape == (2, 5, 6, 5, 5)
+    several = torch.nn.SyncBatchNorm.convert_sync_batchnorm(free)  # on several GPUs
+    assert isinstance(several.norm1, homomorphic.FreeNorm)
     y = torch.stack([(2 + i) * torch.randn(2, 3, 9, 9) for i in range(6)], 2)
     spread = homomorphic.FreeNorm(18)(y).std((0, 3, 4))
     assert torch.allclose(spread, torch.ones(3, 6), atol=0.01)  # each plane has its own statistics
