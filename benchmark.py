@@ -58,7 +58,8 @@ def view_parts(script, method, images):
     if predictor:
         small = views.pop()
         others = hasattr(method, "versions")  # simclr_essl predicts other transformations too
-        turned = method.versions(small, method.classes > 4)[0] if others else script.rotate4(small)
+        jigsaw = others and method.config.transform == "jigsaw"
+        turned = method.versions(small, jigsaw)[0] if others else script.rotate4(small)
 
     def network():
         with script.autocast(method.config, images.device):

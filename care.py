@@ -29,26 +29,45 @@ Differences from the paper [P] and the authors' code [C]:
   1. In [C] all chunks run in one vmap call, so that one pair of augmentations serves them all:
      --share-pair. Here, as in [P], every chunk has a pair of its own.
   2. Kept from [C]: L_equi is 2 / m times the sum over a chunk of m images, to which the published
-     lam fit. --mean-gram takes the mean over pairs of images instead.
+     lam seem to fit (inferred), averaged over chunks; --mean-gram takes the mean over pairs. Four
+     forward passes, so that each view has its own BatchNorm statistics.
   3. lam for CIFAR-10 is 0.01 in [P], the default here, and 0.03 in the script of [C].
-  4. [C] keeps BatchNorm in train mode while it trains the linear probe, on strongly augmented
-     images, and while it runs kNN on ImageNet100. Here the encoder is in eval mode, and the probe
-     sees crops and flips (cached features for --quick and streamed images).
-  5. STL-10: [C] reads a momentum but never uses it; here it is 0.9, or --momentum 0. The warm-up
-     lasts 10 epochs as in [C]; [P] says steps. Images are resized to 32 pixels, as in [C].
-  6. ImageNet100: [C] has no crop in the equivariance views, contrasts on each GPU alone and
-     synchronises BatchNorm for CARE only. Here crops, as in [P]; all embeddings; both. L_equi sees
-     128 images in chunks of 8 with lam 0.005, as in [C] on four GPUs ([P]: 4 splits; for MoCo 8 and
-     lam 0.01). A cosine per step, not per epoch. kNN, and the probe on cached features by Adam, are
-     those of CIFAR, so that accuracies do not compare with [P]'s.
-  7. MoCo-v2 on CIFAR: [P] gives the temperature, 0.1; queue, momentum and SGD are those of FAIR's
-     CIFAR demo (inferred). On STL-10 only the temperature changes. SyncBatchNorm replaces the
-     shuffled batches.
-  8. L_inv and L_unif of the ablation are those of [P]; [C] has other forms of them. [C] has the
-     stem's default initialisation and, on two GPUs, BatchNorm of each GPU alone.
-  9. Ours: --dataset folder and patterns; all of PROTEINS (also BatchNorm in the head) but R^16, the
-     rotations and the target. Wahba's error, gamma_f and the retrieval have no published code; [P]
-     prints no numbers.
+  4. [P] names SimCLR's augmentation; as in [C], the jitter is weaker and 32-pixel images are
+     blurred, too. [C] makes the views of InfoNCE in 8 bits and trains in float32; here all are made
+     in floating point (streamed images: but the crop), and on GPUs networks run in bf16
+     (--precision fp32) and products in TF32.
+  5. [C] keeps BatchNorm in train mode while it trains the linear probe of CIFAR and STL-10, on
+     strongly augmented images, and while it runs kNN on ImageNet100; it keeps ImageNet100's best
+     test accuracy. Here the encoder is in eval mode, it is the last epoch's, and the probe sees
+     crops and flips (cached features for --quick and streamed images). Three probes run side by
+     side on the same views. kNN's temperature is always 0.5, in [C] that of the loss.
+  6. STL-10: [C] reads a momentum but never uses it; here it is 0.9, or --momentum 0. The warm-up
+     lasts 10 epochs as in [C], but at most a quarter of all (ours); [P] says steps. Training crops
+     come from 96 pixels, as in [C]; all other images are resized to 32, also (ours) the probe's.
+  7. ImageNet100: [C] has no crop in the equivariance views, contrasts on each GPU alone and
+     synchronises BatchNorm for CARE only. Here the views are cropped (out of a central crop), as in
+     [P], negatives come from all GPUs, and SyncBatchNorm serves CARE and its baseline. lam 0.005
+     and 128 images in chunks of 8 are [C]'s ([P]: 4 splits; MoCo 8, lam 0.01), but [C] draws one
+     pair for the four chunks of a GPU. Batch 512 and rate 0.8 are [P]'s, in [C] 256 and 0.4, so
+     that L_equi sees a quarter of the images here, there a half. A cosine per step, not per epoch;
+     branches of the ResNet start at zero, as in the other scripts. kNN, and the probe by Adam on
+     cached features, have CIFAR's settings, so that accuracies do not compare with [P]'s. The list
+     of classes is imagenet100.txt of github.com/HobbitLong/CMC.
+  8. MoCo-v2 on CIFAR: [P] gives the temperature, 0.1; queue, momentum and SGD are those of FAIR's
+     CIFAR demo (inferred); lam, chunks and head are those of the SimCLR runs (ours). On STL-10 only
+     the temperature changes. On several GPUs SyncBatchNorm replaces the shuffled batches (ours).
+  9. L_inv and L_unif of the ablation are those of [P], L_unif over the pairs of both views, also
+     i = j (ours). In [C] the one is minus the cosine over the temperature, the other the mean
+     logarithm of every row's sum. Convolutions of the stem start like the others; in [C] like
+     any Conv2d; on two GPUs [C] has BatchNorm of each alone.
+ 10. Wahba's error, gamma_f and the retrieval have no published code, and [P] prints no numbers. The
+     error is over the root of the number of images and a mean over augmentations ([P] plots each);
+     its O(D) form, overlap and hue difference are ours. Retrieval searches the run's own images.
+ 11. Point clouds: [P]'s are DeepSets, the Protein Data Bank, the target, R^16, the turns about
+     three axes and the losses compared; widths, BatchNorm in the head, settings, random walks,
+     probes, the sign of the axis and the projection are ours. Both views are rotated, in [P] one.
+ 12. Ours: --dataset folder and patterns; --size above 64 takes stem, crops, blur and head of
+     ImageNet100. Left out: BYOL, Barlow Twins and EquiMod of Table 1, embeddings in two dimensions.
 """
 import argparse
 import io
@@ -120,7 +139,7 @@ class Config:
     base: str = option("simclr", "the contrastive method", "simclr", "moco")
     contrast: str = option("infonce", "the paper's ablation: other losses in place of InfoNCE",
                            "infonce", "uniformity", "invariance", "none")
-    temperature: float = option(0.5, "of InfoNCE (paper: 0.5; with MoCo 0.1)")
+    temperature: float = option(0.5, "of InfoNCE (paper: 0.5; with MoCo 0.1; ImageNet100 0.2)")
     share_pair: bool = option(False, "one pair of augmentations for all chunks (authors' code)")
     mean_gram: bool = option(False, "L_equi as a mean over pairs of images, not 2 / m of the sum")
     plain_gram: bool = option(False, "compare with the Gram matrix of the images themselves")
@@ -138,12 +157,14 @@ PRESETS = {
     "stl10": dict(lam=0.01, chunks=8, optimizer="sgd", lr=0.06, final_lr=0.0, warmup_epochs=10,
                   weight_decay=5e-4),
     "imagenet100": dict(IMAGENET, lam=0.005, chunks=16, equivariance_batch=128, epochs=200,
-                        batch_size=512, lr=0.8, weight_decay=1e-4, temperature=0.2, queue=65536),
+                        batch_size=512, lr=0.8, weight_decay=1e-4, temperature=0.2,
+                        queue=65536),  # batch and rate: paper; the others: authors' code
     "folder": dict(IMAGENET, lam=0.005, chunks=8, lr=0.4, weight_decay=1e-4),  # ours
     "patterns": dict(arch="small", epochs=100),  # ours
     "proteins": dict(lam=1.0, epochs=100, projector="128-16"),  # ours
 }
-MOCO = dict(temperature=0.1, optimizer="sgd", lr=0.03, final_lr=0.0, weight_decay=5e-4)  # CIFAR
+MOCO = dict(temperature=0.1, optimizer="sgd", lr=0.03, final_lr=0.0,
+            weight_decay=5e-4)  # for CIFAR; inferred but for the temperature
 PRESETS["chains"] = PRESETS["proteins"]
 QUICK = dict(arch="small", epochs=8, knn_every=2, limit=4000)
 FREE = ("data_root", "device", "compile", "knn_every", "save_every", "out", "eval")
@@ -321,7 +342,8 @@ def load_data(config, device):
         images, labels = torch.as_tensor(images), torch.as_tensor(labels).long()
         rows = first_of(config.limit if i < len(parts) - 1 else 0, len(labels))
         images = images[rows].permute(0, 3, 1, 2) if images.shape[3] == 3 else images[rows]
-        images = torch.cat([TF.resize(part, config.size) for part in images.split(1000)])
+        if len(parts) < 3 or i > 0:  # STL-10's training crops are cut out of its 96 pixels
+            images = torch.cat([TF.resize(part, config.size) for part in images.split(1000)])
         parts[i] = images.to(device), labels[rows].to(device)
     return parts[0], *parts[-2:]
 
@@ -365,7 +387,7 @@ class Policy(NamedTuple):
 
 
 def view_policy(config):
-    """How all views are drawn (authors' code)."""
+    """How all views are drawn (authors' code, but for the crop of equivariance views at 224)."""
     if config.size > 64:
         return Policy(config.size, (0.2, 1.0), blur=0.5, blur_radius=2)
     return Policy(config.size, (0.08, 1.0), blur=0.5, blur_radius=1)
@@ -536,8 +558,8 @@ def equivariance_loss(z1, z2, chunks, mean=False):
     """
     z1, z2 = (sphere(z).unflatten(0, (chunks, -1)) for z in (z1, z2))  # (K, m, D)
     difference = z1 @ z1.mT - z2 @ z2.mT  # (K, m, m), zero on the diagonals
-    loss = 2 * difference.square().sum(2).mean()
-    return loss / (2 * (z1.shape[1] - 1)) if mean else loss
+    loss = difference.square().sum(2).mean()
+    return loss / (z1.shape[1] - 1) if mean else 2 * loss
 
 
 def uniformity_loss(z1, z2):
@@ -573,8 +595,9 @@ class Method(nn.Module):
         widths = [256 if self.clouds else width, *map(int, config.projector.split("-"))]
         self.projector = make_projector(widths, norm=self.clouds or config.size <= 64)
         few = config.equivariance_batch or config.batch_size
-        check(few % process()[1] == 0, f"{process()[1]} processes do not share {few} images")
-        self.every = config.batch_size // few  # L_equi sees every first, second, ... image
+        check(config.lam == 0 or few % process()[1] == 0,
+              f"{process()[1]} processes do not share {few} images")
+        self.every = config.batch_size // few  # L_equi sees one image in so many
         if config.base == "moco":
             self.key_encoder, self.key_projector = (deepcopy(part).requires_grad_(False)
                                                     for part in (self.encoder, self.projector))
@@ -606,9 +629,10 @@ class Method(nn.Module):
     def contrast(self, z1, z2):
         """InfoNCE, or what --contrast puts in its place, of all embeddings (N, D) of two views."""
         config = self.config
-        if config.contrast != "infonce":
-            parts = {"uniformity": uniformity_loss, "invariance": invariance_loss}
-            return parts[config.contrast](z1, z2) if config.contrast in parts else 0 * z1.sum()
+        ablation = {"uniformity": uniformity_loss, "invariance": invariance_loss,
+                    "none": lambda z1, z2: 0 * z1.sum()}
+        if config.contrast in ablation:
+            return ablation[config.contrast](z1, z2)
         if config.base == "simclr":
             return nt_xent(z1, z2, config.temperature)
         loss = moco_loss(z1, z2, self.queue.clone(), config.temperature)
@@ -632,18 +656,18 @@ class Method(nn.Module):
 
     def plain(self, x):
         """x as it is, in [0, 1]; or clouds."""
-        return x if self.clouds else x.float() / 255
+        return x if self.clouds else TF.resize(x, self.config.size).float() / 255
 
     def f(self, x):
         """Embeddings (N, D); the losses normalise them."""
         with autocast(self.config, x.device):
             return self.projector(self.features(x))
 
-    def features(self, x):
+    def features(self, x, encoder=None):
         """Features (N, width) of images in [0, 1], normalisation and backbone, or of clouds."""
         mean, std = self.mean_std
         with autocast(self.config, x.device):
-            return self.encoder(x if self.clouds else (x - mean) / std)
+            return (encoder or self.encoder)(x if self.clouds else (x - mean) / std)
 
     @torch.no_grad()
     def keys(self, x):
@@ -652,9 +676,8 @@ class Method(nn.Module):
                     (*self.encoder.parameters(), *self.projector.parameters()))
         for key, query in pairs:
             key.lerp_(query, 1 - self.config.key_momentum)
-        mean, std = self.mean_std
         with autocast(self.config, x.device):
-            return self.key_projector(self.key_encoder(x if self.clouds else (x - mean) / std))
+            return self.key_projector(self.features(x, self.key_encoder))
 
 
 def spread(z):
@@ -886,7 +909,7 @@ def fit(method, optimizer, data, config, state, device):
             state["seconds"] += time.perf_counter() - clock
             if step_of_epoch == 0:
                 log_epoch(method, data, config, state, steps)
-            if due or stops:  # a signal may come while kNN runs
+            if due or stops:  # a signal may come while log_epoch evaluates
                 write(out / "checkpoint.pt", {
                     "script": SCRIPT, "config": asdict(method.config), "state": state,
                     "method": method.state_dict(), "optimizer": optimizer.state_dict()})
@@ -906,7 +929,8 @@ def log_epoch(method, data, config, state, steps):
     if data[2] and due and process()[0] == 0:
         if not method.clouds:
             line["knn_top1"], *_ = knn(method, data)
-        line |= geometry(method, pick(data[2][0], range(1000)), 5)
+        measures = geometry(method, pick(data[2][0], range(1000)), 5)
+        line |= {name: value for name, value in measures.items() if value is not None}
     line["images_per_second"] = step * config.batch_size / state["seconds"]
     print(f"epoch {epoch}/{config.epochs}",
           *(f"{name} {value:.{4 if value < 1e4 else 5}g}" for name, value in line.items()),
@@ -996,10 +1020,9 @@ def pick(images, rows):
 @torch.no_grad()
 def embed(method, images, prepare=None):
     """f of prepare(images) on the sphere, (N, D), float32, in eval mode."""
-    features, training = extract(method, images, prepare or method.plain), method.training
-    method.eval()
-    z = F.normalize(method.projector(features))
-    method.train(training)
+    features = extract(method, images, prepare or method.plain)
+    z = F.normalize(method.projector.eval()(features))
+    method.projector.train(method.training)
     return z
 
 
@@ -1082,23 +1105,23 @@ def mean_hue(images):
 
 
 def retrieve(method, data, path, count=200):
-    """The nearest images of test images, and of the same with another hue (section 5.3; ours).
+    """The nearest images of test images, and of the same with another hue (section 5.3).
 
-    overlap_at_5: percent of the five nearest training images, by f, that stay when the hue is
-    shifted by 0.1 to 0.5 turns. hue_difference: mean hue distance, in degrees, of those found for
-    the recoloured image to it (chance: 90, as on the nearly gray patterns). Draws five queries,
-    recoloured below, with their nearest at `path`.
+    Ours: overlap_at_5, percent of the five nearest training images, by f, that stay when the hue is
+    shifted by 0.1 to 0.5 turns either way; hue_difference, mean hue distance, in degrees, of those
+    found for the recoloured image to it (chance: 90, as on the nearly gray patterns). Draws five
+    queries, recoloured below, with their nearest at `path`.
     """
     images, device = data[1][0], method.mean_std.device
     queries = pick(data[2][0], range(count)).to(device).float() / 255
-    shift = (torch.linspace(0.1, 0.9, len(queries), device=queries.device)[:, None, None, None])
+    shift = torch.linspace(0.1, 0.9, len(queries), device=device)[:, None, None, None]
     recoloured = shift_hue(queries, shift)
     bank, kept = embed(method, images), embed(method, queries, lambda x: x)
     before = (kept @ bank.T).topk(5).indices  # (count, 5)
     after = (embed(method, recoloured, lambda x: x) @ bank.T).topk(5).indices
     overlap = 100 * (before[:, :, None] == after[:, None]).any(2).float().mean().item()
-    found = mean_hue(pick(images, after.flatten().tolist()).float() / 255).view_as(after)
-    found = found.to(device)
+    nearest = pick(images, after.flatten().tolist()).to(device)
+    found = mean_hue(nearest.float() / 255).view_as(after)
     off = (found - mean_hue(recoloured)[:, None] + 0.5).remainder(1) - 0.5
     if path:
         shown = torch.linspace(0, len(queries) - 1, 5).long().tolist()
@@ -1255,10 +1278,10 @@ def read_chain(path):
         if line.startswith("ENDMDL"):
             break
         if line.startswith("ATOM") and line[12:16] == " CA " and line[16] in " A":
-            fields = [line[i:i + 8] for i in (30, 38, 46)]
-            good = all(re.fullmatch(r" *-?\d+\.\d{3}", x) for x in fields)
+            numbers = [line[i:i + 8] for i in (30, 38, 46)]
+            good = all(re.fullmatch(r" *-?\d+\.\d{3}", x) for x in numbers)
             check(good, f"{path}, line {number}: these are no coordinates: {line[30:54]!r}")
-            points.append([float(x) for x in fields])
+            points.append([float(x) for x in numbers])
     check(points, f"{path} has no CA atoms")
     return torch.tensor(points)
 
@@ -1267,10 +1290,8 @@ def draw_chains(n, seed):
     """n smooth random walks of 20 to 100 CA atoms in steps of 3.8 angstrom: the built-in chains."""
     generator, chains = torch.Generator().manual_seed(seed), []
     for length in torch.randint(20, 101, (n,), generator=generator).tolist():
-        turns = torch.randn(length, 3, generator=generator)
-        direction = torch.zeros(3)
-        steps = []
-        for turn in turns:
+        direction, steps = torch.zeros(3), []
+        for turn in torch.randn(length, 3, generator=generator):
             direction = F.normalize(direction + 0.6 * turn, dim=0)
             steps.append(3.8 * direction)
         chains.append(torch.stack(steps).cumsum(0))
@@ -1292,8 +1313,7 @@ def load_chains(config, device):
         files = {path.stem: path for path in paths}
         check(len(files) == len(paths), f"two .pdb files in {root} have the same name")
         check(files, f"no .pdb files in {root}; built in is --dataset chains")
-        names = [*files]
-        splits = [[name for i, name in enumerate(names) if i % 10 < 9], names[9::10]]
+        splits = [[name for i, name in enumerate(files) if i % 10 < 9], [*files][9::10]]
         if (root / "train.txt").is_file() and (root / "val.txt").is_file():
             splits = [[Path(name).stem for name in (root / f"{part}.txt").read_text().split()]
                       for part in ("train", "val")]
@@ -1396,7 +1416,7 @@ def draw_paths(path, method, cloud):
     zero, one = torch.zeros_like(angle), torch.ones_like(angle)
     turn = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero,
                         zero, zero, one], 1).view(-1, 3, 3)  # about z
-    orders = {"about x": (2, 0, 1), "about y": (1, 2, 0), "about z": (0, 1, 2)}
+    orders = {"about x": (2, 0, 1), "about y": (1, 2, 0), "about z": (0, 1, 2)}  # of the axes
     z = torch.cat([embed(method, rotate(cloud.expand(101, -1, -1), turn[:, order][:, :, order]))
                    for order in orders.values()])
     z = z - z.mean(0)

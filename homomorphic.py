@@ -32,29 +32,40 @@ What is known from where. [W]: the authors' workshop version (NeurIPS 2022), wit
 networks, settings and tables; the text of TMLR was not at hand. [SESN]: the public layers that
 the paper builds on. The rest is inferred or ours:
   1. [W] losses, sampling of fibers, augmentations, the networks `mnist`, `resnet20` and `tiny`,
-     heads, LARS at 0.1, batch 4096, T 0.1, 10 epochs of warm-up, cosine, weight decay 1e-4;
-     kernels of rotation are rot90 copies of one.
-  2. [SESN] the Hermite-Gaussian basis and its norms, no mixing of planes, BatchNorm statistics
-     shared by all planes, initial weights, the pre-activation block.
-  3. Ours: images are padded to odd sizes for rotation (28 -> 29 pixels) before they are turned: on
-     even maps a stride of 2 breaks equivariance. Planes of rotations do not mix, either.
-  4. Inferred: [W]'s map sizes of 8 and 7 seem swapped between MNIST and CIFAR.
-  5. MNIST's classifier: the 7 x 7 convolution has stride 1, not 2, then the mean of what it leaves
-     and the maximum over the planes. Without structure its kernel is free, 4 x 4 for the MLP: ours.
+     heads, LARS at 0.1, batch 4096, T 0.1, 10 epochs of warm-up, cosine, weight decay 1e-4, half
+     precision (ours: bf16); kernels of rotation are rot90 copies of one.
+  2. [SESN] the Hermite-Gaussian basis and its norms, BatchNorm statistics shared by all planes, the
+     pre-activation block, initial weights (those of its layers; its residual network draws them
+     anew). That planes do not mix, which [SESN] allows, is inferred.
+  3. Ours: images get a black row and column for rotation (28 -> 29 pixels) before they are turned:
+     on even maps a stride of 2 breaks equivariance. Planes of rotations do not mix, either.
+  4. Inferred: [W]'s map sizes of 8 and 7 seem swapped between MNIST and CIFAR, and the strides of
+     Tiny ImageNet give 8 x 8, not 4 x 4. With the padding, maps of rotation are 8 x 8 (MNIST) and
+     9 x 9.
+  5. MNIST's classifier: the 7 x 7 convolution has stride 1, not 2, which matters for rotation only:
+     of its 8 x 8 map a stride of 2 would read one corner. Then the mean of what it leaves and the
+     maximum over the planes. Without structure its kernel is free, 4 x 4 for the MLP: ours.
   6. Ours: A-SSL's classifier sees the image as it is, in a forward pass without gradient, which
-     BatchNorm's running statistics see too; each view has a forward pass of its own; scaling is
-     bilinear; black comes in from the border; a base space goes on to the right, in a circle for
-     rotation; a BatchNorm before h for Tiny ImageNet as for CIFAR; heads and MLP have biases.
-  7. Table 2's networks: [W] a wider MLP, and free kernels with six times the channels. That these
-     see all planes and have a BatchNorm for each is inferred.
+     BatchNorm's running statistics see too; each view has a forward pass of its own, through h in
+     H-SSL, too; shifts of whole pixels, at most 20 % of the side rounded down; uniform factors;
+     scaling is bilinear without smoothing; black comes in from the border; a base space goes on to
+     the right, in a circle for rotation; every admissible pair of elements is equally likely, and
+     --distance counts elements ([W] shows fractions); a BatchNorm before h for Tiny ImageNet as for
+     CIFAR; linear layers have biases.
+  7. Table 2's networks: [W] an MLP 784-1024-2048, and free kernels with six times the channels.
+     That these see all planes and have a BatchNorm for each is inferred. Ours: the MLP has one ReLU
+     and no BatchNorm, and its 16 rows of 128 are a map of 4 x 4.
   8. Unknown, ours: momentum 0.9 and trust coefficient 0.001 of LARS, no decay and no scaling for
-     parameters of one dimension, 0.1 not scaled by the batch, means and stds, bf16.
-  9. Ours: `small` and patterns, --single-device, --width, kNN and linear probe on the mean of z.
- 10. For rotation, H-SSL and A-SSL at matched draws are one and the same training run. For scale and
-     translation they are not: the layers are far from equivariant to scale (--measure-equivariance
-     prints by how much, layer by layer, and beside it what ignoring the transformation would give),
-     a smaller image has a smaller mean over space, and H-SSL draws places from the whole map where
-     A-SSL shifts by up to 20 %.
+     parameters of one dimension, 0.1 not scaled by the batch; classifier and encoder share one
+     optimizer; means and stds; the last, incomplete batch is left out; the frozen encoder keeps its
+     weights, but its BatchNorm sees the data; Tiny ImageNet is tested on its validation images.
+  9. Ours: `small` and patterns, --width, kNN and linear probe on the mean of z, --single-device,
+     which changes epochs and batch only (in short runs SGD at 0.03 learned faster: README).
+ 10. For rotation, H-SSL and A-SSL at matched draws have the same losses and gradients; only A-SSL
+     updates running statistics three times a step. For scale and translation they differ: layers
+     are far from equivariant to scale (--measure-equivariance prints by how much, layer by layer,
+     and beside it what ignoring the transformation would give), a smaller image has a smaller mean
+     over space, and H-SSL draws places from the whole map where A-SSL shifts by up to 20 %.
 """
 import argparse
 import io
@@ -185,6 +196,8 @@ def parse_args(argv=None):
           "--base-size is for H-SSL and A-SSL")
     check(config.structure == "equivariant" or config.group != "rotation",
           "--structure none is for translation and scale (paper's Table 2)")
+    check((config.group, config.arch, dataset) != ("rotation", "tiny", "mnist"),
+          "--arch tiny would halve an even map of mnist, which breaks the equivariance to rotation")
     check(config.warmup_epochs < config.epochs,
           f"--warmup-epochs {config.warmup_epochs} must be fewer than --epochs {config.epochs}")
     varies = "".join(f"-{name}" if value is True else f"-{name}{value}"
@@ -389,6 +402,13 @@ class GroupConv(nn.Module):
         return maps.unflatten(1, (self.planes, -1)).transpose(1, 2)
 
 
+class PlaneConv(nn.Conv2d):
+    """The same plain convolution of every plane of (B, I, L, H, W)."""
+
+    def forward(self, x):
+        return torch.stack([super(PlaneConv, self).forward(plane) for plane in x.unbind(2)], dim=2)
+
+
 class FreeNorm(nn.Module):
     """BatchNorm of planes (B, C, L, H, W) without structure: C L channels of their own."""
 
@@ -419,8 +439,8 @@ class Block(nn.Module):
         self.widen = None
         if (inputs, stride) != (outputs, 1) and structure == "none":
             self.widen = GroupConv(group, inputs, outputs, 1, 1, stride, 0, structure=structure)
-        elif (inputs, stride) != (outputs, 1):  # 1 x 1, the same for all planes
-            self.widen = nn.Conv3d(inputs, outputs, 1, (1, stride, stride), bias=False)
+        elif (inputs, stride) != (outputs, 1):
+            self.widen = PlaneConv(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x):
         y = F.relu(self.norm1(x))
@@ -495,8 +515,10 @@ class GroupEncoder(nn.Module):
 
 def make_head(widths):
     """h: Linear and BatchNorm from width to width, with ReLU between."""
-    blocks = [(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()) for a, b in pairwise(widths)]
-    return nn.Sequential(*sum(blocks, ())[:-1])
+    layers = []
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 class Classifier(nn.Module):
@@ -529,8 +551,8 @@ def nce_loss(v1, v2, temperature):
     v = F.normalize(torch.cat([v1, v2]).to(torch.promote_types(v1.dtype, torch.float32)))
     s, n = v @ v.T / temperature, len(v1)  # (2N, 2N)
     others = s.masked_fill(torch.eye(n, dtype=torch.bool, device=s.device).repeat(2, 2), -torch.inf)
-    others = others.unflatten(0, (2, n)).transpose(0, 1).flatten(1)  # (N, 4N), -inf for k = i
-    return (others.logsumexp(1) - s.diagonal(n)).mean()
+    others = others.logsumexp(1).view(2, n).logsumexp(0)  # (N,), over j, l and k != i
+    return (others - s.diagonal(n)).mean()
 
 
 def act(z, g, group):
@@ -572,18 +594,18 @@ class Method(nn.Module):
         self.encoder = GroupEncoder(config.group, len(mean_std[0]), config.arch, config.width,
                                     config.structure, pixels)
         channels, mlp = self.encoder.channels, (config.group, config.structure) == MLP
-        size = 0 if config.arch != "mnist" else 4 if mlp else 7
+        size = (4 if mlp else 7) if config.arch == "mnist" else 0
         self.classifier = Classifier(config.group, channels, classes, size, config.structure)
         self.head = None
         if config.ssl in ("homomorphic", "augmented"):
             inputs = channels * config.base_size
-            norm = [nn.BatchNorm1d(inputs)] * (config.arch in ("resnet20", "tiny"))
+            norm = [nn.BatchNorm1d(inputs)] if config.arch in ("resnet20", "tiny") else []
             widths = [inputs, *map(int, config.projector.split("-"))]
             self.head = nn.Sequential(*norm, make_head(widths))
-            training, blank = self.training, torch.zeros(1, len(mean_std[0]), pixels, pixels)
-            with torch.no_grad():
+            blank = torch.zeros(1, len(mean_std[0]), pixels, pixels)
+            with torch.no_grad():  # in eval mode, which leaves the running statistics alone
                 shape = self.eval().f(self.canvas(blank)).shape[2:]  # L, H', W'
-            self.train(training)
+            self.train()
             self.register_buffer("pairs", fiber_pairs(shape, config), persistent=False)
         if config.ssl == "frozen":
             self.encoder.requires_grad_(False)
@@ -591,7 +613,6 @@ class Method(nn.Module):
     def forward(self, images, labels):
         config, group, n = self.config, self.config.group, len(images) * process()[1]
         x = self.canvas(images.float() / 255)  # (N, I, H, W)
-        terms = {}
         if config.ssl == "homomorphic":
             g1, g2 = self.draw_fibers(n)
             v1, v2, z = self.homomorphic(x, mine(g1), mine(g2))
@@ -606,8 +627,8 @@ class Method(nn.Module):
         with autocast(config, x.device):
             logits = self.classifier(z if config.ssl == "supervised" else z.detach()).float()
         loss = F.cross_entropy(logits, labels)
-        terms["classifier"] = loss.detach()
-        terms["train_top1"] = 100 * (logits.argmax(1) == labels).float().mean()
+        right = (logits.argmax(1) == labels).float()
+        terms = {"classifier": loss.detach(), "train_top1": 100 * right.mean()}
         if self.head:
             contrast = nce_loss(gather(v1), gather(v2), config.temperature)
             terms |= {"contrast": contrast.detach(), "std": spread(v1)}
@@ -667,16 +688,13 @@ def fiber_pairs(shape, config):
     An element is plane, row and column: a place for translation, else a plane. Wherever a base
     starts, it must end on the axis; rotation closes in a circle.
     """
-    planes, height, width = shape
-    group, base = config.group, config.base_size
-    if group == "translation":
-        planes, width = 1, width - base + 1
-    else:
-        check(base <= planes, f"--base-size {base} is more than the {planes} planes of {group}")
-        planes, height, width = planes - (base - 1) * (group == "scale"), 1, 1
-    check(width > 0, f"--base-size {base} is more than the {shape[2]} places of a row")
-    ranges = [torch.arange(k) for k in (planes, height, width)]
-    elements = torch.cartesian_prod(*ranges)  # (E, 3)
+    group, base, (planes, height, width) = config.group, config.base_size, shape
+    axis = width if group == "translation" else planes
+    starts = axis - base + 1
+    check(starts > 0, f"--base-size {base} is more than the {axis} elements of the axis")
+    sizes = {"translation": (1, height, starts), "rotation": (planes, 1, 1),
+             "scale": (starts, 1, 1)}
+    elements = torch.cartesian_prod(*map(torch.arange, sizes[group]))  # (E, 3)
     every = torch.arange(len(elements))
     pairs = elements[torch.cartesian_prod(every, every)]  # (E^2, 2, 3)
     far = (pairs[:, 0] - pairs[:, 1]).float().norm(dim=1)
@@ -947,7 +965,7 @@ def fit(method, optimizer, data, config, state, device):
             state["seconds"] += time.perf_counter() - clock
             if step_of_epoch == 0:
                 log_epoch(method, data, config, state, steps)
-            if due or stops:  # a signal may come while kNN runs
+            if due or stops:  # a signal may come while log_epoch evaluates
                 write(out / "checkpoint.pt", {
                     "script": SCRIPT, "config": asdict(method.config), "state": state,
                     "method": method.state_dict(), "optimizer": optimizer.state_dict()})

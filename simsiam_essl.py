@@ -19,7 +19,7 @@ Algorithm 1 of the paper, for a batch of N images, backbone f, projector p1, pre
 Usage
   python simsiam_essl.py --quick                      built-in data, two CPU cores, two minutes
   python simsiam_essl.py                              the paper's CIFAR-10 run, on one GPU
-  python simsiam_essl.py --lam 0 --lr 0.03            its SimSiam baseline, as the authors ran it
+  python simsiam_essl.py --lam 0 --lr 0.03            its baseline, as in the authors' README
   torchrun --nproc_per_node=2 simsiam_essl.py         the same on two GPUs
 
 Measured results: README.md. Paper, linear probe, CIFAR-10: E-SimSiam 94.2 % (Table 1); SimSiam 91.6
@@ -30,23 +30,30 @@ Differences from the paper [P] and the authors' code [C]:
      the baseline's command in [C] has 512. Here 0.06 and 512 for both, so that one flag changes one
      thing.
   2. [C] has an optimiser of its own for h and, in half precision, updates the loss scale before it
-     steps h, so that now and then h is stepped with the wrong scale. Here h is a parameter group of
-     the one optimiser, and bf16 needs no loss scale.
+     steps h, so that now and then h is stepped with the wrong scale (inferred). Here h is a
+     parameter group of the one optimiser, and bf16 needs no loss scale.
   3. [C] trains five linear probes in turn; here side by side on the same augmented views, each with
      its own initial weights and order. Accuracy counts every test image once.
-  4. [C] turns normalised images; here rotation comes before normalisation. [C] augments with PIL,
-     in 8 bits; here in floating point on the device (a GPU multiplies in TF32).
-  5. [C] builds p2 for lam = 0 too, where it has no effect.
-  6. Kept from [C]: h has the constant rate lr * batch / 256, without warm-up or decay; p2 follows
+  4. [C] augments with PIL, in 8 bits, and turns normalised images; here in floating point on the
+     device, and normalisation comes last.
+  5. [C] trains in float32 or, on request, fp16, with seed 42 and deterministic kernels; here in
+     bf16 on GPUs that have it, losses in float32, with products in TF32, seed 0 and the fastest
+     kernels, so that two runs on a GPU differ in the last digits.
+  6. [C] builds p2 for lam = 0 too, where it has no effect, measures kNN every epoch, and always
+     warms up for 10 epochs; here for a quarter of the epochs, if they are fewer than 40.
+  7. Kept from [C]: h has the constant rate lr * batch / 256, without warm-up or decay; p2 follows
      the schedule and has no ReLU after its last LayerNorm, one less than in simclr_essl.py; three
      forward passes, so that each view has its own BatchNorm statistics and the running ones mix 32
      and 16 pixels; no affine parameters in p1's last BatchNorm; weight decay on every parameter; a
      peak rate of lr * batch / 256, and 0 in the first step (not for h).
-  7. Ours: cifar100 and stl10 (64 pixels) take CIFAR-10's values.
-  8. ImageNet is not built in; simclr_essl.py shows how image files are streamed, with the same
+  8. Ours: cifar100 and stl10 (64 pixels) otherwise take CIFAR-10's values; patterns; --arch small;
+     rotation_top1, of whole test images shrunk to the size of the small view.
+  9. ImageNet is not built in; simclr_essl.py shows how image files are streamed, with the same
      views. E-SimSiam's settings there [C]: ResNet-50, lam 0.08, batch 512, rate 0.05 * 512 / 256 =
-     0.1 (h constant at 0.1), cosine per epoch without warm-up, 100 epochs, weight decay 1e-4,
-     projector 2048-2048-2048, predictor 2048-2048-256.
+     0.1 ([P]: 0.08; h constant), cosine per epoch without warm-up, 100 epochs, weight decay 1e-4,
+     projector 2048-2048-2048 without affine parameters at its end, predictor 2048-2048-256.
+ 10. Left out: the variants of Table 1, few labels (Figure 4). E-SSL needs images that have an
+     orientation: where they come in all turns alike, it fails.
 """
 import argparse
 import io
@@ -174,8 +181,8 @@ def parse_args(argv=None):
 
 MEAN_STD = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # authors' code
-    "cifar100": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "stl10": ((0.441, 0.428, 0.387), (0.268, 0.261, 0.269)),
+    "cifar100": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # ours
+    "stl10": ((0.441, 0.428, 0.387), (0.268, 0.261, 0.269)),  # ours
     "patterns": ((0.4, 0.4, 0.4), (0.25, 0.25, 0.25)),
 }
 
@@ -702,7 +709,7 @@ def fit(method, optimizer, data, config, state, device):
             state["seconds"] += time.perf_counter() - clock
             if step_of_epoch == 0:
                 log_epoch(method, data, config, state, steps)
-            if due or stops:  # a signal may come while kNN runs
+            if due or stops:  # a signal may come while log_epoch evaluates
                 write(out / "checkpoint.pt", {
                     "script": SCRIPT, "config": asdict(method.config), "state": state,
                     "method": method.state_dict(), "optimizer": optimizer.state_dict()})
@@ -813,7 +820,7 @@ def probe_views(method, data, config):
 
     def center(x):
         zoomed = TF.resize(x.float() / 255, config.size * 9 // 8, policy.interpolation)
-        return TF.center_crop(zoomed, config.size)
+        return TF.center_crop(zoomed, config.size).clamp(0, 1)  # bicubic weights overshoot
 
     return linear_probe(lambda: extract(method, bank, crop), bank_labels,
                         extract(method, test, center), test_labels)

@@ -4,12 +4,14 @@ Golden values were printed by the authors' released code, in float64, for wave(n
 """
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import json
 import math
 import os
 import pickle
+import random
 import shutil
 import signal
 import subprocess
@@ -582,7 +584,7 @@ def test_heads_have_the_specified_layers():
         sum(p.numel() for p in cifar.encoder.parameters()) == 11_168_832
     )  # measured, authors' net
     imagenet = simclr_essl.Method(simclr_essl.parse_args(["--dataset", "imagenet"]))
-    assert kinds(imagenet.projector) == "LBRLBRLBRLB"
+    assert kinds(imagenet.projector) == "LBRLBRLB"  # 2048, 2048, 2048, 128 in the code
     assert imagenet.projector[-1].weight is not None and imagenet.projector[-1].num_features == 128
     assert kinds(imagenet.predictor) == "LLRLLRLLL"  # no ReLU after the last LayerNorm
     assert imagenet.encoder.layer1[0].bn3.weight.sum() == 0
@@ -603,12 +605,12 @@ def test_figure_1(transform, role):
     pictures = images.float() / 255
     every = method.transform(pictures).unflatten(0, (classes, 16))
     if role == "predict" and classes <= 4:
-        versions, target = method.versions(pictures, one=False)
+        versions, target = method.versions(pictures, draw=False)
         assert torch.equal(versions, every.flatten(0, 1))
         assert target.tolist() == [k for k in range(classes) for _ in range(16)]
-    versions, target = method.versions(pictures, one=True)
+    versions, target = method.versions(pictures, draw=True)
     assert torch.equal(versions, torch.stack([every[k, i] for i, k in enumerate(target)]))
-    drawn = torch.cat([method.versions(pictures, one=True)[1] for _ in range(60)]).bincount(
+    drawn = torch.cat([method.versions(pictures, draw=True)[1] for _ in range(60)]).bincount(
         minlength=classes
     )
     assert (drawn > 0.4 * 960 / classes).all() and (drawn < 1.8 * 960 / classes).all()
@@ -1204,6 +1206,7 @@ BAD_INPUT = {
     "batch of one": ["--batch-size", "1"],
     "tiny views": ["--small-size", "4"],
     "odd jigsaw": ["--transform", "jigsaw", "--small-size", "15"],
+    "odd jigsaw of large views": ["--transform", "jigsaw", "--size", "33"],
     "huge seed": ["--seed", "99999999999999999999"],
     "all warm-up": ["--warmup-epochs", "3"],
     "file for a folder": ["--out", "/dev/null"],
@@ -1240,6 +1243,7 @@ MENTIONS = {
     "batch of one": "--batch-size is 2 to",
     "tiny views": "--small-size is 8 to",
     "odd jigsaw": "even",
+    "odd jigsaw of large views": "even --size",
     "huge seed": "--seed is 0 to",
     "all warm-up": "--warmup-epochs 3 must be fewer",
     "file for a folder": "/dev/null",
@@ -1438,6 +1442,14 @@ def test_cifar_and_stl10_files(tmp_path, monkeypatch):
         for images, labels in data:
             assert images.shape == (len(labels), 3, size, size) and images.dtype == torch.uint8
         assert data[2][1].tolist() == [i % 10 for i in range(counts[2])]
+    line = ["--dataset", "stl10", "--data-root", str(tmp_path), "--arch", "small", "--plain-gram"]
+    config = care.parse_args(line)  # crops out of 96 pixels, everything else at 32
+    data = care.load_data(config, CPU)
+    assert [tuple(x.shape) for x, _ in data] == [
+        (n, 3, s, s) for n, s in ((260, 96), (210, 32), (20, 32))
+    ]
+    loss, _ = care.Method(config)(data[0][0][:16], data[0][1][:16])
+    assert loss.isfinite()
     stored = datasets.CIFAR10(tmp_path, True)
     config = simclr_essl.parse_args(["--data-root", str(tmp_path)])
     assert (
@@ -1725,7 +1737,7 @@ def test_the_authors_probe_sees_fresh_crops_and_zoomed_test_images(monkeypatch):
     assert len(seen) == 101 and first.shape == second.shape == (30, 3, 32, 32)
     assert not torch.equal(first, second)
     zoomed = TF.resize(images[:9].float() / 255, [36, 36], InterpolationMode.BICUBIC)
-    assert torch.allclose(test, TF.center_crop(zoomed, [32, 32]))
+    assert torch.allclose(test, TF.center_crop(zoomed, [32, 32]).clamp(0, 1))
 
 
 # ----------------------------------------------------------------------------------- simsiam_essl
@@ -2225,6 +2237,16 @@ def test_the_equivariance_branch_leaves_queue_and_keys_alone():
     tracked = [part[1].num_batches_tracked.item() for part in (method.encoder, method.key_encoder)]
     assert tracked == [3, 1]
     assert not method.keys(images / 255).requires_grad
+
+
+def test_care_logs_a_collapsed_run(tmp_path, monkeypatch):
+    """No pair of embeddings that moved: gamma_f is undefined, and left out of the log."""
+    embed = care.embed
+    monkeypatch.setattr(care, "embed", lambda *args: torch.ones_like(embed(*args)))
+    care.main(tiny_care(tmp_path / "run", "--knn-every", "1"))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert "invariance" in json.loads(lines[1]) and "gamma_f" not in json.loads(lines[1])
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["gamma_f"] is None
 
 
 def test_geometry_measures_what_it_says(monkeypatch):
@@ -2791,9 +2813,9 @@ def test_sfrik_streams_a_folder(tmp_path, capsys):
     argv += ["--data-root", str(tmp_path / "tree")]
     assert sfrik.parse_args(argv).validate
     image_tree(tmp_path / "flat", train=280)
-    flat = sfrik.parse_args(
-        [*SFRIK_STREAM, "--data-root", str(tmp_path / "flat"), "--limit", "270"]
-    )
+    flat = [*SFRIK_STREAM, "--data-root", str(tmp_path / "flat")]
+    assert "class folders" in fails(capsys, 2, *flat, script=sfrik)
+    flat = sfrik.parse_args([*flat, "--limit", "270", "--dataset", "imagenet"])
     train, bank, test = sfrik.load_data(flat, CPU)
     assert len(train[1]) == 270 and bank is None and test is None
     assert "no evaluation" in capsys.readouterr().out
@@ -2841,11 +2863,20 @@ def test_sfrik_evaluates_a_fraction_of_the_labels(tmp_path, capsys):
     assert "--label-fraction" in fails(capsys, 2, *line, script=sfrik)
 
 
+def test_sfriks_factor_of_the_similarity():
+    """From lam, but for VICReg, which has no lam and can do without it."""
+    coeff = lambda *line: sfrik.Method(sfrik.parse_args(["--quick", *line])).sim_coeff
+    assert coeff("--lam", "2") == 512 and coeff("--lam", "2", "--mmd-coeff", "3") == 3 * 512
+    assert coeff("--mmd-coeff", "0", "--sim-coeff", "7") == 7
+    assert coeff("--loss", "vicreg") == 10 and coeff("--loss", "vicreg", "--sim-coeff", "0") == 0
+
+
 SFRIK_BAD = {
     "an unknown loss": (["--loss", "byol"], "byol"),
     "letters for weights": (["--weights", "1,x"], "1,x"),
     "a negative weight": (["--weights", "1,-40"], "1,-40"),
     "no lambda": (["--lam", "0"], "--lam is"),
+    "no loss": (["--mmd-coeff", "0"], "--mmd-coeff 0"),
     "no labels": (["--label-fraction", "0"], "--label-fraction is"),
     "too many labels": (["--label-fraction", "1.5"], "at most 1"),
     "bad widths": (["--projector", "8-"], "8-"),
@@ -3227,7 +3258,7 @@ def test_blocks_heads_and_classifiers_by_hand():
     x = torch.randn(2, 3, 6, 9, 9)
     y = F.relu(block.norm1(x))
     thin = y[..., ::2, ::2]  # both branches see the activated input
-    skip = torch.einsum("oi,bilyx->bolyx", block.widen.weight[..., 0, 0, 0], thin)
+    skip = torch.einsum("oi,bilyx->bolyx", block.widen.weight[..., 0, 0], thin)
     want = skip + block.conv2(F.relu(block.norm2(block.conv1(y))))
     assert torch.allclose(block(x), want, atol=1e-5) and (block(x) < 0).any()
     same = homomorphic.Block("scale", 3, 3, 1, "equivariant").eval()
@@ -3404,7 +3435,20 @@ def test_homomorphic_presets_and_outputs(tmp_path, capsys):
     assert printed[:3] == printed[3:] and len(printed) == 6
 
 
+@pytest.mark.parametrize("arch", ("mnist", "resnet20", "tiny"))
+@pytest.mark.parametrize("group", ("translation", "rotation", "scale"))
+def test_every_network_takes_the_layout_of_training(arch, group):
+    """train asks for channels_last, which tensors of five dimensions cannot have."""
+    flags = ["--dataset", "cifar10", "--arch", arch, "--width", "0.02", "--group", group]
+    method = homomorphic.Method(homomorphic.parse_args(flags))
+    method.to(CPU, memory_format=torch.channels_last)
+    loss, _ = method(torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), torch.arange(4))
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in method.parameters())
+
+
 HOMO_BAD = {
+    "an even map": (["--dataset", "mnist", "--arch", "tiny", "--group", "rotation"], "even map"),
     "rotation without structure": (
         ["--group", "rotation", "--structure", "none"],
         "--structure none",
@@ -3417,7 +3461,7 @@ HOMO_BAD = {
     "no data": (["--dataset", "mnist", "--data-root", "/dev/null/data"], "try --quick"),
     "another dataset": (["--dataset", "stl10"], "stl10"),
     "a negative distance": (["--distance", "-1"], "--distance is"),
-    "a base over all rotations": (["--group", "rotation", "--base-size", "5"], "4 planes"),
+    "a base over all rotations": (["--group", "rotation", "--base-size", "5"], "4 elements"),
     "a base over all scales": (["--group", "scale", "--base-size", "6"], "no two different"),
     "a distance below 1": (["--group", "scale", "--distance", "0.5"], "no two different"),
     "a distance of A-SSL": (["--ssl", "augmented", "--distance", "2"], "for H-SSL"),
@@ -4313,6 +4357,33 @@ def test_computed_labels_are_kept(tmp_path, monkeypatch, capsys):
         assert str(path) in fails(capsys, 2, *line, script=photonics_reg)
 
 
+def test_any_seed_can_be_fine_tuned(tmp_path):
+    """Also a date; and the draws of different seeds and splits differ."""
+    seeds = set()
+    for seed in ("0", "1", "20261121", "4294967295"):
+        config = photonics_reg.parse_args(tiny_photonics(tmp_path / "run", "--seed", seed))
+        cells = photonics_reg.draw_cells("gpm", 40, 0).float(), torch.zeros(40, 400)
+        for split in (1, 2):
+            tuned, parts = photonics_reg.stage_of(config, (cells, cells, cells, 0.0), split)
+            next(photonics_reg.batches(parts, tuned, 3, 0, CPU))
+            seeds.add(tuned.seed)
+    assert len(seeds) == 8
+
+
+def test_eval_of_a_run_stopped_in_its_first_epoch(tmp_path, monkeypatch, capsys):
+    line = tiny_photonics(tmp_path / "run", "--mode", "supervised", "--save-every", "0")
+    dos_error = lambda *args: signal.raise_signal(signal.SIGTERM) or 0.5
+    monkeypatch.setattr(photonics_reg, "log_epoch", lambda *args: dos_error())
+    with pytest.raises(SystemExit):
+        photonics_reg.main(line)
+    monkeypatch.undo()
+    capsys.readouterr()
+    checkpoint = str(tmp_path / "run" / "checkpoint.pt")
+    photonics_reg.main(["--eval", checkpoint, "--data-root", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert json.loads(printed[printed.index("{") :])["images_per_second"] is None
+
+
 PHOTONICS_BAD = {
     "an unknown crystal": (["--dataset", "hex"], "hex"),
     "an unknown mode": (["--mode", "byol"], "byol"),
@@ -4435,3 +4506,213 @@ def test_photonics_data_of_the_three_sets(tmp_path):
     assert len(torch.cat([unlabelled[0], pool[0], test[0]]).unique(dim=0)) == 64 + 37 + 8
     shifts = photonics_reg.draw_symmetries(200, "blob", True, CPU)["shift"]
     assert len(shifts.unique(dim=0)) == 4
+
+
+# --------------------------------------------------------------------------------- fault campaign
+
+# A short form runs with the other tests. By hand, with its counts:
+# CAMPAIGN=20 python -m pytest -s -k campaign test_all.py
+CAMPAIGN = int(os.environ.get("CAMPAIGN", 1))
+
+# Runs a command line of a script in a forked child, which the given signals hit after the given
+# seconds, and whose files cannot grow over a size. Answers with exit code, seconds and output.
+ARENA = """
+import importlib, json, os, resource, signal, sys, time
+script = importlib.import_module(sys.argv[1])
+for line in sys.stdin:
+    argv, blows, size = json.loads(line)
+    begun, child = time.perf_counter(), os.fork()
+    if child == 0:
+        os.setpgrp()
+        for name, stream in (("out", 1), ("err", 2)):
+            os.dup2(os.open(sys.argv[2] + name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream)
+        if size:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        script.main(argv)
+        sys.exit()
+    code = None
+    while code is None:
+        done, status = os.waitpid(child, os.WNOHANG)
+        code = os.waitstatus_to_exitcode(status) if done else None
+        passed = time.perf_counter() - begun
+        if blows and passed >= blows[0][0] and not done:
+            number = blows.pop(0)[1]  # Ctrl-C reaches the processes that read images, too
+            (os.kill if number == signal.SIGKILL else os.killpg)(child, number)
+        time.sleep(0.001)
+    print(json.dumps([code, passed, *(open(sys.argv[2] + x).read() for x in ("out", "err"))]),
+          flush=True)
+"""
+
+
+def streamed(out, *flags):
+    """tiny for images that are read from a folder, by processes of their own."""
+    root = Path(out).parent / "images"
+    for i in range(0 if root.exists() else 40):
+        path = root / "train" / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_image(torch.rand(3, 20, 20, generator=torch.Generator().manual_seed(i)), path)
+    line = tiny(out, "--arch", "small", "--size", "16", "--small-size", "8", "--batch-size", "8")
+    line += ["--limit", "0", "--dataset", "imagenet", "--data-root", str(root), *flags]
+    return [word for word in line if word != "--quick"]
+
+
+ARENAS = {
+    **{name: (name, line) for name, line in TINY.items()},
+    "folder": ("simclr_essl", streamed),
+}
+
+
+@pytest.fixture(scope="module", params=ARENAS)
+def arena(request, tmp_path_factory):
+    """What the tests of a campaign need: run(out, blows, size), and a run that was not disturbed."""
+    (script, line), folder = ARENAS[request.param], tmp_path_factory.mktemp("arena")
+    process = subprocess.Popen(
+        [sys.executable, "-c", ARENA, script, str(folder / "std")],
+        cwd=HERE,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def run(out, blows=(), size=0):
+        out.parent.mkdir(exist_ok=True)
+        argv = line(out, "--save-every", "0")
+        process.stdin.write(json.dumps([argv, blows, size]) + "\n")
+        process.stdin.flush()
+        code, seconds, printed, problem = json.loads(process.stdout.readline())
+        words = problem.strip().splitlines()
+        assert "Traceback" not in problem and len(words) == (code > 0), problem
+        assert not words or words[0].startswith("error: "), problem
+        return code, seconds, printed
+
+    whole = folder / "whole" / "run"
+    code, seconds, _ = run(whole)
+    assert code == 0
+    run.name, run.line, run.whole, run.seconds = request.param, line, whole, seconds
+    run.random = random.Random(0)
+    yield run
+    process.stdin.close()
+    process.wait()
+
+
+def unharmed(out, whole):
+    """The run's tensors are those of the undisturbed one, and its files are there and whole."""
+    json.loads((out / "results.json").read_text())
+    names = [{path.name for path in run.iterdir()} for run in (out, whole)]
+    return same_run(out, whole) and names[0] == names[1]
+
+
+def test_campaign_of_kills(arena, tmp_path):
+    """SIGKILL at random moments, until the run has come to its end all the same; and again."""
+    kills = runs = 0
+    while kills < CAMPAIGN:
+        out = tmp_path / f"killed{runs}" / "run"
+        while arena(out, [(arena.random.uniform(0, arena.seconds), signal.SIGKILL)])[0]:
+            kills += 1
+        runs += 1
+        assert unharmed(out, arena.whole)
+    print(f"\n{arena.name}: {kills} kills, {runs} runs, all ended as the undisturbed one")
+
+
+def test_campaign_of_signals(arena, tmp_path):
+    """Ctrl-C or SIGTERM at random moments, and a second time soon after."""
+    codes = []
+    for i in range(CAMPAIGN):
+        out, number = tmp_path / f"stopped{i}" / "run", (signal.SIGINT, signal.SIGTERM)[i % 2]
+        first = arena.random.uniform(0.02, arena.seconds)
+        second = first + arena.random.choice((0.001, 0.01, 0.1, 1))
+        codes.append(arena(out, [(first, number), (second, number)])[0])
+        assert codes[-1] in (0, 128 + number, -number)  # the last: Python was about to end
+        assert arena(out)[0] == 0 and unharmed(out, arena.whole)
+    stopped = sum(code > 0 for code in codes)
+    print(f"\n{arena.name}: {stopped} of {len(codes)} runs stopped by two signals, none lost")
+
+
+def test_campaign_of_full_disks(arena, tmp_path):
+    """No file can grow over a random size; then there is room again."""
+    largest, codes = (arena.whole / "checkpoint.pt").stat().st_size, []
+    for i in range(CAMPAIGN):
+        out = tmp_path / f"full{i}" / "run"
+        arena.line(out)  # the images of a folder are there before
+        codes.append(arena(out, size=int(largest ** arena.random.uniform(0.3, 1.02)))[0])
+        assert codes[-1] in (0, 1)
+        assert arena(out)[0] == 0 and unharmed(out, arena.whole)
+    failed = sum(codes)
+    print(f"\n{arena.name}: {failed} of {len(codes)} runs stopped by a full disk, none lost")
+
+
+DAMAGES = {
+    "gone": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "noise": lambda path: path.write_bytes(random.Random(1).randbytes(3000)),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+def test_campaign_of_damaged_outputs(arena, tmp_path):
+    """A damaged file is written anew, or refused in one line. Finished runs, and unfinished."""
+    cases = [
+        (path.name, damage, finished)
+        for path in sorted(arena.whole.iterdir())
+        for damage in DAMAGES
+        for finished in (True, False)
+    ]
+    codes = []
+    for name, damage, finished in arena.random.sample(cases, min(3 * CAMPAIGN, len(cases))):
+        out = tmp_path / f"{name}-{damage}-{finished}" / "run"
+        shutil.copytree(arena.whole, out)
+        DAMAGES[damage](out / name)
+        if not finished and name != "results.json":
+            (out / "results.json").unlink()
+        codes.append(arena(out)[0])
+        assert codes[-1] in (0, 2), (name, damage, finished)
+        if codes[-1] == 0 and not finished and damage != "a folder":
+            assert same_run(out, arena.whole), (name, damage)
+    print(f"\n{arena.name}: of {len(codes)} damaged files {sum(map(bool, codes))} were refused")
+
+
+NONSENSE = {
+    int: ["-1", "0", "1.5", "nan", "", "9" * 20, "x", "1e3", "4294967296", "7"],
+    float: ["-1", "0", "nan", "inf", "-inf", "", "1e400", "x", "1,5", "7"],
+    str: [
+        "",
+        "x",
+        "-",
+        "--",
+        "0",
+        "-1",
+        "1-0",
+        "1,2",
+        "/dev/null",
+        "nowhere",
+        "\0",
+        "\u00e4" * 300,
+    ],
+    bool: ["", "1", "no"],
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_campaign_of_bad_command_lines(name, tmp_path, monkeypatch, capsys):
+    """One to three flags of a good line get nonsense: it is refused in one line, or would run."""
+    script, draw = importlib.import_module(name), random.Random(name)
+    monkeypatch.setattr(script, "fit", lambda *args: sys.exit(0))
+    monkeypatch.chdir(tmp_path)
+    codes, flags = [], dataclasses.fields(script.Config)
+    for i in range(17 * CAMPAIGN):
+        line = TINY[name](tmp_path / f"run{i}" / "run")
+        for field in draw.sample(flags, draw.choice((1, 1, 2, 3))):
+            words = NONSENSE[field.type]
+            if field.metadata["choices"]:
+                words = words + list(field.metadata["choices"])
+            flag = "--" + field.name.replace("_", "-")
+            line += [flag] * (draw.random() < 0.9) + [draw.choice(words)] * (draw.random() < 0.9)
+        with pytest.raises(SystemExit) as stop:
+            script.main(line)
+        lines, code = capsys.readouterr().err.strip().splitlines(), stop.value.code or 0
+        assert code in (0, 1, 2) and len(lines) == (code > 0), (line, code, lines)
+        assert code == 0 or lines[0].startswith("error: "), (line, lines)
+        codes.append(code)
+    assert sum(map(bool, codes)) > len(codes) / 2
+    print(f"\n{name}: of {len(codes)} command lines {sum(map(bool, codes))} were refused")
