@@ -968,6 +968,8 @@ def main(argv=None):
             dist.barrier()  # nobody leaves while the first process evaluates
             dist.destroy_process_group()
     except RuntimeError as problem:
+        lost = isinstance(problem, dist.DistError) or "gloo" in str(problem)
+        check(not lost, "another process was lost; the same command continues", code=1)
         if "allocate" not in str(problem):
             raise
         check(False, "the memory is full: training needs a smaller --batch-size", code=1)

@@ -12,10 +12,12 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -119,6 +121,19 @@ def test_sections_stand_in_order(path):
     ]
     own = {"care": ["PROTEINS"], "photonics_reg": ["SOLVER"]}.get(path.stem, [])
     assert banners == "CONFIG DATA AUGMENT MODEL METHOD TRAIN EVALUATE MAIN".split() + own
+
+
+def test_the_readme_names_the_right_lines():
+    """`name` (line N) or (`name`, line N) of its walk through simclr_essl.py."""
+    walk = (HERE / "README.md").read_text().partition("## How to read")[2].partition("\n## ")[0]
+    places = re.findall(r"`(\w+)`,?\s+\(?line\s+(\d+)", walk)
+    lines = SCRIPTS[0].read_text().splitlines()
+    wrong = {
+        name: [i for i, x in enumerate(lines, 1) if re.match(rf"(def|class) {name}\b", x)]
+        for name, number in places
+        if not re.match(rf"(def|class) {name}\b", lines[int(number) - 1])
+    }
+    assert len(places) == 23 and not wrong
 
 
 def test_drift_is_seen():
@@ -4716,3 +4731,47 @@ def test_campaign_of_bad_command_lines(name, tmp_path, monkeypatch, capsys):
         codes.append(code)
     assert sum(map(bool, codes)) > len(codes) / 2
     print(f"\n{name}: of {len(codes)} command lines {sum(map(bool, codes))} were refused")
+
+
+def children(pid):
+    """Processes that the process has started."""
+    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat")]
+    stats = [(int(stat.split()[0]), int(stat.rpartition(")")[2].split()[1])) for stat in stats]
+    return [child for child, parent in stats if parent == pid]
+
+
+def launch_two(script, out, port):
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    line += [f"--master_port={port}", f"{script}.py", *TINY[script](out, "--save-every", "0")]
+    out.parent.mkdir(exist_ok=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(line, cwd=HERE, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+@pytest.mark.parametrize("script", TINY if CAMPAIGN > 1 else ["simclr_essl"])
+def test_campaign_of_lost_processes(tmp_path, script):
+    """One of two processes is killed: the other ends, too, and the same command continues."""
+    port, draw = 22_000 + os.getpid() % 20_000, random.Random(script)
+    whole = tmp_path / "whole" / "run"
+    assert launch_two(script, whole, port).wait(120) == 0
+    for i in range(max(1, CAMPAIGN // 10)):
+        out = tmp_path / f"lost{i}" / "run"
+        run = launch_two(script, out, port)
+        while not (out / "checkpoint.pt").exists():
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.5))
+        both = children(run.pid)
+        if len(both) == 2:
+            os.kill(both[draw.randrange(2)], signal.SIGKILL)
+        _, problem = run.communicate(timeout=120)
+        assert run.returncode == (len(both) == 2), problem
+        assert not any(Path(f"/proc/{pid}").exists() for pid in both)
+        ours = [line for line in problem.splitlines() if line.startswith(("error: ", "[rank"))]
+        assert len(ours) <= 1 and "[rank" not in "".join(ours), ours
+        again = launch_two(script, out, port)
+        _, problem = again.communicate(timeout=120)
+        assert again.returncode == 0, problem
+        assert unharmed(out, whole)
+    print(f"\n{script}: {i + 1} times one of two processes was lost, and the run continued")
