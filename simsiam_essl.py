@@ -666,6 +666,7 @@ def fit(method, optimizer, data, config, state, device):
     peak = optimizer.defaults["lr"]
     print(f"{out}: {config.epochs} epochs of {steps} steps, peak learning rate {peak:g}"
           + (f", continued after step {state['step']}" if state["step"] else ""), flush=True)
+    write(out / "metrics.jsonl", "".join(f"{x}\n" for x in state["log"]))  # without later lines
     if device.type == "cpu" and state["step"] == 0:
         forecast(method, data, config, device)
     if config.compile:
@@ -896,7 +897,7 @@ def main(argv=None):
     try:
         if (out / "results.json").exists() and not config.eval:
             check(open_run(config), f"{out} holds results but no checkpoint: choose another --out")
-            print(f"{out} is finished: {(out / 'results.json').read_text()}")
+            print(f"{out} is finished: {(out / 'results.json').read_text(errors='replace')}")
             return
         method, data, state = train(config)
         if process()[0] == 0:

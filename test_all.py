@@ -4681,7 +4681,7 @@ def test_campaign_of_damaged_outputs(arena, tmp_path):
         if not finished and name != "results.json":
             (out / "results.json").unlink()
         codes.append(arena(out)[0])
-        assert codes[-1] in (0, 2), (name, damage, finished)
+        assert codes[-1] in (0, 1, 2), (name, damage, finished)
         if codes[-1] == 0 and not finished and damage != "a folder":
             assert same_run(out, arena.whole), (name, damage)
     print(f"\n{arena.name}: of {len(codes)} damaged files {sum(map(bool, codes))} were refused")
