@@ -174,7 +174,7 @@ LEAST = dict(epochs=1, batch_size=2, lr=1e-9, temperature=1e-9, size=8, chunks=1
 def check(condition, message, code=2):
     """Ends the program with one line and an exit code unless the condition holds."""
     if not condition:
-        print(f"error: {message}", file=sys.stderr)
+        print("error:", *message.split(), file=sys.stderr)
         raise SystemExit(code)
 
 
@@ -337,7 +337,8 @@ def load_data(config, device):
             parts = [getattr(datasets, name.upper())(root, part, download=True) for part in splits]
             parts = [(x.data, x.labels if name == "stl10" else x.targets) for x in parts]
     except (OSError, RuntimeError, ValueError) as problem:
-        check(False, f"cannot read {name} in {root} ({problem}): put it there, or try --quick")
+        file = getattr(getattr(datasets, name.upper(), None), "filename", "it")
+        check(False, f"cannot read {name} in {root} ({problem}): put {file} there, or try --quick")
     for i, (images, labels) in enumerate(parts):
         images, labels = torch.as_tensor(images), torch.as_tensor(labels).long()
         rows = first_of(config.limit if i < len(parts) - 1 else 0, len(labels))
@@ -1020,10 +1021,12 @@ def pick(images, rows):
 
 @torch.no_grad()
 def embed(method, images, prepare=None):
-    """f of prepare(images) on the sphere, (N, D), float32, in eval mode."""
+    """f of prepare(images) on the sphere, (N, D), in eval mode, in float32 at any --precision."""
+    config, method.config = method.config, replace(method.config, precision="fp32")
     features = extract(method, images, prepare or method.plain)
     z = F.normalize(method.projector.eval()(features))
     method.projector.train(method.training)
+    method.config = config
     return z
 
 

@@ -160,7 +160,7 @@ LEAST = dict(epochs=1, batch_size=2, lr=1e-9, temperature=1e-9, width=1e-9,
 def check(condition, message, code=2):
     """Ends the program with one line and an exit code unless the condition holds."""
     if not condition:
-        print(f"error: {message}", file=sys.stderr)
+        print("error:", *message.split(), file=sys.stderr)
         raise SystemExit(code)
 
 
@@ -280,7 +280,9 @@ def load_data(config, device):
                      for part in (True, False)]
             parts = [(x.data, x.targets) for x in parts]
     except (OSError, RuntimeError) as problem:
-        check(False, f"cannot read {name} in {root} ({problem}): put it there, or try --quick")
+        file = {"mnist": "MNIST/raw/*.gz", "tinyimagenet": "tiny-imagenet-200.zip"}.get(
+            name, datasets.CIFAR10.filename)
+        check(False, f"cannot read {name} in {root} ({problem}): put {file} there, or try --quick")
     for i, (images, labels) in enumerate(parts):
         images, labels = torch.as_tensor(images), torch.as_tensor(labels).long()
         rows = first_of(config.limit if i == 0 else 0, len(labels))

@@ -165,7 +165,7 @@ LEAST = dict(epochs=1, batch_size=2, lr=1e-9, tune_epochs=1, tune_batch_size=2, 
 def check(condition, message, code=2):
     """Ends the program with one line and an exit code unless the condition holds."""
     if not condition:
-        print(f"error: {message}", file=sys.stderr)
+        print("error:", *message.split(), file=sys.stderr)
         raise SystemExit(code)
 
 

@@ -167,7 +167,7 @@ LEAST = dict(epochs=1, batch_size=2, lr=1e-9, lam=1e-9, temperature=1e-9, size=8
 def check(condition, message, code=2):
     """Ends the program with one line and an exit code unless the condition holds."""
     if not condition:
-        print(f"error: {message}", file=sys.stderr)
+        print("error:", *message.split(), file=sys.stderr)
         raise SystemExit(code)
 
 
@@ -356,7 +356,8 @@ def load_data(config, device):
             parts = [getattr(datasets, name.upper())(root, part, download=True) for part in splits]
             parts = [(x.data, x.labels if name == "stl10" else x.targets) for x in parts]
     except (OSError, RuntimeError) as problem:
-        check(False, f"cannot read {name} in {root} ({problem}): put it there, or try --quick")
+        file = getattr(getattr(datasets, name.upper(), None), "filename", "it")
+        check(False, f"cannot read {name} in {root} ({problem}): put {file} there, or try --quick")
     *unlabelled, bank, test = parts
     rows, kept = hold_out(torch.as_tensor(bank[1]), config)
     if config.validate:

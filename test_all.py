@@ -1263,7 +1263,7 @@ MENTIONS = {
     "all warm-up": "--warmup-epochs 3 must be fewer",
     "file for a folder": "/dev/null",
     "no folder": "nowhere",
-    "no download": "or try --quick",
+    "no download": "cifar-10-python.tar.gz there, or try --quick",
     "streamed invariance": "streamed",
 }
 
@@ -2252,6 +2252,15 @@ def test_the_equivariance_branch_leaves_queue_and_keys_alone():
     tracked = [part[1].num_batches_tracked.item() for part in (method.encoder, method.key_encoder)]
     assert tracked == [3, 1]
     assert not method.keys(images / 255).requires_grad
+
+
+def test_the_geometry_is_measured_in_float32():
+    images = care.draw_patterns(16, 3)[0]
+    exact, rounded = (care_method("--precision", name)[0] for name in ("fp32", "bf16"))
+    assert torch.equal(care.embed(exact, images), care.embed(rounded, images))
+    views = images.float() / 255
+    assert not torch.equal(exact.eval().f(views), rounded.eval().f(views).float())
+    assert rounded.config.precision == "bf16"
 
 
 def test_care_logs_a_collapsed_run(tmp_path, monkeypatch):
@@ -4577,7 +4586,9 @@ ARENAS = {
 }
 
 
-@pytest.fixture(scope="module", params=ARENAS)
+@pytest.fixture(
+    scope="module", params=ARENAS if CAMPAIGN > 1 else ["simclr_essl", "photonics_reg", "folder"]
+)
 def arena(request, tmp_path_factory):
     """What the tests of a campaign need: run(out, blows, size), and a run that was not disturbed."""
     (script, line), folder = ARENAS[request.param], tmp_path_factory.mktemp("arena")
