@@ -1155,6 +1155,23 @@ def test_another_run_in_the_folder_is_refused_and_named(finished, capsys):
     simclr_essl.main(tiny(finished, "--knn-every", "1", "--save-every", "9"))  # these do not matter
 
 
+def test_the_log_is_cut_back_on_resume(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    log = tmp_path / "run" / "metrics.jsonl"
+    kept = log.read_text()
+    log.write_text(kept + "after the checkpoint")
+    simclr_essl.main(tiny(tmp_path / "run"))
+    assert log.read_text() == kept
+
+
+def test_an_error_is_one_line(capsys):
+    """Also where torchvision's message has several, as that of MNIST's download."""
+    with pytest.raises(SystemExit):
+        simclr_essl.check(False, "no mnist:\nTried A\nTried B\n")
+    assert capsys.readouterr().err == "error: no mnist: Tried A Tried B\n"
+
+
 def test_results_without_a_checkpoint_are_not_taken_for_another_run(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "checkpoint.pt").unlink()
@@ -4786,3 +4803,67 @@ def test_campaign_of_lost_processes(tmp_path, script):
         assert again.returncode == 0, problem
         assert unharmed(out, whole)
     print(f"\n{script}: {i + 1} times one of two processes was lost, and the run continued")
+
+
+def first_image(root):
+    return next((root / "train" / "cat").iterdir())
+
+
+FOLDER_FAULTS = {
+    "nothing": lambda root: None,
+    "no training images": lambda root: shutil.rmtree(root / "train"),
+    "no validation images": lambda root: shutil.rmtree(root / "val"),
+    "a file for a folder": lambda root: (
+        shutil.rmtree(root / "val"),
+        (root / "val").write_text("cat"),
+    ),
+    "an empty class": lambda root: (root / "train" / "zebra").mkdir(),
+    "other classes": lambda root: (root / "val" / "cat").rename(root / "val" / "lion"),
+    "no classes": lambda root: [
+        image.rename(root / "train" / f"{image.parent.name}{image.name}")
+        for image in [*(root / "train").rglob("*.jpg")]
+    ],
+    "few images": lambda root: shutil.rmtree(root / "train" / "dog"),
+    "a text": lambda root: (root / "train" / "cat" / "a.jpg").write_text("no image"),
+    "an empty image": lambda root: first_image(root).write_bytes(b""),
+    "half an image": lambda root: first_image(root).write_bytes(
+        first_image(root).read_bytes()[: first_image(root).stat().st_size // 2]
+    ),
+    "other files": lambda root: (root / "train" / "cat" / "list.csv").write_text("1,2"),
+    "a loop": lambda root: (root / "train" / "cat" / "loop").symlink_to(root),
+    "an image of one pixel": lambda root: save_image(
+        torch.zeros(3, 1, 1), root / "val" / "cat" / "a.png"
+    ),
+    "a gray image": lambda root: T.ToPILImage()(torch.rand(1, 30, 40)).save(first_image(root)),
+}
+STREAMS = {
+    "simclr_essl": STREAM,
+    "care": ["--dataset", "folder", "--projector", "32-16", "--chunks", "4"],
+    "sfrik": ["--dataset", "imagenet", "--optimizer", "sgd", "--projector", "32-32"],
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_campaign_of_bad_folders(name, tmp_path, monkeypatch, capsys):
+    """Image folders with two faults each: the run ends well, or with one line that says why."""
+    script, draw, codes = importlib.import_module(name), random.Random(name), []
+    image_tree(tmp_path / "good", train__cat=110, train__dog=95, val__cat=9, val__dog=8)
+    line = [*STREAMS[name], "--arch", "small", "--size", "72", "--batch-size", "64"]
+    line += ["--epochs", "1", "--save-every", "0"]
+    for i in range(CAMPAIGN):
+        root, faults = tmp_path / f"bad{i}", draw.sample([*FOLDER_FAULTS], 2)
+        shutil.copytree(tmp_path / "good", root)
+        for fault in faults:
+            try:
+                FOLDER_FAULTS[fault](root)
+            except OSError:  # what the second would damage, the first has taken away
+                continue
+        try:
+            script.main([*line, "--data-root", str(root), "--out", str(root / "run")])
+            codes.append(0)
+        except SystemExit as stop:
+            codes.append(stop.code)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert codes[-1] in (0, 1, 2) and len(lines) == (codes[-1] > 0), (faults, lines)
+        assert not lines or lines[0].startswith("error: "), (faults, lines)
+    print(f"\n{name}: of {len(codes)} bad folders {sum(map(bool, codes))} were refused")
