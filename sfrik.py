@@ -293,8 +293,15 @@ class Folder(datasets.ImageFolder):
         """All center crops in batches, like a tensor's split, or what the keywords ask for."""
         workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         return torch.utils.data.DataLoader(
-            self, size, num_workers=workers, prefetch_factor=1, generator=torch.Generator(),
-            pin_memory=torch.cuda.is_available(), **how)  # its generator leaves torch's alone
+            self, size, num_workers=workers, prefetch_factor=1, worker_init_fn=leave_signals,
+            generator=torch.Generator(),  # torch's own is left alone
+            pin_memory=torch.cuda.is_available(), **how)
+
+
+def leave_signals(worker):
+    """In a process that reads images: signals to all processes are for the one that trains."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def first_of(limit, n):
