@@ -26,7 +26,7 @@ y: states per cell and unit of x.
 
 Usage
   python photonics_reg.py --quick                     four modes in two minutes on two CPU cores
-  python photonics_reg.py --mode all --arch small --unlabelled 5000 --epochs 20 --tune-epochs 30
+  python photonics_reg.py --mode all --arch small --unlabelled 5000 --epochs 30 --tune-epochs 50
   python photonics_reg.py                             E-SimCLR on gpm, the code's settings, on a GPU
   python photonics_reg.py --mode supervised           its baselines; also simclr, simclr+transform
   python photonics_reg.py --frozen --pretrained runs/photonics_reg-gpm-s0/checkpoint.pt
