@@ -547,6 +547,16 @@ def method_and_images(*flags, n=16):
     return simclr_essl.Method(config), simclr_essl.draw_patterns(n, 3)[0], torch.zeros(n).long()
 
 
+def test_a_jigsaw_is_predicted_of_one_drawn_order():
+    """One version of each image where there are 24 classes, all versions where there are few."""
+    for transform, count in (("jigsaw", 1), ("rotation", 4), ("vflip", 2)):
+        method, images, labels = method_and_images("--transform", transform)
+        seen = []
+        method.predictor.register_forward_hook(lambda module, x, y: seen.append(y.shape))
+        method(images, labels)
+        assert seen == [(16 * count, 24 if transform == "jigsaw" else count)]
+
+
 def test_method_is_algorithm_1():
     method, images, labels = method_and_images("--lam", "0.7")
     encoder = method.encoder
@@ -1760,6 +1770,7 @@ def test_bf16_is_for_the_networks_only():
 def test_the_authors_probe_sees_fresh_crops_and_zoomed_test_images(monkeypatch):
     """Random crops of the bank for every epoch; tests resized by 9/8, bicubic, and center-cropped."""
     method, images, _ = method_and_images(n=30)
+    images[0, :, :, :16], images[0, :, :, 16:] = 0, 255  # an edge, which bicubic weights overshoot
     labels, seen = torch.arange(30) % 3, []
     encode = method.features
     monkeypatch.setattr(method, "features", lambda V: seen.append(V) or encode(V))
