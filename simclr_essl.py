@@ -260,15 +260,14 @@ class Folder(datasets.ImageFolder):
         """All center crops in batches, like a tensor's split, or what the keywords ask for."""
         workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         return torch.utils.data.DataLoader(
-            self, size, num_workers=workers, prefetch_factor=1, worker_init_fn=leave_signals,
+            self, size, num_workers=workers, prefetch_factor=1, worker_init_fn=leave_group,
             generator=torch.Generator(),  # torch's own is left alone
             pin_memory=torch.cuda.is_available(), **how)
 
 
-def leave_signals(worker):
-    """In a process that reads images: signals to all processes are for the one that trains."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def leave_group(worker):
+    """In a process that reads images: signals to the whole group are for the one that trains."""
+    os.setpgrp()
 
 
 def first_of(limit, n):
@@ -1068,6 +1067,7 @@ def main(argv=None):
             dist.destroy_process_group()
     except RuntimeError as problem:
         lost = isinstance(problem, dist.DistError) or "gloo" in str(problem)
+        lost = lost or "DataLoader worker (pid" in str(problem)
         check(not lost, "another process was lost; the same command continues", code=1)
         if "allocate" not in str(problem):
             raise

@@ -912,6 +912,7 @@ def main(argv=None):
             dist.destroy_process_group()
     except RuntimeError as problem:
         lost = isinstance(problem, dist.DistError) or "gloo" in str(problem)
+        lost = lost or "DataLoader worker (pid" in str(problem)
         check(not lost, "another process was lost; the same command continues", code=1)
         if "allocate" not in str(problem):
             raise

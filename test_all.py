@@ -9,6 +9,7 @@ import importlib
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -1583,6 +1584,23 @@ def test_a_streamed_folder(tmp_path, capsys):
     batch = [torch.stack([view, view]) for view in views]
     for i in range(3):
         assert torch.allclose(method.view(batch, i), batch[i] / 255, atol=1e-5)
+
+
+def test_a_killed_reader_ends_the_run_in_one_line(tmp_path, monkeypatch, capsys):
+    image_tree(tmp_path / "tree", train__cat=110, train__dog=95)
+    loss, groups = simclr_essl.info_nce, set()
+
+    def killing(*args):
+        for child in multiprocessing.active_children():
+            groups.add(os.getpgid(child.pid))
+            child.kill()
+        time.sleep(0.2)
+        return loss(*args)
+
+    monkeypatch.setattr(simclr_essl, "info_nce", killing)
+    line = [*STREAM, "--data-root", tmp_path / "tree", "--out", tmp_path / "run"]
+    assert "process was lost" in fails(capsys, 1, *line)
+    assert groups - {os.getpgrp()}  # Ctrl-C and SIGTERM for the whole group do not reach them
 
 
 def test_folders_without_labels_or_images(tmp_path, capsys):
@@ -4639,12 +4657,12 @@ def arena(request, tmp_path_factory):
             assert "Traceback" not in problem, problem
             assert len(words) in ((0, 1) if code < 0 else (code > 0,)), problem
             assert not words or words[0].startswith("error: "), problem
+        run.seconds = seconds if code == 0 else run.seconds  # of the last run that came to its end
         return code, seconds, printed
 
     whole = folder / "whole" / "run"
-    code, seconds, _ = run(whole)
-    assert code == 0
-    run.name, run.line, run.whole, run.seconds = request.param, line, whole, seconds
+    run.name, run.line, run.whole, run.seconds = request.param, line, whole, 0
+    assert run(whole)[0] == 0
     run.random = random.Random(0)
     yield run
     process.stdin.close()
@@ -4686,6 +4704,8 @@ def test_campaign_of_signals(arena, tmp_path):
 
 def test_campaign_of_full_disks(arena, tmp_path):
     """No file can grow over a random size; then there is room again."""
+    if arena.name == "folder":
+        pytest.skip("the limit would hold for the shared memory of its processes, too")
     largest, codes = (arena.whole / "checkpoint.pt").stat().st_size, []
     for i in range(CAMPAIGN):
         out = tmp_path / f"full{i}" / "run"
