@@ -1040,7 +1040,9 @@ def evaluate(method, data, config, state):
 
 
 def interrupt(number, frame=None):
-    """Ends the program as the signal asks, in one line."""
+    """Ends the program as the signal asks, in one line; a second signal ends it at once."""
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, signal.SIG_DFL)
     check(False, "stopped; the same command continues a run from its checkpoint", 128 + number)
 
 

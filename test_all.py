@@ -4735,7 +4735,7 @@ def test_campaign_of_damaged_outputs(arena, tmp_path):
         for finished in (True, False)
     ]
     codes = []
-    for name, damage, finished in arena.random.sample(cases, min(3 * CAMPAIGN, len(cases))):
+    for name, damage, finished in arena.random.sample(cases, min(3 * CAMPAIGN - 2, len(cases))):
         out = tmp_path / f"{name}-{damage}-{finished}" / "run"
         shutil.copytree(arena.whole, out)
         DAMAGES[damage](out / name)
@@ -4863,7 +4863,6 @@ FOLDER_FAULTS = {
         first_image(root).read_bytes()[: first_image(root).stat().st_size // 2]
     ),
     "other files": lambda root: (root / "train" / "cat" / "list.csv").write_text("1,2"),
-    "a loop": lambda root: (root / "train" / "cat" / "loop").symlink_to(root),
     "an image of one pixel": lambda root: save_image(
         torch.zeros(3, 1, 1), root / "val" / "cat" / "a.png"
     ),
@@ -4876,10 +4875,12 @@ STREAMS = {
 }
 
 
-@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("name", STREAMS if CAMPAIGN > 1 else ["simclr_essl"])
 def test_campaign_of_bad_folders(name, tmp_path, monkeypatch, capsys):
     """Image folders with two faults each: the run ends well, or with one line that says why."""
     script, draw, codes = importlib.import_module(name), random.Random(name), []
+    if name != "simclr_essl":  # the evaluation of one script is enough
+        monkeypatch.setattr(script, "evaluate", lambda *args: {})
     image_tree(tmp_path / "good", train__cat=110, train__dog=95, val__cat=9, val__dog=8)
     line = [*STREAMS[name], "--arch", "small", "--size", "72", "--batch-size", "64"]
     line += ["--epochs", "1", "--save-every", "0"]
