@@ -4653,7 +4653,8 @@ def arena(request, tmp_path_factory):
         process.stdin.flush()
         code, seconds, printed, problem = json.loads(process.stdout.readline())
         words = problem.strip().splitlines()
-        if code != -signal.SIGKILL:  # then its orphans may complain before they end
+        # a killed run's readers may complain before they end, and one just forked gets the signal, too
+        if not (blows and request.param == "folder"):
             assert "Traceback" not in problem, problem
             assert len(words) in ((0, 1) if code < 0 else (code > 0,)), problem
             assert not words or words[0].startswith("error: "), problem
