@@ -28,7 +28,9 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision import datasets, models
 from torchvision.transforms import InterpolationMode
 from torchvision.utils import save_image
@@ -158,6 +160,108 @@ def test_a_script_stands_alone(path):
         assert all(name.split(".")[0] in allowed for name in names), f"line {node.lineno}: {names}"
         if isinstance(node, ast.FunctionDef) and node in ast.parse(path.read_text()).body:
             assert ast.get_docstring(node)
+
+
+# a step of every branch of every method: flags, and the shapes of the tensors of a batch
+IMAGES, DIGITS, CELLS = [(8, 3, 32, 32)], [(8, 1, 28, 28)], [(8, 32, 32)]
+STEPS = [
+    *(
+        (simclr_essl, f"--dataset patterns {flags}", IMAGES)
+        for flags in (
+            "",
+            "--lam 0",
+            "--transform jigsaw",
+            "--transform hflip --crop-only",
+            "--transform grayscale",
+            "--transform inversion",
+            "--transform blur",
+            "--role invariant --transform vflip",
+        )
+    ),
+    (simclr_essl, "--dataset imagenet --arch small --size 32 --small-size 16", IMAGES * 3),
+    (simsiam_essl, "--dataset patterns", IMAGES),
+    (simsiam_essl, "--dataset patterns --lam 0", IMAGES),
+    *(
+        (care, f"--dataset patterns --batch-size 8 --chunks 2 {flags}", IMAGES)
+        for flags in (
+            "",
+            "--lam 0",
+            "--base moco --queue 16",
+            "--share-pair --mean-gram --equivariance-batch 4",
+            "--plain-gram --contrast uniformity",
+            "--contrast invariance",
+            "--contrast none",
+        )
+    ),
+    (care, "--dataset folder --arch small --size 32 --batch-size 8 --chunks 2", IMAGES * 3),
+    (care, "--dataset chains --batch-size 8 --chunks 2", [(8, 50, 4)]),
+    *(
+        (sfrik, f"--dataset patterns --projector 64-4 {flags}", IMAGES)
+        for flags in (
+            "",
+            "--weights 1,40,0",
+            *(f"--loss {loss}" for loss in ("vicreg", "auh", "simclr", "rbf", "distance")),
+        )
+    ),
+    (sfrik, "--dataset imagenet --arch small --size 32 --projector 64-64", IMAGES * 2),
+    *(
+        (homomorphic, f"--width 0.25 --group {group} --ssl {ssl}", DIGITS)
+        for group in ("translation", "rotation", "scale")
+        for ssl in ("homomorphic", "augmented", "supervised")
+    ),
+    (homomorphic, "--group translation --structure none --ssl frozen", DIGITS),
+    (homomorphic, "--group scale --structure none --width 0.25", DIGITS),
+    *(
+        (photonics_reg, f"--arch small --mode {mode}", CELLS)
+        for mode in ("simclr", "simclr+transform", "essl", "supervised")
+    ),
+]
+
+
+class OnTheGpu(TorchDispatchMode):
+    """Refuses operations on tensors elsewhere: even an index costs a copy that the host awaits."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        assert {x.device.type for x in tensors if x.ndim} <= {"cuda"}, function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "script, flags, shapes", STEPS, ids=[f"{x.__name__} {flags}" for x, flags, _ in STEPS]
+)
+def test_a_step_on_a_gpu_mixes_no_devices_and_never_waits(
+    script, flags, shapes, tmp_path, monkeypatch
+):
+    """On torch's tensors without numbers, which can be "on a GPU" on any machine.
+
+    They refuse to mix devices, and to give the host a number. They cannot go backward.
+    """
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *how: True)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    config, labels = script.parse_args([*flags.split(), "--out", str(tmp_path)]), (8,)
+    stage, numbers, widths = (), torch.uint8 if shapes[0][1] < 4 else torch.float32, []
+    if script is photonics_reg:
+        supervised = config.mode == "supervised"
+        stage, labels = (config.mode, int(supervised)), (8, 400) if supervised else (8,)
+    method = script.Method(config, *stage)
+    for module in method.encoder.modules():
+        module.register_forward_hook(lambda module, x, y: widths.append(y.dtype))
+    with FakeTensorMode():
+        for module in method.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, x in tensors.items():
+                    there = x if x is None else torch.empty(x.shape, dtype=x.dtype, device="cuda")
+                    parameter = isinstance(x, torch.nn.Parameter)
+                    tensors[name] = torch.nn.Parameter(there) if parameter else there
+        batch = [torch.empty(shape, dtype=numbers, device="cuda") for shape in shapes]
+        kind = torch.int64 if labels == (8,) else torch.float32
+        labels = torch.empty(labels, dtype=kind, device="cuda")
+        with OnTheGpu():
+            loss, terms = method(batch if len(batch) > 1 else batch[0], labels)
+    assert {x.device.type for x in (loss, *terms.values())} == {"cuda"}
+    assert loss.dtype == torch.float32 and torch.bfloat16 in widths
 
 
 # ------------------------------------------------------------------------------------ simclr_essl
