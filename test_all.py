@@ -4944,7 +4944,10 @@ def test_campaign_of_lost_processes(tmp_path, script):
 
 
 def first_image(root):
-    return next((root / "train" / "cat").iterdir())
+    images = sorted((root / "train" / "cat").iterdir())
+    if not images:
+        raise FileNotFoundError(root)
+    return images[0]
 
 
 FOLDER_FAULTS = {
