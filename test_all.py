@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +263,26 @@ def test_a_step_on_a_gpu_mixes_no_devices_and_never_waits(
             loss, terms = method(batch if len(batch) > 1 else batch[0], labels)
     assert {x.device.type for x in (loss, *terms.values())} == {"cuda"}
     assert loss.dtype == torch.float32 and torch.bfloat16 in widths
+
+
+@pytest.mark.parametrize(
+    "script", dict.fromkeys(script for script, *_ in STEPS), ids=lambda x: x.__name__
+)
+def test_compile_makes_one_graph_of_a_step(script, tmp_path):
+    """--compile, without the compiler behind it: no break in the graph, none for a second batch."""
+    _, flags, [shape, *_] = next(step for step in STEPS if step[0] is script)
+    config = script.parse_args([*flags.split(), "--out", str(tmp_path)])
+    method, graphs = script.Method(config), []
+    plain = deepcopy(method)
+    method.compile(fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    for seed in range(2):
+        batch, losses = (255 * torch.rand(shape)).to(torch.uint8 if shape[1] < 4 else None), []
+        for step in (plain, method):
+            torch.manual_seed(seed)
+            losses.append(step(1 + batch, torch.zeros(8, dtype=torch.int64))[0])
+        losses[1].backward()
+        assert torch.equal(*losses)
+    assert len(graphs) == 1
 
 
 # ------------------------------------------------------------------------------------ simclr_essl
