@@ -1085,11 +1085,12 @@ def equivariance_errors(method, images):
 
     rotation: a quarter turn, the whole map. translation: by the product of all strides in both
     directions; scale: the mean over neighbouring planes. Both in the inner half of the map. Second,
-    what leaving f(x) as it is would give: with the same plane, place and orientation.
+    what leaving f(x) as it is would give: with the same plane, place and orientation. In float64:
+    on a GPU, TF32 would hide that rotation is exact.
     """
     group, strides = method.config.group, method.encoder.strides
-    layers, (mean, std) = deepcopy(method.encoder.layers).eval(), method.mean_std
-    x, stride = method.canvas(images.float() / 255), math.prod(strides)
+    layers, (mean, std) = deepcopy(method.encoder.layers).double().eval(), method.mean_std.double()
+    x, stride = method.canvas(images.double() / 255), math.prod(strides)
     elements = {"rotation": [1], "translation": [torch.full((len(x), 2), stride, device=x.device)],
                 "scale": [*pairwise(range(len(SCALES)))]}[group]
     errors, unmoved = torch.zeros(2, len(layers))
