@@ -351,6 +351,9 @@ def show(rows):
 
 def main(argv):
     """Everything, or one script with its flags."""
+    if argv and argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return
     if argv and argv[0] not in SCRIPTS:
         print(f"error: choose a script of {', '.join(SCRIPTS)}", file=sys.stderr)
         raise SystemExit(2)

@@ -36,6 +36,7 @@ from torchvision import datasets, models
 from torchvision.transforms import InterpolationMode
 from torchvision.utils import save_image
 
+import benchmark
 import care
 import homomorphic
 import photonics_reg
@@ -283,6 +284,35 @@ def test_compile_makes_one_graph_of_a_step(script, tmp_path):
         losses[1].backward()
         assert torch.equal(*losses)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("name", benchmark.SCRIPTS)
+def test_benchmark_of_a_script(name, monkeypatch):
+    monkeypatch.setattr(benchmark, "matmul_tflops", lambda device: 0.5)
+    small = ["--dataset", "patterns", "--device", "cpu", "--batch-size", "8"]
+    small += {"care": ["--chunks", "2"], "sfrik": ["--projector", "64-64"]}.get(name, [])
+    if name == "photonics_reg":
+        small = ["--arch", "small", "--device", "cpu", "--batch-size", "8"]
+    row = benchmark.script_row(name, small, 1)
+    step, network = row["step_ms"], row["forward_backward_ms"]
+    assert row["step_over_network"] == step / network and row["images_per_second"] == 8000 / step
+    assert row["fraction_of_matmul_peak"] == 2 * row["tflops"] > 0
+    if name == "care":  # two forward passes for four
+        alone = benchmark.script_row(name, [*small, "--lam", "0"], 1)
+        flops = [x["tflops"] * x["step_ms"] for x in (row, alone)]
+        assert flops[0] / flops[1] == pytest.approx(2, rel=0.01)
+
+
+def test_benchmark_of_losses_and_bad_words(capsys):
+    [row] = benchmark.loss_rows(16, (128,))
+    assert all(row[f"{name} ms"] > 0 for name in benchmark.LOSSES)
+    assert row["vicreg GB"] * 2**30 > 4 * 128**2 > row["sfrik L=3 GB"] * 2**30 > 4 * 16 * 128
+    assert row["sfrik L=3 over vicreg"] == row["sfrik L=3 ms"] / row["vicreg ms"]
+    with pytest.raises(SystemExit) as end:
+        benchmark.main(["simclr"])
+    assert end.value.code == 2 and capsys.readouterr().err.startswith("error: choose a script of")
+    benchmark.main(["--help"])
+    assert "python benchmark.py sfrik" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------ simclr_essl
