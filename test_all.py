@@ -3633,6 +3633,8 @@ def test_homomorphic_presets_and_outputs(tmp_path, capsys):
     assert (c.warmup_epochs, c.weight_decay, c.temperature) == (10, 1e-4, 0.1)
     assert parse("--dataset", "cifar10").projector == "512-2048-512"
     assert parse("--dataset", "tinyimagenet").epochs == 1300
+    quick, scale = (parse("--quick", "--group", group) for group in ("rotation", "scale"))
+    assert (quick.limit, quick.epochs) == (4000, 10) and (scale.limit, scale.epochs) == (1200, 5)
     single = parse("--single-device")
     assert (single.epochs, single.batch_size) == (50, 1024) and single.out != c.out
     optimizer = homomorphic.make_optimizer(homomorphic.Method(c), c)
