@@ -164,7 +164,7 @@ def test_a_script_stands_alone(path):
             assert ast.get_docstring(node)
 
 
-# a step of every branch of every method: flags, and the shapes of the tensors of a batch
+# a step of the main branches of every method: flags, and the shapes of the tensors of a batch
 IMAGES, DIGITS, CELLS = [(8, 3, 32, 32)], [(8, 1, 28, 28)], [(8, 32, 32)]
 STEPS = [
     *(
