@@ -139,7 +139,7 @@ class Config:
     base: str = option("simclr", "the contrastive method", "simclr", "moco")
     contrast: str = option("infonce", "the paper's ablation: other losses in place of InfoNCE",
                            "infonce", "uniformity", "invariance", "none")
-    temperature: float = option(0.5, "of InfoNCE (paper: 0.5; with MoCo 0.1; ImageNet100 0.2)")
+    temperature: float = option(0.5, "of InfoNCE (paper: 0.5; MoCo 0.1; code, ImageNet100: 0.2)")
     share_pair: bool = option(False, "one pair of augmentations for all chunks (authors' code)")
     mean_gram: bool = option(False, "L_equi as a mean over pairs of images, not 2 / m of the sum")
     plain_gram: bool = option(False, "compare with the Gram matrix of the images themselves")
@@ -406,7 +406,7 @@ def draw_augmentation(n, policy, height, width, device):
         return torch.empty(n, *shape, device=device).uniform_(low, high)
 
     drawn = {"flip": uniform(0, 1) < policy.flip}
-    if policy.scale:  # as RandomResizedCrop: the first of ten boxes that fits (in a square)
+    if policy.scale:  # as RandomResizedCrop of a square: the first of ten boxes that fits
         area = height * width * uniform(*policy.scale, 10)
         ratio = uniform(math.log(RATIO[0]), math.log(RATIO[1]), 10).exp()
         h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
@@ -518,7 +518,8 @@ def blur(images, taps):
 def make_encoder(arch, size):
     """Backbone: images (N, 3, H, W) to features (N, D), D = 512, 2048 or, for small, 128.
 
-    A torchvision ResNet without its classifier; up to 64 pixels with a 3x3 stem and no max-pool.
+    A torchvision ResNet without its classifier; up to 64 pixels with a 3x3 stem and no max-pool,
+    else with residual branches that start at zero.
     """
     if arch == "small":
         blocks = [(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(),
@@ -819,7 +820,7 @@ def forecast(method, data, config, device):
             break
     seconds *= len(data[0][1]) * config.epochs / few.batch_size
     advice = "; sooner: --quick, --arch small, fewer --epochs, --limit" if seconds > 7200 else ""
-    print(f"about {timedelta(seconds=round(seconds))} on this CPU{advice}", flush=True)
+    print(f"training: about {timedelta(seconds=round(seconds))} on this CPU{advice}", flush=True)
 
 
 def train(config):
@@ -894,10 +895,9 @@ def fit(method, optimizer, data, config, state, device):
             loss.backward()
             optimizer.step()
             state["step"] += 1
-            loss = loss.detach()
             bad_step = torch.where((bad_step == 0) & ~loss.isfinite(), state["step"], bad_step)
             state["sums"] = {name: state["sums"].get(name, 0) + value
-                             for name, value in {"loss": loss, **terms}.items()}
+                             for name, value in {"loss": loss.detach(), **terms}.items()}
 
             if device.type == "cuda" and state["step"] == 20:
                 torch.cuda.synchronize()
@@ -1027,7 +1027,7 @@ def pick(images, rows):
 
 @torch.no_grad()
 def embed(method, images, prepare=None):
-    """f of prepare(images) on the sphere, (N, D), in eval mode, in float32 at any --precision."""
+    """f of prepare(images) on the sphere, (N, D), in eval mode, without bf16 at any --precision."""
     config, method.config = method.config, replace(method.config, precision="fp32")
     features = extract(method, images, prepare or method.plain)
     z = F.normalize(method.projector.eval()(features))
@@ -1181,6 +1181,19 @@ def positive_cosines(method, images):
     return torch.linspace(-0.975, 0.975, 40).tolist(), (100 * counts / counts.sum()).tolist()
 
 
+def draw_neighbours(path, data, bank, test):
+    """Eight test images, each with its eight nearest training images, green if of its class."""
+    _, (images, labels), (queries, query_labels) = data
+    tiles, gray, green, red = [], (0.5, 0.5, 0.5), (0.0, 0.7, 0.0), (0.9, 0.0, 0.0)
+    for query, rows in enumerate((F.normalize(test[:8]) @ F.normalize(bank).T).topk(8).indices):
+        colors = [green if right else red for right in labels[rows] == query_labels[query]]
+        for image, color in zip([queries[query], *(images[row] for row in rows)], [gray, *colors]):
+            frame = torch.tensor(color)[:, None, None].repeat(1, *(s + 4 for s in image.shape[1:]))
+            frame[:, 2:-2, 2:-2] = image.cpu() / 255
+            tiles.append(frame)
+    save_image(F.interpolate(make_grid(tiles, nrow=9)[None], scale_factor=2), path)
+
+
 def evaluate(method, data, config, state):
     """Measures the encoder: the contents of results.json. Draws pictures beside it."""
     seconds, device, out = state["seconds"], method.mean_std.device, Path(config.out)
@@ -1221,19 +1234,6 @@ def evaluate(method, data, config, state):
     return results
 
 
-def draw_neighbours(path, data, bank, test):
-    """Eight test images, each with its eight nearest training images, green if of its class."""
-    _, (images, labels), (queries, query_labels) = data
-    tiles, gray, green, red = [], (0.5, 0.5, 0.5), (0.0, 0.7, 0.0), (0.9, 0.0, 0.0)
-    for query, rows in enumerate((F.normalize(test[:8]) @ F.normalize(bank).T).topk(8).indices):
-        colors = [green if right else red for right in labels[rows] == query_labels[query]]
-        for image, color in zip([queries[query], *(images[row] for row in rows)], [gray, *colors]):
-            frame = torch.tensor(color)[:, None, None].repeat(1, *(s + 4 for s in image.shape[1:]))
-            frame[:, 2:-2, 2:-2] = image.cpu() / 255
-            tiles.append(frame)
-    save_image(F.interpolate(make_grid(tiles, nrow=9)[None], scale_factor=2), path)
-
-
 # --------------------------------------------------------------------------------------------- MAIN
 
 
@@ -1269,9 +1269,8 @@ def main(argv=None):
         lost = isinstance(problem, dist.DistError) or "gloo" in str(problem)
         lost = lost or "DataLoader worker (pid" in str(problem)
         check(not lost, "another process was lost; the same command continues", code=1)
-        if "allocate" not in str(problem):
-            raise
-        check(False, "the memory is full: training needs a smaller --batch-size", code=1)
+        check("allocate" not in str(problem), "memory is full: use a smaller --batch-size", code=1)
+        raise
     except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as problem:
         check(False, f"cannot write to {out}: {problem}")
     except OSError as problem:  # a full disk, a damaged image (of which a loader sends a traceback)

@@ -33,7 +33,7 @@ networks, settings and tables; the text of TMLR was not at hand. [SESN]: the pub
 the paper builds on. The rest is inferred or ours:
   1. [W] losses, sampling of fibers, augmentations, the networks `mnist`, `resnet20` and `tiny`,
      heads, LARS at 0.1, batch 4096, T 0.1, 10 epochs of warm-up, cosine, weight decay 1e-4, half
-     precision (ours: bf16); kernels of rotation are rot90 copies of one.
+     precision (ours: bf16, losses with TF32 products); kernels of rotation are rot90 copies of one.
   2. [SESN] the Hermite-Gaussian basis and its norms, BatchNorm statistics shared by all planes, the
      pre-activation block, initial weights (those of its layers; its residual network draws them
      anew). That planes do not mix, which [SESN] allows, is inferred.
@@ -869,7 +869,7 @@ def forecast(method, data, config, device):
             break
     seconds *= len(data[0][1]) * config.epochs / few.batch_size
     advice = "; sooner: --quick, --arch small, fewer --epochs, --limit" if seconds > 7200 else ""
-    print(f"about {timedelta(seconds=round(seconds))} on this CPU{advice}", flush=True)
+    print(f"training: about {timedelta(seconds=round(seconds))} on this CPU{advice}", flush=True)
 
 
 def train(config):
@@ -947,10 +947,9 @@ def fit(method, optimizer, data, config, state, device):
             loss.backward()
             optimizer.step()
             state["step"] += 1
-            loss = loss.detach()
             bad_step = torch.where((bad_step == 0) & ~loss.isfinite(), state["step"], bad_step)
             state["sums"] = {name: state["sums"].get(name, 0) + value
-                             for name, value in {"loss": loss, **terms}.items()}
+                             for name, value in {"loss": loss.detach(), **terms}.items()}
 
             if device.type == "cuda" and state["step"] == 20:
                 torch.cuda.synchronize()
@@ -1080,7 +1079,6 @@ def classifier_accuracy(method, images, labels):
     return 100 * right / len(images)
 
 
-@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # TF32 has errors of 1e-3 of its own
 @torch.no_grad()
 def equivariance_errors(method, images):
     """For every layer |act(f(x), g) - f(T_g x)| / |f(T_g x)|, Frobenius norms, in eval mode.
@@ -1201,9 +1199,8 @@ def main(argv=None):
         lost = isinstance(problem, dist.DistError) or "gloo" in str(problem)
         lost = lost or "DataLoader worker (pid" in str(problem)
         check(not lost, "another process was lost; the same command continues", code=1)
-        if "allocate" not in str(problem):
-            raise
-        check(False, "the memory is full: training needs a smaller --batch-size", code=1)
+        check("allocate" not in str(problem), "memory is full: use a smaller --batch-size", code=1)
+        raise
     except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as problem:
         check(False, f"cannot write to {out}: {problem}")
     except OSError as problem:  # a full disk, a damaged image (of which a loader sends a traceback)

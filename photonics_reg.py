@@ -27,7 +27,7 @@ y: states per cell and unit of x.
 Usage
   python photonics_reg.py --quick                     four modes in two minutes on two CPU cores
   python photonics_reg.py --mode all --arch small --unlabelled 5000 --epochs 30 --tune-epochs 50
-  python photonics_reg.py                             E-SimCLR on gpm, the code's settings, on a GPU
+  python photonics_reg.py                             E-SimCLR on gpm, at full scale, on a GPU
   python photonics_reg.py --mode supervised           its baselines; also simclr, simclr+transform
   python photonics_reg.py --frozen --pretrained runs/photonics_reg-gpm-s0/checkpoint.pt
   python photonics_reg.py --classes 4 --grid mpb      the pretext task of the released code
@@ -72,7 +72,7 @@ Differences from paper and released code (the two differ; [C] marks the code, [P
   9. [C] does not shuffle unlabelled cells, keeps the last, smaller batch of the fine-tuning, and
      has a cosine over 201 epochs. Here cells are shuffled in every epoch, the last batch is left
      out and the cosine ends with the run; blob lies on the centered grid, too, unless --grid mpb.
- 10. Ours: --arch small, --quick, bf16 on GPUs for encoder, p1 and p2.
+ 10. Ours: --arch small, --quick, on GPUs bf16 for encoder, p1 and p2, TF32 for the head.
 """
 import argparse
 import base64
@@ -117,7 +117,7 @@ class Config:
     data_root: str = option("data", "folder in which computed labels are kept")
     arch: str = option("paper", "the networks; small is ours", "paper", "small")
     epochs: int = option(200, "passes of the pre-training (code: 200; paper: 250)")
-    batch_size: int = option(256, "cells per step of the pre-training, over all processes (256)")
+    batch_size: int = option(256, "cells per step of pre-training, over all processes (code: 256)")
     lr: float = option(1e-3, "its learning rate, not scaled by the batch (paper: 1e-3 to 1e-5)")
     final_lr: float = option(0.0, "share of the rate that is left after its cosine")
     warmup_epochs: int = option(0, "its epochs of linear warm-up")
@@ -152,7 +152,7 @@ class Config:
     cutoff: int = option(4, "plane waves of the labels have |g1|, |g2| up to this")
 
 
-PRESETS = {"gpm": {}, "blob": dict(classes=4, unlabelled=15000)}
+PRESETS = {"gpm": {}, "blob": dict(classes=4, unlabelled=15000, test=1999)}
 QUICK = dict(arch="small", mode="all", epochs=10, batch_size=64, lr=0.01, tune_epochs=60,
              tune_lr=1e-3, limit=180, unlabelled=1024, test=90, splits=1, cutoff=3,
              eval_every=10)  # ours
@@ -484,7 +484,7 @@ class Method(nn.Module):
             return self.encoder((cells[:, None] - 1) / 19)
 
     def regress(self, cells):
-        """The predicted density of states (N, 400), float32: bf16 has too few digits for it."""
+        """The predicted density of states (N, 400), float32: bf16 has too few digits."""
         return self.regressor(self.features(cells).float()) + empty_lattice(cells.device)
 
     def view(self, cells):
@@ -632,7 +632,7 @@ def forecast(method, data, config, device):
             break
     seconds *= len(data[0][1]) * config.epochs / few.batch_size
     advice = "; sooner: --quick, --arch small, fewer --epochs, --limit" if seconds > 7200 else ""
-    print(f"about {timedelta(seconds=round(seconds))} on this CPU{advice}", flush=True)
+    print(f"training: about {timedelta(seconds=round(seconds))} on this CPU{advice}", flush=True)
 
 
 def stages(config):
@@ -756,10 +756,9 @@ def fit(method, optimizer, data, config, state, device):
             loss.backward()
             optimizer.step()
             state["step"] += 1
-            loss = loss.detach()
             bad_step = torch.where((bad_step == 0) & ~loss.isfinite(), state["step"], bad_step)
             state["sums"] = {name: state["sums"].get(name, 0) + value
-                             for name, value in {"loss": loss, **terms}.items()}
+                             for name, value in {"loss": loss.detach(), **terms}.items()}
 
             if device.type == "cuda" and state["step"] == 20:
                 torch.cuda.synchronize()
@@ -975,9 +974,8 @@ def main(argv=None):
         lost = isinstance(problem, dist.DistError) or "gloo" in str(problem)
         lost = lost or "DataLoader worker (pid" in str(problem)
         check(not lost, "another process was lost; the same command continues", code=1)
-        if "allocate" not in str(problem):
-            raise
-        check(False, "the memory is full: training needs a smaller --batch-size", code=1)
+        check("allocate" not in str(problem), "memory is full: use a smaller --batch-size", code=1)
+        raise
     except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as problem:
         check(False, f"cannot write to {out}: {problem}")
     except OSError as problem:  # a full disk, a damaged image (of which a loader sends a traceback)

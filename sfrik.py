@@ -52,8 +52,8 @@ Differences from the authors' slides and poster [S] and code [C] (the paper's bo
      datasets lend --validate one training image in ten (ours).
   8. [C] keeps the best test accuracy of the probe, whose rate falls once an epoch; here it is the
      last, the rate falls at every step, and three probes run side by side. On ImageNet it sees
-     crops and flips in [C], here cached features, [C]'s faster variant; elsewhere crops and flips.
-     Top-1 only; [C] has top-5, too.
+     crops and flips in [C], here cached features, [C]'s faster variant, as on STL-10; on CIFAR it
+     sees crops and flips. The last, smaller batch is left out. Top-1 only; [C] has top-5, too.
   9. [S] has linear SVMs on VOC07, whose scripts are not in [C]: here on the data of the run, but
      for ImageNet, as accuracy, with the normalised features and the costs of OBoW, of the same
      laboratory (inferred), and two more, of which one is chosen for all classes by accuracy,
@@ -434,7 +434,7 @@ def draw_augmentation(n, policy, height, width, device):
         return torch.empty(n, *shape, device=device).uniform_(low, high)
 
     drawn = {"flip": uniform(0, 1) < policy.flip}
-    if policy.scale:  # as RandomResizedCrop: the first of ten boxes that fits (in a square)
+    if policy.scale:  # as RandomResizedCrop of a square: the first of ten boxes that fits
         area = height * width * uniform(*policy.scale, 10)
         ratio = uniform(math.log(RATIO[0]), math.log(RATIO[1]), 10).exp()
         h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
@@ -546,7 +546,8 @@ def blur(images, taps):
 def make_encoder(arch, size):
     """Backbone: images (N, 3, H, W) to features (N, D), D = 512, 2048 or, for small, 128.
 
-    A torchvision ResNet without its classifier; up to 64 pixels with a 3x3 stem and no max-pool.
+    A torchvision ResNet without its classifier; up to 64 pixels with a 3x3 stem and no max-pool,
+    else with residual branches that start at zero.
     """
     if arch == "small":
         blocks = [(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(),
@@ -611,14 +612,6 @@ def mean_kernel(z, weights):
         return b_1 * z.mean(0).square().sum() + b_2 * (q * second.square().sum() - 1) / (q - 1)
     t = z @ z.T  # (N, N)
     return sum(b * polynomial.mean() for b, polynomial in zip(weights, legendres(q, t)))
-
-
-@torch.no_grad()
-def unbiased_mmd(z, weights):
-    """Mean of the kernel over the pairs i != j of (N, q); its expectation is 0 for uniform rows."""
-    z, n = sphere(z), len(z)
-    return sum(b * (polynomial.sum(dtype=torch.float64) - polynomial.trace()) / (n * (n - 1))
-               for b, polynomial in zip(weights, legendres(z.shape[1], z @ z.T)))
 
 
 def sfrik_loss(z1, z2, sim_coeff, mmd_coeff, weights):
@@ -707,7 +700,8 @@ class Method(nn.Module):
         loss = self.loss(z1, z2)
         few1, few2 = sphere(z1[:256].detach()), sphere(z2[:256].detach())  # enough for the log
         distance = (few1 - few2).square().sum(1).mean()
-        mmd = unbiased_mmd(few1, self.weights)
+        n, b = len(few1), sum(self.weights)  # the kernel of i = j is b, since P_l(q; 1) = 1
+        mmd = (n * mean_kernel(few1, self.weights) - b) / (n - 1)  # of i != j: 0 for uniform rows
         return loss, {"distance": distance, "mmd": mmd, "std": spread(z1)}
 
     def loss(self, z1, z2):
@@ -894,7 +888,7 @@ def forecast(method, data, config, device):
             break
     seconds *= len(data[0][1]) * config.epochs / few.batch_size
     advice = "; sooner: --quick, --arch small, fewer --epochs, --limit" if seconds > 7200 else ""
-    print(f"about {timedelta(seconds=round(seconds))} on this CPU{advice}", flush=True)
+    print(f"training: about {timedelta(seconds=round(seconds))} on this CPU{advice}", flush=True)
 
 
 def train(config):
@@ -969,10 +963,9 @@ def fit(method, optimizer, data, config, state, device):
             loss.backward()
             optimizer.step()
             state["step"] += 1
-            loss = loss.detach()
             bad_step = torch.where((bad_step == 0) & ~loss.isfinite(), state["step"], bad_step)
             state["sums"] = {name: state["sums"].get(name, 0) + value
-                             for name, value in {"loss": loss, **terms}.items()}
+                             for name, value in {"loss": loss.detach(), **terms}.items()}
 
             if device.type == "cuda" and state["step"] == 20:
                 torch.cuda.synchronize()
@@ -1156,6 +1149,19 @@ def svm_accuracy(train, train_labels, test, test_labels):
     return 100 * (guess == test_labels).double().mean().item(), cost
 
 
+def draw_neighbours(path, data, bank, test):
+    """Eight test images, each with its eight nearest training images, green if of its class."""
+    _, (images, labels), (queries, query_labels) = data
+    tiles, gray, green, red = [], (0.5, 0.5, 0.5), (0.0, 0.7, 0.0), (0.9, 0.0, 0.0)
+    for query, rows in enumerate((F.normalize(test[:8]) @ F.normalize(bank).T).topk(8).indices):
+        colors = [green if right else red for right in labels[rows] == query_labels[query]]
+        for image, color in zip([queries[query], *(images[row] for row in rows)], [gray, *colors]):
+            frame = torch.tensor(color)[:, None, None].repeat(1, *(s + 4 for s in image.shape[1:]))
+            frame[:, 2:-2, 2:-2] = image.cpu() / 255
+            tiles.append(frame)
+    save_image(F.interpolate(make_grid(tiles, nrow=9)[None], scale_factor=2), path)
+
+
 def evaluate(method, data, config, state):
     """Measures the encoder: the contents of results.json. Draws neighbours.png beside it."""
     seconds, device = state["seconds"], method.mean_std.device
@@ -1193,19 +1199,6 @@ def evaluate(method, data, config, state):
     return results
 
 
-def draw_neighbours(path, data, bank, test):
-    """Eight test images, each with its eight nearest training images, green if of its class."""
-    _, (images, labels), (queries, query_labels) = data
-    tiles, gray, green, red = [], (0.5, 0.5, 0.5), (0.0, 0.7, 0.0), (0.9, 0.0, 0.0)
-    for query, rows in enumerate((F.normalize(test[:8]) @ F.normalize(bank).T).topk(8).indices):
-        colors = [green if right else red for right in labels[rows] == query_labels[query]]
-        for image, color in zip([queries[query], *(images[row] for row in rows)], [gray, *colors]):
-            frame = torch.tensor(color)[:, None, None].repeat(1, *(s + 4 for s in image.shape[1:]))
-            frame[:, 2:-2, 2:-2] = image.cpu() / 255
-            tiles.append(frame)
-    save_image(F.interpolate(make_grid(tiles, nrow=9)[None], scale_factor=2), path)
-
-
 # --------------------------------------------------------------------------------------------- MAIN
 
 
@@ -1241,9 +1234,8 @@ def main(argv=None):
         lost = isinstance(problem, dist.DistError) or "gloo" in str(problem)
         lost = lost or "DataLoader worker (pid" in str(problem)
         check(not lost, "another process was lost; the same command continues", code=1)
-        if "allocate" not in str(problem):
-            raise
-        check(False, "the memory is full: training needs a smaller --batch-size", code=1)
+        check("allocate" not in str(problem), "memory is full: use a smaller --batch-size", code=1)
+        raise
     except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as problem:
         check(False, f"cannot write to {out}: {problem}")
     except OSError as problem:  # a full disk, a damaged image (of which a loader sends a traceback)

@@ -98,7 +98,7 @@ class Config:
     epochs: int = option(800, "passes over the training images (paper: 800)")
     batch_size: int = option(512, "images per step, over all processes (paper: 512)")
     lr: float = option(0.06, "learning rate per 256 images (paper: 0.06; SimCLR baseline: 0.03)")
-    final_lr: float = option(0.0, "share of the rate that is left after the cosine (paper: 0)")
+    final_lr: float = option(0.0, "share of the rate that is left after the cosine (code: 0)")
     warmup_epochs: int = option(10, "epochs of linear warm-up (paper: 10; a quarter of few epochs)")
     weight_decay: float = option(5e-4, "on every parameter (paper: 5e-4), or by LARS on weights")
     seed: int = option(0, "of the weights, the order and the augmentation")
@@ -115,16 +115,16 @@ class Config:
     # the method
     lam: float = option(0.4, "lambda, weight of the prediction loss; 0 is SimCLR (paper: 0.4; "
                         "ImageNet 0.2, code 0.4)")
-    temperature: float = option(0.5, "of InfoNCE (paper: 0.5)")
+    temperature: float = option(0.5, "of InfoNCE (code: 0.5)")
     transform: str = option("rotation", "the transformation (paper: rotation; Figure 1: all)",
                             "rotation", "vflip", "hflip", "jigsaw", "grayscale", "inversion",
                             "blur")
     role: str = option("predict", "predict it, or add it to both views", "predict", "invariant")
     crop_only: bool = option(False, "crop only, and predict at full size: the paper's Figure 1")
     size: int = option(32, "side of the large views in pixels")
-    small_size: int = option(16, "side of the small view in pixels (paper: 16)")
+    small_size: int = option(16, "side of the small view in pixels (code: 16)")
     projector: str = option("2048-2048", "widths of p1 (paper: 2048-2048)")
-    predictor: str = option("2048-2048", "hidden widths of p2 (paper: 2048-2048)")
+    predictor: str = option("2048-2048", "hidden widths of p2 (code: 2048-2048)")
 
 
 PRESETS = {
@@ -370,7 +370,7 @@ def draw_augmentation(n, policy, height, width, device):
         return torch.empty(n, *shape, device=device).uniform_(low, high)
 
     drawn = {"flip": uniform(0, 1) < policy.flip}
-    if policy.scale:  # as RandomResizedCrop: the first of ten boxes that fits (in a square)
+    if policy.scale:  # as RandomResizedCrop of a square: the first of ten boxes that fits
         area = height * width * uniform(*policy.scale, 10)
         ratio = uniform(math.log(RATIO[0]), math.log(RATIO[1]), 10).exp()
         h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
@@ -482,7 +482,8 @@ def blur(images, taps):
 def make_encoder(arch, size):
     """Backbone: images (N, 3, H, W) to features (N, D), D = 512, 2048 or, for small, 128.
 
-    A torchvision ResNet without its classifier; up to 64 pixels with a 3x3 stem and no max-pool.
+    A torchvision ResNet without its classifier; up to 64 pixels with a 3x3 stem and no max-pool,
+    else with residual branches that start at zero.
     """
     if arch == "small":
         blocks = [(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(),
@@ -768,7 +769,7 @@ def forecast(method, data, config, device):
             break
     seconds *= len(data[0][1]) * config.epochs / few.batch_size
     advice = "; sooner: --quick, --arch small, fewer --epochs, --limit" if seconds > 7200 else ""
-    print(f"about {timedelta(seconds=round(seconds))} on this CPU{advice}", flush=True)
+    print(f"training: about {timedelta(seconds=round(seconds))} on this CPU{advice}", flush=True)
 
 
 def train(config):
@@ -843,10 +844,9 @@ def fit(method, optimizer, data, config, state, device):
             loss.backward()
             optimizer.step()
             state["step"] += 1
-            loss = loss.detach()
             bad_step = torch.where((bad_step == 0) & ~loss.isfinite(), state["step"], bad_step)
             state["sums"] = {name: state["sums"].get(name, 0) + value
-                             for name, value in {"loss": loss, **terms}.items()}
+                             for name, value in {"loss": loss.detach(), **terms}.items()}
 
             if device.type == "cuda" and state["step"] == 20:
                 torch.cuda.synchronize()
@@ -1071,9 +1071,8 @@ def main(argv=None):
         lost = isinstance(problem, dist.DistError) or "gloo" in str(problem)
         lost = lost or "DataLoader worker (pid" in str(problem)
         check(not lost, "another process was lost; the same command continues", code=1)
-        if "allocate" not in str(problem):
-            raise
-        check(False, "the memory is full: training needs a smaller --batch-size", code=1)
+        check("allocate" not in str(problem), "memory is full: use a smaller --batch-size", code=1)
+        raise
     except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as problem:
         check(False, f"cannot write to {out}: {problem}")
     except OSError as problem:  # a full disk, a damaged image (of which a loader sends a traceback)

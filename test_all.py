@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -117,6 +118,12 @@ def test_shared_blocks_are_identical():
     assert different <= MAY_DIFFER.keys(), f"drifted apart: {different - MAY_DIFFER.keys()}"
     shared = {name for name in shared if name == "LARS" or not name.isupper() and "," not in name}
     assert len(different & shared) <= 0.3 * len(shared)
+
+
+def test_shared_blocks_stand_in_the_same_order():
+    for one, other in itertools.combinations([definitions(path) for path in SCRIPTS], 2):
+        order = [[name for name in x if name in y] for x, y in ((one, other), (other, one))]
+        assert order[0] == order[1]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
