@@ -614,6 +614,14 @@ def mean_kernel(z, weights):
     return sum(b * polynomial.mean() for b, polynomial in zip(weights, legendres(q, t)))
 
 
+@torch.no_grad()
+def unbiased_mmd(z, weights):
+    """Mean of the kernel over the pairs i != j of (N, q); its expectation is 0 for uniform rows."""
+    z, n = sphere(z), len(z)
+    return sum(b * (polynomial.sum(dtype=torch.float64) - polynomial.trace()) / (n * (n - 1))
+               for b, polynomial in zip(weights, legendres(z.shape[1], z @ z.T)))
+
+
 def sfrik_loss(z1, z2, sim_coeff, mmd_coeff, weights):
     """SFRIK's loss of two views (N, q), normalised here; the similarity is a mean over q, too."""
     z1, z2 = sphere(z1), sphere(z2)
@@ -700,8 +708,7 @@ class Method(nn.Module):
         loss = self.loss(z1, z2)
         few1, few2 = sphere(z1[:256].detach()), sphere(z2[:256].detach())  # enough for the log
         distance = (few1 - few2).square().sum(1).mean()
-        n, b = len(few1), sum(self.weights)  # the kernel of i = j is b, since P_l(q; 1) = 1
-        mmd = (n * mean_kernel(few1, self.weights) - b) / (n - 1)  # of i != j: 0 for uniform rows
+        mmd = unbiased_mmd(few1, self.weights)
         return loss, {"distance": distance, "mmd": mmd, "std": spread(z1)}
 
     def loss(self, z1, z2):
