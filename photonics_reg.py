@@ -714,7 +714,8 @@ def train(config):
         if config.eval:
             check(split, f"{config.eval} is of a pre-training, which has no errors yet")
             break
-        print(f"{mode}, " + (f"labelled split {split}" if split else "pre-training"), flush=True)
+        part = f"labelled split {split}" if split else "pre-training"
+        print(f"stage {state['stage'] + 1} of {len(stages(config))}: {mode}, {part}", flush=True)
         fit(method, optimizer, cells, settings, state, device)
         if split:
             state["scores"].setdefault(mode, []).append(state["errors"])
