@@ -15,6 +15,7 @@ import os
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from itertools import accumulate
 
 import torch
@@ -62,7 +63,8 @@ def view_parts(script, method, images):
         turned = method.versions(small, jigsaw)[0] if others else script.rotate4(small)
 
     def network():
-        with script.autocast(method.config, images.device):
+        first_form = hasattr(script, "autocast")  # around the heads, too
+        with script.autocast(method.config, images.device) if first_form else nullcontext():
             outputs = [method.projector(method.features(view)) for view in views]
             outputs = [method.h(z) if hasattr(method, "h") else z for z in outputs]
             outputs += [predictor(method.features(turned))] if predictor else []
@@ -146,8 +148,9 @@ def script_row(name, argv, repeats):
     method = script.Method(config).to(device, memory_format=torch.channels_last)
     optimizer = script.make_optimizer(method, config)
     augment, network = PARTS[name](script, method, images)
-    if config.compile:
-        method.compile()
+    networks = method.children() if hasattr(script, "WORLD") else [method]  # first form: the step
+    for module in networks if config.compile else ():
+        module.compile(dynamic=False)
 
     def step():
         loss, _ = method(images, labels)
@@ -288,27 +291,25 @@ def loss_rows(n, widths=(1024, 2048, 4096, 8192, 16384, 32768)):
 
 def augmentation_row(n=512, repeats=5):
     """Images/s on one core: simclr_essl's large CIFAR view, and torchvision's transforms on PIL."""
-    from simclr_essl import Config, augment, draw_augmentation, view_policies
+    from simclr_essl import augment
 
     threads, cpu = torch.get_num_threads(), torch.device("cpu")
     torch.set_num_threads(1)
     images = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8)
-    pictures, policy = [TF.to_pil_image(image) for image in images], view_policies(Config())[0]
+    pictures = [TF.to_pil_image(image) for image in images]
     transform = T.Compose(
         [
-            T.RandomResizedCrop(32, policy.scale),
+            T.RandomResizedCrop(32, (0.2, 1.0)),
             T.RandomHorizontalFlip(),
-            T.RandomApply([T.ColorJitter(*policy.jitter)], 0.8),
-            T.RandomGrayscale(policy.gray),
+            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
+            T.RandomGrayscale(0.2),
             T.ToTensor(),
             T.Normalize((0.5,) * 3, (0.25,) * 3),
         ]
     )
     ms = milliseconds(
         {
-            "batched": lambda: (
-                (augment(images, draw_augmentation(n, policy, 32, 32, cpu), 32) - 0.5) / 0.25
-            ),
+            "batched": lambda: (augment(images, 32) - 0.5) / 0.25,
             "pil": lambda: torch.stack([transform(picture) for picture in pictures]),
         },
         cpu,

@@ -35,13 +35,13 @@ What changes a number, against the paper [P] and the authors' code [C]:
      crop of 5 to 14 % is in both; [C] also has 8 to 100 %. An epoch's ragged last batch is left out
      ([C]: kept). The probe's rate is constant as in [C], 0.3 as in the name of its log (default 1).
   6. Figure 1 has no published code. Its blur is torchvision's function, where sigma follows the
-     kernel; the class GaussianBlur(k) would draw sigma from 0.1 to 2. --role invariant draws a
-     class uniformly; with rotation it is Table 1's "insensitive" (86.3 %). Jigsaw predicts one
-     drawn order. Folders, CIFAR-100, patterns and --arch small are ours.
-Left out: Barlow Twins (Table 2), Table 4, levels of augmentation (Table 6), split representation
-(Table 7), relative rotation, few labels (Figure 4).
+     kernel (the class GaussianBlur(k) would draw 0.1 to 2). --role invariant draws a class
+     uniformly: with rotation, Table 1's "insensitive" (86.3 %). Jigsaw predicts one drawn order.
+Folders, CIFAR-100, patterns and --arch small are ours. Left out: Barlow Twins (Table 2), Tables 4
+and 6 (augmentations), 7 (split representation), relative rotation, few labels (Figure 4).
 """
 import argparse
+import io
 import json
 import math
 import os
@@ -71,11 +71,9 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)  # among those of this machi
 WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes
 
 # %% CONFIG ----------------------------------------------------------------------------------------
-
 STREAMED = ("folder", "imagenet")  # image files, read while the run goes on
 PRESETS = {
-    "cifar10": {},
-    "cifar100": {},
+    "cifar10": {}, "cifar100": {},
     "folder": dict(size=224, small_size=96, epochs=100, batch_size=256),
     "imagenet": dict(arch="resnet50", size=224, small_size=96, epochs=100, batch_size=4096, lr=0.3,
                      final_lr=0.001, weight_decay=1e-6, temperature=0.2, knn_every=0,
@@ -103,12 +101,11 @@ class Config:
     batch_size: int = option("training", 512, "images per step of all processes (paper: 512)")
     lr: float = option("training", 0.06, "rate per 256 images (paper: 0.06; SimCLR 0.03)")
     final_lr: float = option("training", 0.0, "share of the rate left after the cosine (code: 0)")
-    warmup_epochs: int = option("training", 10, "of linear warm-up (paper: 10; a quarter of few epochs)")
+    warmup_epochs: int = option("training", 10, "of linear warm-up (paper: 10; of few, a quarter)")
     weight_decay: float = option("training", 5e-4, "on every parameter (paper: 5e-4)")
     seed: int = option("training", 0, "of the weights, the order and the augmentation")
     device: str = option("run", "auto", "cpu, cuda, cuda:1 (auto: cuda where there is one)")
-    precision: str = option("run", "auto", "of the backbone (auto: bf16 on GPUs that have it)",
-                            ("auto", "bf16", "fp32"))
+    precision: str = option("run", "auto", "bf16 if a GPU has it", ("auto", "bf16", "fp32"))
     compile: bool = option("run", False, "torch.compile the networks")
     knn_every: int = option("run", 10, "epochs between kNN evaluations (0: only at the end)")
     save_every: float = option("run", 5.0, "minutes between checkpoints, at the end of an epoch")
@@ -134,16 +131,14 @@ def check(condition, message, code=2, alike=True):
 def parse_args(argv=None):
     """Config of a command line: defaults < preset of the dataset < --quick < explicit flags."""
     parser = argparse.ArgumentParser(
-        f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0], allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=24, width=100))
+        f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: check(False, f"{message} (see --help)")
-    groups = {}
+    groups = {g: parser.add_argument_group(g) for g in ("data", "training", "run", "method")}
     for f in fields(Config):
-        title, words, choices = f.metadata.values()
-        groups[title] = groups.get(title) or parser.add_argument_group(title)
+        group, words, choices = f.metadata.values()
         words += f": {', '.join(choices)}" if choices else ""
         kind = {"type": f.type, "choices": choices, "metavar": f.type.__name__.upper()}
-        groups[title].add_argument(
+        groups[group].add_argument(
             f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS,
             help=f"{words} [{f.default}]", **{"action": "store_true"} if f.type is bool else kind)
     given = vars(parser.parse_args(argv))
@@ -166,20 +161,14 @@ def parse_args(argv=None):
             value = f"{value:g}" if isinstance(value, float) else Path(str(value)).resolve().name
             name += f"-{flag.replace('_', '-')}" + (f"={value}" if value != "True" else "")
     config.out = os.path.expanduser(config.out or f"runs/{name}")  # no shell does it for --out=~/x
-    config.data_root = os.path.expanduser(config.data_root)
     return config
 
 # %% DATA ------------------------------------------------------------------------------------------
-
-MEAN_STD = {
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # authors' code
-    "cifar100": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "patterns": ((0.4, 0.4, 0.4), (0.25, 0.25, 0.25)),
-}
-# formats PIL knows that are no pictures: films, documents, science, and what it only writes
-NO_PICTURES = "BUFR EPS FITS FLI GRIB HDF5 IPTC MPEG PALM PDF WMF".split()
+CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # authors' code
+PHOTOS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+MEAN_STD = {"cifar10": CIFAR, "cifar100": CIFAR, "folder": PHOTOS, "imagenet": PHOTOS,
+            "patterns": ((0.4, 0.4, 0.4), (0.25, 0.25, 0.25))}
+NO_PICTURES = "BUFR EPS FITS FLI GRIB HDF5 IPTC MPEG PALM PDF WMF".split()  # but PIL knows them
 LEFTOVERS = (".", "__MACOSX")  # how names begin that systems leave beside one's own
 
 def draw_patterns(n, seed):
@@ -207,40 +196,27 @@ def draw_patterns(n, seed):
 
 def first_of(limit, n):
     """Indices of the first `limit` of n things in a fixed random order; for limit 0 of all."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randperm(n, generator=generator)[:limit] if limit else torch.arange(n)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    return order[:limit] if limit else torch.arange(n)
 
-def to_rgb(image):
-    """A PIL image as a viewer shows it: turned as its EXIF tag says, transparency over white.
-
-    Grays of 16 bits are scaled by their range; wider ones have none: by that of the image.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":
-        grays = np.asarray(image, dtype=np.float64)
-        low, high = (0, 65535) if ";16" in image.mode else (np.nanmin(grays), np.nanmax(grays))
-        grays = 255 * (grays - low) / (high - low or 1)
-        image = Image.fromarray(np.nan_to_num(grays).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-def read_picture(path, convert=to_rgb):
-    """convert(the PIL image in the file), or OSError in one line that names the file."""
+def read_picture(path):
+    """The RGB picture a viewer shows of a file. Raises OSError, which names a damaged file."""
     try:
-        with Image.open(path) as image:
-            return convert(image)
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode[0] in "IF":  # 16 bits are scaled by their range, others by that of the image
+            grays = np.asarray(image, dtype=np.float64)
+            low, high = (0, 65535) if ";16" in image.mode else (np.nanmin(grays), np.nanmax(grays))
+            grays = 255 * (grays - low) / (high - low or 1)
+            image = Image.fromarray(np.nan_to_num(grays).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
     except Exception as problem:  # a damaged file can raise nearly anything
         raise OSError(f"cannot read the image {path} ({problem}): mend or remove it") from None
 
 class Folder(datasets.ImageFolder):
-    """Image files too many for the device; worker processes decode them when they are needed.
-
-    self[epoch, i] is a list of uint8 crops (3, S, S) of image i, and its label: in epoch 0 a center
-    crop, in epochs of training one for each view, later one for the probe. They follow from seed,
-    epoch and i: neither workers nor processes change them.
-    """
+    """Image files. self[epoch, i] is a list of uint8 crops (3, S, S) of image i, and its label."""
 
     def __init__(self, path, config):
         self.config, self.ignored = config, Counter()
@@ -262,19 +238,20 @@ class Folder(datasets.ImageFolder):
         if any(name.startswith(LEFTOVERS) for name in Path(path).relative_to(self.root).parts):
             return False
         kind = Path(path).suffix.lower()
-        known = Image.registered_extensions().get(kind, "PDF") not in NO_PICTURES
-        self.ignored.update([] if known else [kind or "no extension"])
-        return known
+        if Image.registered_extensions().get(kind) in [None, *NO_PICTURES]:
+            self.ignored[kind or "no extension"] += 1
+            return False
+        return True
 
     def __getitem__(self, key):
         epoch, i = key
         path, label = self.samples[i]
         image, size = read_picture(path), self.config.size
-        if epoch == 0:
-            crops = [lambda x: TF.center_crop(TF.resize(x, size * 8 // 7), size)]
-        else:
+        if epoch == 0:  # for kNN
+            crops = [T.Compose([T.Resize(size * 8 // 7), T.CenterCrop(size)])]
+        else:  # for training, then for the probe
             crops = self.views if epoch <= self.config.epochs else [T.RandomResizedCrop(size)]
-        torch.manual_seed(hash((self.config.seed, epoch, i)))
+        torch.manual_seed(hash((self.config.seed, epoch, i)))  # in any worker or process
         return [TF.pil_to_tensor(crop(image)) for crop in crops], label
 
     def load(self, epoch, rows, batch_size):
@@ -285,12 +262,12 @@ class Folder(datasets.ImageFolder):
             num_workers=max(1, workers), pin_memory=torch.cuda.is_available())
 
 def load_data(config, device):
-    """(images, labels) of three splits: to train on, bank (for kNN and probe to learn from), test.
+    """(images, labels) to train on, to learn kNN and probe from, and to test; the last may be None.
 
-    Images are uint8 (N, 3, size, size) on the device or a Folder. Without labels or val/, bank and
-    test are None. torchvision downloads CIFAR and checks its md5.
+    Images are uint8 (N, 3, size, size) on the device, or a Folder.
     """
-    root, name, needs = Path(config.data_root), config.dataset, "a folder train/CLASS/ of images"
+    root, name = Path(config.data_root).expanduser(), config.dataset
+    needs = "a folder train/CLASS/ of images"
     try:
         if name in STREAMED:
             splits = [Folder(root / "train", config)]
@@ -317,7 +294,7 @@ def load_data(config, device):
     differ = ", ".join(sorted(set(splits[0].classes) ^ set(splits[1].classes))[:9])
     check(not differ, f"train/ and val/ of {root} differ in their classes: {differ}")
     for path, _ in splits[1].samples:  # else found only when training has ended
-        read_picture(path, convert=lambda header: None)
+        Image.open(path).close()
     return train, train, *val
 
 def batches(data, config, epoch, device):
@@ -332,18 +309,16 @@ def batches(data, config, epoch, device):
             yield [x.to(device, non_blocking=True) for x in views], labels.to(device)
 
 # %% AUGMENT ---------------------------------------------------------------------------------------
-
 def view_policies(config):
     """Arguments of augment for large views and a small one (CIFAR: paper; ImageNet: code)."""
     large = {"size": config.size, "scale": (0.2, 1.0)}
-    small = large | {"size": config.small_size}
-    views = [large, large, small]
+    views = [large, large, large | {"size": config.small_size}]
     if config.dataset in STREAMED:
-        large |= {"scale": (0.08, 1.0), "jitter": (0.4, 0.4, 0.2, 0.1), "blur": 1.0}
-        small |= {"scale": (0.05, 0.14), "jitter": (0.4, 0.4, 0.2, 0.1), "blur": 0.1}
-        views = [large, large | {"blur": 0.1, "solarize": 0.2}, small]
+        large |= {"scale": (0.08, 1.0), "jitter": (0.4, 0.4, 0.2, 0.1)}
+        small = large | {"size": config.small_size, "scale": (0.05, 0.14), "blur": 0.1}
+        views = [large | {"blur": 1.0}, large | {"blur": 0.1, "solarize": 0.2}, small]
     if config.crop_only:
-        views = 3 * [{"size": config.size, "jitter": None, "flip": 0, "gray": 0}]
+        views = 3 * [large | {"jitter": None, "flip": 0, "gray": 0}]
     if config.role == "invariant" or config.lam == 0:
         return views[:2]
     return [*views[:2], views[2] | TRANSFORMS[config.transform][2]]
@@ -395,11 +370,8 @@ def draw_box(uniform, height, width, scale):
     return torch.cat([corner.floor(), h, w], dim=1)
 
 def crop(x, box, size):
-    """Boxes (N, 4) cut out of x and resized, bilinear and antialiased: (N, 3, size, size).
-
-    A pixel is a mix of source pixels by a triangle, which is widened when shrinking.
-    """
-    def weights(start, length, source):  # (N, 1, size, source)
+    """Boxes (N, 4) cut out of x and resized, bilinear and antialiased: (N, 3, size, size)."""
+    def weights(start, length, source):  # (N, 1, size, source): triangles, wider when shrinking
         center = (torch.arange(size, device=x.device)[:, None] + 0.5) * length / size
         pixel = torch.arange(source, device=x.device) + 0.5 - start
         triangle = (1 - (pixel - center).abs() / (length / size).clamp(min=1)).clamp(min=0)
@@ -444,43 +416,28 @@ def blur(x, sigma):
 gaussian_blur = blur  # inside augment, blur is a probability
 
 # %% MODEL -----------------------------------------------------------------------------------------
-
 def make_encoder(arch, size):
-    """Backbone: images (N, 3, H, W) to features (N, D), D = 512, 2048 or, for small, 128.
-
-    A torchvision ResNet without its classifier; up to 64 pixels with a 3x3 stem and no max-pool,
-    else with residual branches that start at zero.
-    """
+    """Backbone: images (N, 3, H, W) to features (N, D), D = 512, 2048 or, for small, 128."""
     if arch == "small":
         blocks = [(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(),
                    nn.MaxPool2d(2)) for a, b in pairwise((3, 16, 32, 64, 128))]
         return nn.Sequential(*sum(blocks, ())[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
     encoder = models.get_model(arch, zero_init_residual=size > 64)
     encoder.fc = nn.Identity()
-    if size <= 64:
+    if size <= 64:  # a 3x3 stem, no max-pool
         encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
         encoder.maxpool = nn.Identity()
     return encoder
 
-def make_projector(widths, last_affine):
-    """p1: Linear without bias, BatchNorm and ReLU from width to width, but no ReLU at the end."""
-    blocks = [(nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU())
-              for a, b in pairwise(widths)]
-    return nn.Sequential(*sum(blocks, ())[:-2], nn.BatchNorm1d(widths[-1], affine=last_affine))
-
-def make_predictor(widths, last_relu):
-    """p2: Linear, LayerNorm and ReLU from width to width, then Linear to the last, the classes."""
-    blocks = [(nn.Linear(a, b), nn.LayerNorm(b), nn.ReLU()) for a, b in pairwise(widths[:-1])]
-    return nn.Sequential(*sum(blocks, ())[:None if last_relu else -1], nn.Linear(*widths[-2:]))
+def mlp_layers(widths, norm, bias=True):
+    """Linear, norm and ReLU from each width to the next: a tuple of modules."""
+    blocks = [(nn.Linear(a, b, bias), norm(b), nn.ReLU()) for a, b in pairwise(widths)]
+    return sum(blocks, ())
 
 # %% METHOD ----------------------------------------------------------------------------------------
-
 def info_nce(z1, z2, temperature):
-    """Contrast of two views (N, D) across the views: z1 against all z2, and z2 against all z1.
-
-    Mean over both directions of -log(exp(s_ii / T) / sum_j exp(s_ij / T)), with the cosine s.
-    """
+    """Mean over i, and over both ways, of -log(exp(s_ii / T) / sum_j exp(s_ij / T)), cosines s."""
     z1, z2 = (F.normalize(z.to(torch.promote_types(z.dtype, torch.float32))) for z in (z1, z2))
     s = z1 @ z2.T / temperature  # (N, N)
     same = torch.arange(len(z1), device=z1.device)
@@ -509,10 +466,7 @@ TRANSFORMS = {
 }
 
 class Method(nn.Module):
-    """E-SimCLR. forward(images, labels) -> (loss, terms), terms being scalars for the log.
-
-    images: uint8 (N, 3, H, W) or, streamed, a list of uint8 crops. labels: (N,), not read.
-    """
+    """E-SimCLR: uint8 images (N, 3, H, W), or lists of crops, to the loss and terms for the log."""
 
     def __init__(self, config):
         super().__init__()
@@ -522,10 +476,11 @@ class Method(nn.Module):
         self.config, self.policies = config, view_policies(config)
         self.classes, self.transform, _ = TRANSFORMS[config.transform]
         self.encoder = make_encoder(config.arch, config.size)
-        self.projector = make_projector(p1, last_affine=imagenet)
-        self.predictor = None
-        if len(self.policies) == 3:
-            self.predictor = make_predictor([*p2, self.classes], last_relu=not imagenet)
+        layers = mlp_layers(p1, nn.BatchNorm1d, bias=False)[:-2]
+        self.projector = nn.Sequential(*layers, nn.BatchNorm1d(p1[-1], affine=imagenet))
+        layers = mlp_layers(p2, nn.LayerNorm)[:-1 if imagenet else None]
+        predictor = nn.Sequential(*layers, nn.Linear(p2[-1], self.classes))
+        self.predictor = predictor if len(self.policies) == 3 else None
         mean_std = torch.tensor(MEAN_STD[config.dataset])[..., None, None]  # (2, 3, 1, 1)
         self.register_buffer("mean_std", mean_std, persistent=False)
 
@@ -586,17 +541,13 @@ def spread(z):
     return F.normalize(z.detach().float()).std(0).mean() * z.shape[1] ** 0.5
 
 # %% TRAIN -----------------------------------------------------------------------------------------
-
 def gather(z):
-    """Embeddings (N, D) of all processes in the order of the batch.
-
-    One's own rows get the whole gradient, times WORLD, as DistributedDataParallel takes the mean.
-    """
+    """Embeddings (N, D) of all processes in the order of the batch."""
     if WORLD == 1:
         return z
     parts = [torch.empty_like(z) for _ in range(WORLD)]
     dist.all_gather(parts, z.detach().contiguous())
-    parts[RANK] = z.detach() + WORLD * (z - z.detach())
+    parts[RANK] = z.detach() + WORLD * (z - z.detach())  # DistributedDataParallel takes the mean
     return torch.cat(parts)
 
 def learning_rate(step, total_steps, warmup_steps, peak, final=0.0):
@@ -607,10 +558,7 @@ def learning_rate(step, total_steps, warmup_steps, peak, final=0.0):
     return final + (peak - final) * (1 + math.cos(math.pi * turn)) / 2
 
 class LARS(torch.optim.SGD):
-    """SGD that scales the gradient g of a weight matrix p, with weight decay, by eta |p| / |g|.
-
-    Parameters of one dimension get neither weight decay nor the scaling.
-    """
+    """SGD that decays weight matrices p and scales their gradients g by eta |p| / |g|."""
 
     def __init__(self, parameters, lr, weight_decay=0.0, momentum=0.9, eta=0.001):
         super().__init__(parameters, lr, momentum)
@@ -632,11 +580,14 @@ def make_optimizer(method, config):
     return torch.optim.SGD(method.parameters(), peak, momentum=0.9,
                            weight_decay=config.weight_decay, fused=method.mean_std.is_cuda)
 
-def write(path, save):
-    """Calls save(a file beside path) and renames it: the file at path is always whole."""
+def write(path, content):
+    """Writes text, or a state for torch.load, whole or not at all: beside, then renamed."""
+    buffer = io.BytesIO(content.encode() if isinstance(content, str) else b"")
+    if not isinstance(content, str):
+        torch.save(content, buffer)
     beside = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        save(beside)
+        beside.write_bytes(buffer.getbuffer())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -649,22 +600,21 @@ def open_run(config, data):
         return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        script, then = saved["script"], saved["config"] | saved["data"]
+        script, then = saved["script"], saved["config"] | {k: saved["data"].get(k) for k in data}
     except Exception as problem:  # a damaged file can raise nearly anything
         check(False, f"{path} is damaged or not the checkpoint of a run ({type(problem).__name__})")
     check(script == SCRIPT, f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
     differ = [f"{'--' * hasattr(config, name)}{name} {then.get(name)} then, {value} now"
               for name, value in (asdict(config) | data).items()
               if name not in FREE and then.get(name) != value]
-    check(not differ, f"{config.out} holds another run ({'; '.join(differ)}): choose another --out, "
-                      "or continue it with its flags and this --out")
+    check(not differ, f"{config.out} holds another run ({'; '.join(differ)}): use its flags with "
+                      "this --out to continue it, or another --out")
     return saved
 
 def start(config):
     """The device. Under torchrun also the process group, of which only the first process prints."""
-    name = config.device
-    if name in ("auto", "cuda"):
-        name = f"cuda:{LOCAL_RANK}" if name == "cuda" or torch.cuda.is_available() else "cpu"
+    name = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
     here = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     check(name in here, f"there is no device {name}; here are {', '.join(here)}", alike=False)
     if name != "cpu":
@@ -674,8 +624,8 @@ def start(config):
     if WORLD > 1:
         check(all(os.environ.get(word) for word in ("RANK", "MASTER_ADDR", "MASTER_PORT")),
               f"WORLD_SIZE is {WORLD}, but torchrun did not start this: unset it, or use torchrun")
-        if LOCAL_RANK == 0:
-            print(f"waiting for {WORLD} processes", flush=True)
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+        print(f"waiting for {WORLD} processes", flush=True)
         ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's would wait with us
         store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
         signal.signal(signal.SIGINT, ctrl_c)
@@ -683,20 +633,15 @@ def start(config):
         store.set_timeout(hours)
         dist.init_process_group("gloo" if name == "cpu" else "nccl", store=store, timeout=hours,
                                 rank=RANK, world_size=WORLD)
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     return torch.device(name)
 
 def train(config):
-    """Trains the run of config.out, or what is left of it: returns the method, data and log.
-
-    log has a dict for every epoch; that of epoch 0 says how the run was started.
-    """
+    """Trains what is left of the run of config.out: returns method, data and a dict per epoch."""
     device, out = start(config), Path(config.out)
-    if RANK > 0:
-        dist.barrier()  # the first process downloads
-    data = load_data(config, device)
-    if WORLD > 1 and RANK == 0:
+    data = load_data(config, device) if RANK == 0 else None  # the first process downloads
+    if WORLD > 1:
         dist.barrier()
+    data = data or load_data(config, device)
     images, labels = data[0]
     steps = len(labels) // config.batch_size
     check(steps > 0, f"--batch-size {config.batch_size} is more than the {len(labels)} images")
@@ -713,9 +658,8 @@ def train(config):
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     optimizer = make_optimizer(method, config)
     log = [{"epoch": 0, "train_seconds": 0.0, "command": " ".join(["python", *sys.argv]),
-            "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(),
-            "torch": str(torch.__version__), "threads": torch.get_num_threads(),
-            "processes": WORLD}]
+            "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(), "torch":
+            str(torch.__version__), "threads": torch.get_num_threads(), "processes": WORLD}]
     if saved:
         log = saved["log"]
         method.load_state_dict(saved["method"])
@@ -729,7 +673,7 @@ def train(config):
 
     for epoch in range(first, config.epochs + 1):
         torch.manual_seed(hash((config.seed, epoch)))  # all chance of an epoch follows from this
-        began, sums = time.time(), {}
+        began, sums = time.time(), Counter()
         for step, (images, labels) in enumerate(batches(data, config, epoch, device), start=1):
             now = (epoch - 1) * steps + step - 1
             for group in optimizer.param_groups:
@@ -738,8 +682,7 @@ def train(config):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            for name, value in {"loss": loss.detach(), **terms}.items():
-                sums[name] = sums.get(name, 0) + value
+            sums.update({"loss": loss.detach(), **terms})  # a Counter adds
             if terminal or device.type == "cpu" and epoch == first and step == 5:
                 left = (time.time() - began) / step * (total - now)
                 print(f" step {step} of {steps}, {timedelta(seconds=round(left))} left"
@@ -761,14 +704,13 @@ def train(config):
             (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         due = epoch == config.epochs or time.time() - saved_at >= 60 * config.save_every
         if due and RANK == 0:
-            state = {"script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
-                     "method": method.state_dict(), "optimizer": optimizer.state_dict()}
-            write(out / "checkpoint.pt", lambda file: torch.save(state, file))
+            write(out / "checkpoint.pt", {
+                "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
+                "method": method.state_dict(), "optimizer": optimizer.state_dict()})
             saved_at = time.time()
     return method, data, log
 
 # %% EVALUATE --------------------------------------------------------------------------------------
-
 KNN_K, KNN_TEMPERATURE = 200, 0.1  # authors' code
 
 @torch.no_grad()
@@ -783,10 +725,7 @@ def extract(method, images, prepare=lambda x: x.float() / 255, epoch=0):
     return torch.cat(features)
 
 def knn_accuracy(bank, bank_labels, queries, query_labels, k, temperature, classes):
-    """Percent of queries (M, D) whose class gets the most votes of the k nearest in bank (N, D).
-
-    A neighbour at cosine s has exp(s / temperature) votes.
-    """
+    """Percent of queries (M, D) told right by the k nearest in bank (N, D), by exp(cosine / T)."""
     bank, queries, right = F.normalize(bank), F.normalize(queries), 0
     for part, labels in zip(queries.split(250), query_labels.split(250)):
         s, nearest = (part @ bank.T).topk(k)  # (m, k)
@@ -805,11 +744,7 @@ def knn(method, data):
 
 def linear_probe(draw, labels, test, test_labels, lr=30.0, final_lr=0.0, weight_decay=0.0,
                  epochs=100, probes=5):
-    """Test accuracy, percent, of linear classifiers of frozen features: mean and population std.
-
-    draw() gives the features (N, D) of an epoch; test is (M, D). SGD with momentum 0.9, batch 256,
-    cosine to final_lr (authors' code); the probes are trained side by side.
-    """
+    """Mean and std, over probes, of their percent of test (M, D); draw(): (N, D) of an epoch."""
     n, width, classes = len(labels), test.shape[1], int(labels.max()) + 1
     steps, bound = max(1, n // 256), width ** -0.5
     weight = test.new_empty(probes, width, classes).uniform_(-bound, bound).requires_grad_()
@@ -830,11 +765,7 @@ def linear_probe(draw, labels, test, test_labels, lr=30.0, final_lr=0.0, weight_
     return right.mean().item(), right.std(correction=0).item()
 
 def probe(method, data, config, bank, test):
-    """linear_probe by the authors' protocol: a fresh crop and flip of every image in every epoch.
-
-    Test images of CIFAR are enlarged by 9/8 and cut to size. bank and test are features of whole
-    images, which are what --quick uses.
-    """
+    """linear_probe of fresh crops, by the authors' protocol; --quick: of the bank's features."""
     _, (images, labels), (test_images, test_labels) = data
     size, epoch, scale, settings = config.size, count(config.epochs + 1), (0.08, 1.0), {}
     if config.dataset in STREAMED:
@@ -842,11 +773,8 @@ def probe(method, data, config, bank, test):
     elif not config.quick:
         zoom = T.Compose([T.Resize(size * 9 // 8), T.CenterCrop(size)])
         test = extract(method, test_images, lambda x: zoom(x.float() / 255))
-
-    def draw():
-        fresh = lambda x: augment(x, size, scale, jitter=None, gray=0)
-        return bank if config.quick else extract(method, images, fresh, next(epoch))
-
+    fresh = lambda x: augment(x, size, scale, jitter=None, gray=0)
+    draw = lambda: bank if config.quick else extract(method, images, fresh, next(epoch))
     return linear_probe(draw, labels, test, test_labels, **settings)
 
 def draw_neighbours(path, data, bank, test):
@@ -882,7 +810,6 @@ def evaluate(method, data, config, log):
     return {name: round(x, 2) if isinstance(x, float) else x for name, x in results.items()}
 
 # %% MAIN ------------------------------------------------------------------------------------------
-
 def main(argv=None):
     """Runs a command line. Exit codes: 2 bad input, 1 failed run, 130 Ctrl-C."""
     config = parse_args(argv)
@@ -894,8 +821,8 @@ def main(argv=None):
             method, data, log = train(config)
         if RANK == 0 and not results.exists():
             measured = json.dumps(evaluate(method, data, config, log), indent=1)
-            torch.save(method.encoder.cpu().state_dict(), out / "encoder.pt")
-            write(results, lambda file: file.write_text(measured))
+            write(out / "encoder.pt", method.encoder.cpu().state_dict())
+            write(results, measured)
         if RANK == 0:
             print(f"{out} is finished, with encoder.pt and results.json; accuracies in percent:")
             print(*(f"  {name:22}{value}" for name, value in json.loads(results.read_text()).items()
@@ -911,12 +838,12 @@ def main(argv=None):
         check(False, f"cannot write to {out}: {problem}")
     except (OSError, RuntimeError) as problem:
         text = str(problem)
-        lost = isinstance(problem, dist.DistError) or "gloo" in text or "DataLoader worker" in text
         check("shared memory" not in text, "shared memory is full, by which processes read images: "
               "start the container with --shm-size 8g or --ipc=host", 1, alike=False)
-        check(not lost, "another process was lost; the same command continues", 1, alike=False)
         check(isinstance(problem, RuntimeError),
               f"{text.splitlines()[-1]}; then the same command continues", 1, alike=False)
+        lost = isinstance(problem, dist.DistError) or "gloo" in text or "DataLoader worker" in text
+        check(not lost, "another process was lost; the same command continues", 1, alike=False)
         raise
 
 if __name__ == "__main__":
