@@ -24,21 +24,22 @@ Usage
 
 Paper, linear probe, CIFAR-10: SimCLR 92.0, E-SimCLR 94.1 % (Table 1). Measured here: README.md.
 
-What changes a number, against the paper [P] and the authors' code [C]:
+What changes a number, against the paper [P], the authors' code [C] and other SimCLRs:
   1. [P] and [C] compare E-SimCLR at --lr 0.06 with SimCLR at 0.03; here 0.06 is both's default.
-  2. Views are drawn in floating point, bilinear ([C]: 8 bits; bicubic in probes and for ImageNet),
-     with one order of brightness, contrast, saturation and hue for a batch ([C]: for an image).
+  2. Views are drawn in floating point (a folder's crops: in 8 bits, as in [C]), all are bilinear
+     ([C]: bicubic for ImageNet's large views and CIFAR's probe), and one order of brightness,
+     contrast, saturation and hue is drawn for a batch ([C]: for each image).
   3. On a GPU the backbone is in bf16, products in TF32 ([C]: float32 or fp16); seed 0, not 42.
-  4. As in [C]: InfoNCE across the views alone (N-1 negatives); a forward pass for each view, so
-     that each has BatchNorm statistics of its own, and the running ones mix both sizes.
+  4. As in [C], InfoNCE is across the views alone (N-1 negatives), and each view has a forward
+     pass, so BatchNorm statistics, of its own; the running ones mix both sizes.
   5. ImageNet: lam 0.4 is [C]'s ([P] 0.2), as is p2's last hidden width of 128 ([P] 2048). The small
      crop of 5 to 14 % is in both; [C] also has 8 to 100 %. An epoch's ragged last batch is left out
      ([C]: kept). The probe's rate is constant as in [C], 0.3 as in the name of its log (default 1).
-  6. Figure 1 has no published code. Its blur is torchvision's function, where sigma follows the
-     kernel (the class GaussianBlur(k) would draw 0.1 to 2). --role invariant draws a class
-     uniformly: with rotation, Table 1's "insensitive" (86.3 %). Jigsaw predicts one drawn order.
-Folders, CIFAR-100, patterns and --arch small are ours. Left out: Barlow Twins (Table 2), Tables 4
-and 6 (augmentations), 7 (split representation), relative rotation, few labels (Figure 4).
+  6. Figure 1 has no code; its rate here is E-SimCLR's. Blur is torchvision's function, whose sigma
+     follows the kernel (GaussianBlur(k) would draw 0.1 to 2). --role invariant draws a class before
+     the crop (folders: after it); with rotation, Table 1's "insensitive" (86.3 %).
+Ours: folders, CIFAR-100, patterns, --arch small, one drawn jigsaw. Left out: Barlow Twins (Table
+2), Table 4, augmentations (6), split representation (7), relative rotation, Figure 4 (few labels).
 """
 import argparse
 import io
@@ -66,9 +67,9 @@ from torchvision import datasets, models
 from torchvision.utils import make_grid, save_image
 
 SCRIPT = "simclr_essl"
-RANK = int(os.environ.get("RANK") or 0)  # of this process among those that torchrun started
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes that torchrun started
+RANK = int(os.environ.get("RANK") or 0) if WORLD > 1 else 0  # of this process among them
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)  # among those of this machine
-WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes
 
 # %% CONFIG ----------------------------------------------------------------------------------------
 STREAMED = ("folder", "imagenet")  # image files, read while the run goes on
@@ -100,12 +101,12 @@ class Config:
     epochs: int = option("training", 800, "passes over the training images (paper: 800)")
     batch_size: int = option("training", 512, "images per step of all processes (paper: 512)")
     lr: float = option("training", 0.06, "rate per 256 images (paper: 0.06; SimCLR 0.03)")
-    final_lr: float = option("training", 0.0, "share of the rate left after the cosine (code: 0)")
+    final_lr: float = option("training", 0.0, "share left at the end (code: 0; ImageNet 0.001)")
     warmup_epochs: int = option("training", 10, "of linear warm-up (paper: 10; of few, a quarter)")
-    weight_decay: float = option("training", 5e-4, "on every parameter (paper: 5e-4)")
+    weight_decay: float = option("training", 5e-4, "on all (paper: 5e-4; ImageNet: on matrices)")
     seed: int = option("training", 0, "of the weights, the order and the augmentation")
     device: str = option("run", "auto", "cpu, cuda, cuda:1 (auto: cuda where there is one)")
-    precision: str = option("run", "auto", "bf16 if a GPU has it", ("auto", "bf16", "fp32"))
+    precision: str = option("run", "auto", "auto: bf16 if the GPU has it", ("auto", "bf16", "fp32"))
     compile: bool = option("run", False, "torch.compile the networks")
     knn_every: int = option("run", 10, "epochs between kNN evaluations (0: only at the end)")
     save_every: float = option("run", 5.0, "minutes between checkpoints, at the end of an epoch")
@@ -116,9 +117,9 @@ class Config:
     small_size: int = option("method", 16, "side of the small view in pixels (paper: 16)")
     projector: str = option("method", "2048-2048", "widths of p1 (paper: 2048-2048)")
     predictor: str = option("method", "2048-2048", "hidden widths of p2 (paper: 2048-2048)")
-    transform: str = option("method", "rotation", "what is predicted (paper: rotation; Figure 1)", (
+    transform: str = option("method", "rotation", "transformation (paper: rotation; Figure 1)", (
         "rotation", "vflip", "hflip", "jigsaw", "grayscale", "inversion", "blur"))
-    role: str = option("method", "predict", "or added to large views", ("predict", "invariant"))
+    role: str = option("method", "predict", "or add it to large views", ("predict", "invariant"))
     crop_only: bool = option("method", False, "crop only, and predict at full size: Figure 1")
 
 def check(condition, message, code=2, alike=True):
@@ -131,7 +132,8 @@ def check(condition, message, code=2, alike=True):
 def parse_args(argv=None):
     """Config of a command line: defaults < preset of the dataset < --quick < explicit flags."""
     parser = argparse.ArgumentParser(
-        f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0], allow_abbrev=False)
+        f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0], Config.__doc__,
+        allow_abbrev=False)
     parser.error = lambda message: check(False, f"{message} (see --help)")
     groups = {g: parser.add_argument_group(g) for g in ("data", "training", "run", "method")}
     for f in fields(Config):
@@ -154,7 +156,7 @@ def parse_args(argv=None):
         check(all(w.isdecimal() and int(w) for w in widths.split("-")),
               f"widths look like 2048-2048, not like {widths}")
     check(config.batch_size % WORLD == 0 and config.batch_size >= 2 * WORLD,
-          f"--batch-size {config.batch_size} does not give {WORLD} processes 2 or more images each")
+          f"--batch-size {config.batch_size} must give {WORLD} processes 2 or more images each")
     name = SCRIPT
     for flag, value in vars(config).items():
         if flag in given and (flag not in FREE or flag == "data_root" and dataset in STREAMED):
@@ -202,18 +204,20 @@ def first_of(limit, n):
 def read_picture(path):
     """The RGB picture a viewer shows of a file. Raises OSError, which names a damaged file."""
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
+        with open(path, "rb") as file:
+            image = ImageOps.exif_transpose(Image.open(file))
         if image.mode[0] in "IF":  # 16 bits are scaled by their range, others by that of the image
             grays = np.asarray(image, dtype=np.float64)
-            low, high = (0, 65535) if ";16" in image.mode else (np.nanmin(grays), np.nanmax(grays))
-            grays = 255 * (grays - low) / (high - low or 1)
-            image = Image.fromarray(np.nan_to_num(grays).astype(np.uint8))
+            known = grays[np.isfinite(grays)]
+            low, high = (0, 65535) if ";16" in image.mode else (known.min(), known.max())
+            grays = np.nan_to_num((grays - low) / (high - low or 1)).clip(0, 1)
+            image = Image.fromarray(np.uint8(255 * grays))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as problem:  # a damaged file can raise nearly anything
-        raise OSError(f"cannot read the image {path} ({problem}): mend or remove it") from None
+        raise OSError(f"cannot read the image {path} ({problem}): mend or replace it") from None
 
 class Folder(datasets.ImageFolder):
     """Image files. self[epoch, i] is a list of uint8 crops (3, S, S) of image i, and its label."""
@@ -256,10 +260,11 @@ class Folder(datasets.ImageFolder):
 
     def load(self, epoch, rows, batch_size):
         """Batches of crops and labels of these rows."""
-        workers = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        cores = getattr(os, "process_cpu_count", os.cpu_count)()
         return torch.utils.data.DataLoader(
             self, batch_size, sampler=[(epoch, row) for row in rows], prefetch_factor=1,
-            num_workers=max(1, workers), pin_memory=torch.cuda.is_available())
+            num_workers=max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)),
+            pin_memory=torch.cuda.is_available())
 
 def load_data(config, device):
     """(images, labels) to train on, to learn kNN and probe from, and to test; the last may be None.
@@ -292,7 +297,7 @@ def load_data(config, device):
         print(f"no evaluation: it needs class folders in train/ and val/ of {root}")
         return train, None, None
     differ = ", ".join(sorted(set(splits[0].classes) ^ set(splits[1].classes))[:9])
-    check(not differ, f"train/ and val/ of {root} differ in their classes: {differ}")
+    check(not differ, f"train/ and val/ of {root} need the same class folders, unlike: {differ}")
     for path, _ in splits[1].samples:  # else found only when training has ended
         Image.open(path).close()
     return train, train, *val
@@ -542,7 +547,7 @@ def spread(z):
 
 # %% TRAIN -----------------------------------------------------------------------------------------
 def gather(z):
-    """Embeddings (N, D) of all processes in the order of the batch."""
+    """Embeddings (N, D) of all processes in the order of the batch; one's own have a gradient."""
     if WORLD == 1:
         return z
     parts = [torch.empty_like(z) for _ in range(WORLD)]
@@ -602,13 +607,13 @@ def open_run(config, data):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         script, then = saved["script"], saved["config"] | {k: saved["data"].get(k) for k in data}
     except Exception as problem:  # a damaged file can raise nearly anything
-        check(False, f"{path} is damaged or not the checkpoint of a run ({type(problem).__name__})")
+        check(False, f"{path} is damaged ({type(problem).__name__}): remove it or change --out")
     check(script == SCRIPT, f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
-    differ = [f"{'--' * hasattr(config, name)}{name} {then.get(name)} then, {value} now"
+    differ = [f"{name.replace('_', '-')} {then.get(name)} then, {value} now"
               for name, value in (asdict(config) | data).items()
               if name not in FREE and then.get(name) != value]
-    check(not differ, f"{config.out} holds another run ({'; '.join(differ)}): use its flags with "
-                      "this --out to continue it, or another --out")
+    check(not differ, f"{config.out} holds another run (--{'; --'.join(differ)}): to continue it, "
+                      "use its flags and this --out; or choose another --out")
     return saved
 
 def start(config):
@@ -649,9 +654,11 @@ def train(config):
                   "images": [len(split[1]) for split in data if split],
                   "precision": precision(config, device)}
     saved = open_run(config, trained_on)
-    out.mkdir(parents=True, exist_ok=True)
-    if RANK == 0:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
+    except OSError as problem:
+        check(False, f"cannot write to {out} ({problem}): choose another --out")
     torch.manual_seed(config.seed)
     method = Method(config).to(device, memory_format=torch.channels_last)
     if device.type == "cuda" and WORLD > 1:
@@ -667,11 +674,11 @@ def train(config):
     for network in method.children() if config.compile else ():
         network.compile(dynamic=False)  # in place: the names of the parameters stay
     model = nn.parallel.DistributedDataParallel(method) if WORLD > 1 else method
-    first, total, peak = log[-1]["epoch"] + 1, config.epochs * steps, optimizer.defaults["lr"]
+    done, total, peak = log[-1]["epoch"], config.epochs * steps, optimizer.defaults["lr"]
     warmup, terminal, saved_at = config.warmup_epochs * steps, sys.stdout.isatty(), time.time()
-    print(f"{out}: epochs {first} to {config.epochs}, {steps} steps each, peak rate {peak:g}")
+    print(f"{out}: {done} of {config.epochs} epochs done, {steps} steps each, peak rate {peak:g}")
 
-    for epoch in range(first, config.epochs + 1):
+    for epoch in range(done + 1, config.epochs + 1):
         torch.manual_seed(hash((config.seed, epoch)))  # all chance of an epoch follows from this
         began, sums = time.time(), Counter()
         for step, (images, labels) in enumerate(batches(data, config, epoch, device), start=1):
@@ -682,10 +689,13 @@ def train(config):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            sums.update({"loss": loss.detach(), **terms})  # a Counter adds
-            if terminal or device.type == "cpu" and epoch == first and step == 5:
-                left = (time.time() - began) / step * (total - now)
-                print(f" step {step} of {steps}, {timedelta(seconds=round(left))} left"
+            for name, value in {"loss": loss.detach(), **terms}.items():
+                sums[name] += value
+            if step == 2:
+                warm = time.time()  # the first steps take longer
+            elif step > 2 and (terminal or epoch == done + 1 and step == 5):
+                left = (time.time() - warm) / (step - 2) * (total - now)
+                print(f" step {step} of {steps}, about {timedelta(seconds=round(left))} left"
                       + " (sooner: --quick, --arch small, fewer --epochs)" * (left > 7200),
                       end="\r" if terminal else "\n", flush=True)
         means = {name: value.item() / steps for name, value in sums.items()}
@@ -725,7 +735,7 @@ def extract(method, images, prepare=lambda x: x.float() / 255, epoch=0):
     return torch.cat(features)
 
 def knn_accuracy(bank, bank_labels, queries, query_labels, k, temperature, classes):
-    """Percent of queries (M, D) told right by the k nearest in bank (N, D), by exp(cosine / T)."""
+    """Percent of queries (M, D) whose class has most of the k votes, exp(cosine / T), in bank."""
     bank, queries, right = F.normalize(bank), F.normalize(queries), 0
     for part, labels in zip(queries.split(250), query_labels.split(250)):
         s, nearest = (part @ bank.T).topk(k)  # (m, k)
@@ -744,7 +754,7 @@ def knn(method, data):
 
 def linear_probe(draw, labels, test, test_labels, lr=30.0, final_lr=0.0, weight_decay=0.0,
                  epochs=100, probes=5):
-    """Mean and std, over probes, of their percent of test (M, D); draw(): (N, D) of an epoch."""
+    """Mean and std, over probes, of percent right on test (M, D); draw(): (N, D) for an epoch."""
     n, width, classes = len(labels), test.shape[1], int(labels.max()) + 1
     steps, bound = max(1, n // 256), width ** -0.5
     weight = test.new_empty(probes, width, classes).uniform_(-bound, bound).requires_grad_()
@@ -782,7 +792,8 @@ def draw_neighbours(path, data, bank, test):
     _, (images, labels), (queries, query_labels) = data
     tiles, gray, green, red = [], (0.5, 0.5, 0.5), (0.0, 0.7, 0.0), (0.9, 0.0, 0.0)
     for query in first_of(8, len(test)).tolist():
-        nearest = (F.normalize(bank) @ F.normalize(test[query], dim=0)).topk(8).indices
+        s = F.normalize(bank) @ F.normalize(test[query], dim=0)
+        nearest = s.topk(min(8, len(bank))).indices
         colors = [green if right else red for right in labels[nearest] == query_labels[query]]
         places = [(queries, query), *((images, row) for row in nearest.tolist())]
         for (source, row), color in zip(places, [gray, *colors]):
@@ -790,7 +801,7 @@ def draw_neighbours(path, data, bank, test):
             frame = torch.tensor(color)[:, None, None].repeat(1, *(s + 4 for s in image.shape[1:]))
             frame[:, 2:-2, 2:-2] = image / 255
             tiles.append(frame)
-    save_image(F.interpolate(make_grid(tiles, nrow=9)[None], scale_factor=2), path)
+    save_image(F.interpolate(make_grid(tiles, nrow=len(places))[None], scale_factor=2), path)
 
 def evaluate(method, data, config, log):
     """Measures the encoder: the contents of results.json. Draws neighbours.png beside it."""
@@ -798,6 +809,7 @@ def evaluate(method, data, config, log):
     results |= {**log[0], **log[-1], "epochs": config.epochs, "seed": config.seed,
                 "peak_memory_gb": torch.cuda.max_memory_allocated() / 2 ** 30 or None}
     if data[1]:
+        print("evaluating: kNN, and a linear probe of 100 epochs", flush=True)
         torch.manual_seed(config.seed)
         untrained = Method(config).to(method.mean_std.device)
         results["random_init_knn_top1"], *_ = knn(untrained, data)
@@ -819,30 +831,30 @@ def main(argv=None):
             open_run(config, {})
         else:
             method, data, log = train(config)
+        if dist.is_initialized():  # the first process evaluates, longer than others could wait
+            dist.barrier()
+            dist.destroy_process_group()
         if RANK == 0 and not results.exists():
             measured = json.dumps(evaluate(method, data, config, log), indent=1)
             write(out / "encoder.pt", method.encoder.cpu().state_dict())
             write(results, measured)
         if RANK == 0:
             print(f"{out} is finished, with encoder.pt and results.json; accuracies in percent:")
-            print(*(f"  {name:22}{value}" for name, value in json.loads(results.read_text()).items()
-                    if "top1" in name), sep="\n")
-        if dist.is_initialized():
-            dist.barrier()  # nobody leaves while the first process evaluates
-            dist.destroy_process_group()
+            for name, value in json.loads(results.read_text()).items():
+                if "top1" in name and value is not None:
+                    print(f"  {name:22}{value}")
     except KeyboardInterrupt:
         check(False, "stopped; the same command continues from the last checkpoint", 130)
     except torch.OutOfMemoryError:
         check(False, "the GPU's memory is full: use a smaller --batch-size", 1, alike=False)
-    except (FileExistsError, NotADirectoryError, PermissionError) as problem:
-        check(False, f"cannot write to {out}: {problem}")
-    except (OSError, RuntimeError) as problem:
+    except OSError as problem:  # a full disk, or an image, of which a loader sends a traceback
+        text = str(problem).splitlines()[-1]
+        check(False, f"{text}. Mend this, then the same command continues", 1, alike=False)
+    except RuntimeError as problem:
         text = str(problem)
+        lost = isinstance(problem, dist.DistError) or "gloo" in text or "worker (pid" in text
         check("shared memory" not in text, "shared memory is full, by which processes read images: "
               "start the container with --shm-size 8g or --ipc=host", 1, alike=False)
-        check(isinstance(problem, RuntimeError),
-              f"{text.splitlines()[-1]}; then the same command continues", 1, alike=False)
-        lost = isinstance(problem, dist.DistError) or "gloo" in text or "DataLoader worker" in text
         check(not lost, "another process was lost; the same command continues", 1, alike=False)
         raise
 
