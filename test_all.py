@@ -326,6 +326,9 @@ def test_benchmark_of_losses_and_bad_words(capsys):
 
 SECOND = [simclr_essl]
 second = pytest.mark.parametrize("script", SECOND, ids=lambda script: script.__name__)
+both = pytest.mark.parametrize(
+    "script", [*SECOND, simsiam_essl], ids=lambda script: script.__name__
+)
 
 
 @pytest.fixture(scope="module")
@@ -350,6 +353,102 @@ def method_of(script, *flags, n=16):
     config = script.parse_args(TINY[script.__name__]("unused", *flags))
     torch.manual_seed(0)
     return script.Method(config), script.draw_patterns(n, 3)[0], torch.zeros(n).long()
+
+
+@both
+def test_knn_equals_brute_force(script):
+    bank, queries = torch.randn(60, 8), torch.randn(31, 8)
+    bank_labels, query_labels = torch.randint(4, (60,)), torch.randint(4, (31,))
+    right = 0
+    for query, label in zip(queries, query_labels):
+        s = [F.cosine_similarity(query, other, dim=0).item() for other in bank]
+        nearest = sorted(range(60), key=lambda i: -s[i])[:7]
+        votes = [
+            sum(math.exp(s[i] / 0.1) for i in nearest if bank_labels[i] == c) for c in range(4)
+        ]
+        right += votes.index(max(votes)) == label
+    got = script.knn_accuracy(bank, bank_labels, queries, query_labels, 7, 0.1, 4)
+    assert got == pytest.approx(100 * right / 31)
+
+
+@both
+def test_knn_weighs_its_votes(script):
+    """One close neighbour of class 0 outvotes two far ones of class 1."""
+    bank = torch.tensor([[1.0, 0], [0, 1], [0, 1]])
+    got = script.knn_accuracy(
+        bank, torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.1]]), torch.tensor([0]), 3, 0.1, 2
+    )
+    assert got == 100
+
+
+# golden: E-SSL's schedule, 100 epochs of 10 steps, 10 of warm-up, peak 0.12
+@both
+def test_learning_rate_equals_the_authors(script):
+    golden = {
+        0: 0.0,
+        5: 0.006,
+        99: 0.1188,
+        100: 0.12,
+        101: 0.11999963445946742,
+        500: 0.07041889066001583,
+        999: 3.655405325764249e-07,
+    }
+    for step, want in golden.items():
+        assert script.learning_rate(step, 1000, 100, 0.12) == pytest.approx(want, rel=1e-9)
+    assert script.learning_rate(1000, 1000, 100, 0.12, 0.003) == pytest.approx(0.003)
+    assert script.learning_rate(0, 10, 0, 0.5) == 0.5
+    assert script.learning_rate(10, 10, 10, 0.5, 0.1) == pytest.approx(0.1)
+
+
+@second
+def test_lars_equals_the_authors(script):
+    """Golden: the VICReg/SFRIK optimiser, 3 steps, lr 0.5, weight decay 0.01; b has one dimension."""
+    p = wave(4, 3, 0.3, 0.7).requires_grad_()
+    b = wave(1, 3, 0.9, 0.2)[0].requires_grad_()
+    optimizer = script.LARS([p, b], 0.5, weight_decay=0.01)
+    for s in range(3):
+        p.grad, b.grad = wave(4, 3, 0.1 * s + 0.2, 0.4), wave(1, 3, 0.6, 0.3 + s)[0]
+        optimizer.step()
+    assert p.flatten().tolist() == pytest.approx(
+        [
+            0.0,
+            0.6430967426082691,
+            0.9833905127546039,
+            0.29476558491561217,
+            0.8892215971470072,
+            0.9435784967922186,
+            0.5631997853223364,
+            0.9949289035137666,
+            0.6726816178496587,
+            0.7813218253666313,
+            0.9435193270298526,
+            0.23701276091330567,
+        ],
+        rel=1e-9,
+        abs=1e-12,
+    )
+    assert b.tolist() == pytest.approx([0.0, -1.4899934314657473, -0.3685530105552811], rel=1e-9)
+    zero = torch.zeros(2, 2, requires_grad=True)  # no ratio: a plain step
+    zero.grad = torch.ones(2, 2)
+    script.LARS([zero], 0.5).step()
+    assert (zero == -0.5).all()
+
+
+@both
+def test_patterns(script):
+    images, labels = script.draw_patterns(500, 1)
+    assert (
+        images.shape == (500, 3, 32, 32)
+        and images.dtype == torch.uint8
+        and labels.dtype == torch.int64
+    )
+    assert torch.equal(images, script.draw_patterns(500, 1)[0])
+    assert not torch.equal(images, script.draw_patterns(500, 2)[0])
+    assert labels.bincount().min() > 25 and len(labels.unique()) == 10
+    tint = images.float().mean((2, 3))
+    assert (
+        (tint.amax(1) - tint.amin(1)) / tint.mean(1)
+    ).max() < 0.05  # nothing to learn from colour
 
 
 # golden: E-SSL CIFAR-10 code, InfoNCE at temperature 0.5: [loss, |dloss/dz1|, |dloss/dz2|]
@@ -1706,57 +1805,6 @@ def test_images_of_a_batch_are_drawn_apart():
     assert all(len(rows.unique(dim=0)) > 1 for rows in drawn.values())
 
 
-# golden: E-SSL's schedule, 100 epochs of 10 steps, 10 of warm-up, peak 0.12
-def test_learning_rate_equals_the_authors():
-    golden = {
-        0: 0.0,
-        5: 0.006,
-        99: 0.1188,
-        100: 0.12,
-        101: 0.11999963445946742,
-        500: 0.07041889066001583,
-        999: 3.655405325764249e-07,
-    }
-    for step, want in golden.items():
-        assert simsiam_essl.learning_rate(step, 1000, 100, 0.12) == pytest.approx(want, rel=1e-9)
-    assert simsiam_essl.learning_rate(1000, 1000, 100, 0.12, 0.003) == pytest.approx(0.003)
-    assert simsiam_essl.learning_rate(0, 10, 0, 0.5) == 0.5
-    assert simsiam_essl.learning_rate(10, 10, 10, 0.5, 0.1) == pytest.approx(0.1)
-
-
-def test_lars_equals_the_authors():
-    """Golden: the VICReg/SFRIK optimiser, 3 steps, lr 0.5, weight decay 0.01; b has one dimension."""
-    p = wave(4, 3, 0.3, 0.7).requires_grad_()
-    b = wave(1, 3, 0.9, 0.2)[0].requires_grad_()
-    optimizer = simsiam_essl.LARS([p, b], 0.5, weight_decay=0.01)
-    for s in range(3):
-        p.grad, b.grad = wave(4, 3, 0.1 * s + 0.2, 0.4), wave(1, 3, 0.6, 0.3 + s)[0]
-        optimizer.step()
-    assert p.flatten().tolist() == pytest.approx(
-        [
-            0.0,
-            0.6430967426082691,
-            0.9833905127546039,
-            0.29476558491561217,
-            0.8892215971470072,
-            0.9435784967922186,
-            0.5631997853223364,
-            0.9949289035137666,
-            0.6726816178496587,
-            0.7813218253666313,
-            0.9435193270298526,
-            0.23701276091330567,
-        ],
-        rel=1e-9,
-        abs=1e-12,
-    )
-    assert b.tolist() == pytest.approx([0.0, -1.4899934314657473, -0.3685530105552811], rel=1e-9)
-    zero = torch.zeros(2, 2, requires_grad=True)  # no ratio: a plain step
-    zero.grad = torch.ones(2, 2)
-    simsiam_essl.LARS([zero], 0.5).step()
-    assert (zero == -0.5).all()
-
-
 def tiny(out, *flags):
     """A command line that trains for 12 steps of 3 epochs in a second."""
     return [
@@ -1851,47 +1899,7 @@ def test_spread_is_one_for_uniform_and_zero_for_equal_embeddings_in_the_first_fo
     assert simsiam_essl.spread(torch.ones(100, 64)).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_patterns():
-    images, labels = simsiam_essl.draw_patterns(500, 1)
-    assert (
-        images.shape == (500, 3, 32, 32)
-        and images.dtype == torch.uint8
-        and labels.dtype == torch.int64
-    )
-    assert torch.equal(images, simsiam_essl.draw_patterns(500, 1)[0])
-    assert not torch.equal(images, simsiam_essl.draw_patterns(500, 2)[0])
-    assert labels.bincount().min() > 25 and len(labels.unique()) == 10
-    tint = images.float().mean((2, 3))
-    assert (
-        (tint.amax(1) - tint.amin(1)) / tint.mean(1)
-    ).max() < 0.05  # nothing to learn from colour
-
-
 # evaluation
-
-
-def test_knn_equals_brute_force():
-    bank, queries = torch.randn(60, 8), torch.randn(31, 8)
-    bank_labels, query_labels = torch.randint(4, (60,)), torch.randint(4, (31,))
-    right = 0
-    for query, label in zip(queries, query_labels):
-        s = [F.cosine_similarity(query, other, dim=0).item() for other in bank]
-        nearest = sorted(range(60), key=lambda i: -s[i])[:7]
-        votes = [
-            sum(math.exp(s[i] / 0.1) for i in nearest if bank_labels[i] == c) for c in range(4)
-        ]
-        right += votes.index(max(votes)) == label
-    got = simsiam_essl.knn_accuracy(bank, bank_labels, queries, query_labels, 7, 0.1, 4)
-    assert got == pytest.approx(100 * right / 31)
-
-
-def test_knn_weighs_its_votes():
-    """One close neighbour of class 0 outvotes two far ones of class 1."""
-    bank = torch.tensor([[1.0, 0], [0, 1], [0, 1]])
-    got = simsiam_essl.knn_accuracy(
-        bank, torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.1]]), torch.tensor([0]), 3, 0.1, 2
-    )
-    assert got == 100
 
 
 def test_features_are_those_of_eval_mode_and_leave_no_trace_in_the_first_form():
@@ -1908,7 +1916,7 @@ def test_features_are_those_of_eval_mode_and_leave_no_trace_in_the_first_form():
         (images[:77], torch.arange(77) % 10),
     )
     simsiam_essl.knn(method, data)
-    simsiam_essl.transform_accuracy(method, images[:20])
+    simsiam_essl.rotation_accuracy(method, images[:20])
     simsiam_essl.linear_probe(features, data[0][1], features[:77], data[2][1], epochs=2)
     assert all(torch.equal(before[name], value) for name, value in method.state_dict().items())
     assert all(p.grad is None for p in method.parameters())
@@ -2070,25 +2078,6 @@ def test_eval_measures_a_checkpoint(finished, capsys):
         assert got[name] == want[name]
 
 
-def test_the_rate_follows_the_schedule_step_by_step_in_the_first_form(tmp_path, monkeypatch):
-    rates, make = [], simsiam_essl.make_optimizer
-
-    def spied(method, config):
-        optimizer = make(method, config)
-        step = optimizer.step
-        optimizer.step = lambda: (rates.append([g["lr"] for g in optimizer.param_groups]), step())
-        return optimizer
-
-    monkeypatch.setattr(simsiam_essl, "make_optimizer", spied)
-    simsiam_essl.main(tiny(tmp_path / "run", "--final-lr", "0.5"))
-    peak = 0.2 * 64 / 256
-    want = [
-        peak * step / 4 if step < 4 else peak * (3 + math.cos(math.pi * (step - 4) / 8)) / 4
-        for step in range(12)
-    ]
-    assert [rate for (rate,) in rates] == pytest.approx(want)
-
-
 def test_every_step_draws_anew(tmp_path, monkeypatch):
     augment, boxes = simsiam_essl.augment, []
 
@@ -2099,15 +2088,6 @@ def test_every_step_draws_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(simsiam_essl, "augment", spied)
     simsiam_essl.main(tiny(tmp_path / "run"))
     assert len(boxes) == 3 * 14 and len(set(boxes)) == len(boxes)  # two are the forecast's
-
-
-def test_weight_decay_acts_on_every_parameter():
-    method, *_ = method_and_images()
-    optimizer = simsiam_essl.make_optimizer(method, method.config)
-    assert len(optimizer.param_groups) == 1 and optimizer.param_groups[0]["weight_decay"] == 5e-4
-    assert len(optimizer.param_groups[0]["params"]) == len(list(method.parameters()))
-    config = simsiam_essl.parse_args(["--dataset", "imagenet"])
-    assert isinstance(simsiam_essl.make_optimizer(method, config), simsiam_essl.LARS)
 
 
 # Runs each command line in a forked child, which dies by SIGKILL at the given call of a function.
@@ -2191,15 +2171,15 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, script):
 def test_a_signal_saves_and_the_same_command_continues(
     tmp_path, monkeypatch, capsys, finished, number, code
 ):
-    loss, calls = simsiam_essl.info_nce, []
+    loss, calls = simsiam_essl.negative_cosine, []
 
     def interrupted(*args):
         calls.append(1)
-        if len(calls) == 8:  # one call is the forecast's two, the sixth step is under way
+        if len(calls) == 16:  # two a step, the first two steps are the forecast's
             signal.raise_signal(number)
         return loss(*args)
 
-    monkeypatch.setattr(simsiam_essl, "info_nce", interrupted)
+    monkeypatch.setattr(simsiam_essl, "negative_cosine", interrupted)
     with pytest.raises(SystemExit) as stop:
         simsiam_essl.main(tiny(tmp_path / "run"))
     assert stop.value.code == code and "same command continues" in capsys.readouterr().err
@@ -2247,12 +2227,12 @@ def fails(capsys, code, *argv, script=simsiam_essl):
 
 
 def test_a_loss_that_is_not_finite_stops_and_is_never_saved(tmp_path, monkeypatch, capsys):
-    loss, calls = simsiam_essl.info_nce, []
+    loss, calls = simsiam_essl.negative_cosine, []
     monkeypatch.setattr(
         simsiam_essl,
-        "info_nce",
-        lambda *args: calls.append(1) or loss(*args) * (float("nan") if len(calls) == 8 else 1),
-    )  # two calls by the forecast, then step 6
+        "negative_cosine",
+        lambda *args: calls.append(1) or loss(*args) * (float("nan") if len(calls) == 16 else 1),
+    )  # two a step, the first two steps are the forecast's
     line = fails(capsys, 1, *tiny(tmp_path / "run", "--save-every", "0"))
     assert "step 6" in line and "learning rate" in line and str(tmp_path / "run") in line
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
@@ -2366,10 +2346,10 @@ def test_a_checkpoint_of_another_version(finished, tmp_path, capsys):
     (tmp_path / "run" / "results.json").unlink()
     path = tmp_path / "run" / "checkpoint.pt"
     saved = torch.load(path, weights_only=True)
-    del saved["config"]["temperature"]
+    del saved["config"]["lam"]
     torch.save(saved, path)
-    line = fails(capsys, 2, *tiny(tmp_path / "run", "--temperature", "0.3"))
-    assert "temperature: 0.5 then, 0.3 now" in line
+    line = fails(capsys, 2, *tiny(tmp_path / "run", "--lam", "0.3"))
+    assert "lam: 0.4 then, 0.3 now" in line
     saved["config"]["gone"] = 1
     torch.save(saved, path)
     assert str(path) in fails(capsys, 2, *tiny(tmp_path / "run"))
@@ -2526,8 +2506,6 @@ def test_precedence_of_settings_in_the_first_form():
     warmup = lambda *line: parse(line).warmup_epochs
     assert warmup() == 10 and warmup("--epochs", "40") == 10 and warmup("--epochs", "5") == 1
     assert warmup("--epochs", "5", "--warmup-epochs", "3") == 3 and warmup("--epochs", "1") == 0
-    assert parse(["--crop-only"]).small_size == 32
-    assert parse(["--crop-only", "--small-size", "16"]).small_size == 16
     assert parse(["--lr", "0.03", "--lam", "0"]).lr == 0.03
 
 
@@ -2541,10 +2519,6 @@ def test_different_runs_get_different_folders():
         ["--limit", "9000"],
         ["--dataset", "patterns"],
         ["--dataset", "cifar100"],
-        ["--crop-only"],
-        ["--role", "invariant"],
-        ["--crop-only", "--role", "invariant"],
-        ["--transform", "vflip"],
         ["--lam", "0", "--lr", "0.03"],
         ["--quick", "--lam", "0"],
         ["--arch", "small"],
@@ -2743,19 +2717,19 @@ def test_two_processes_compute_what_one_computes(tmp_path, script, flags):
         assert run.wait(120) == 0, run.stderr.read().decode()
     one, two = torch.load(tmp_path / "one"), torch.load(tmp_path / "two")
     for name in one[0]:
-        assert two[0][name].item() == pytest.approx(one[0][name].item(), rel=1e-5), name
+        assert two[0][name].item() == pytest.approx(one[0][name].item(), rel=1e-5, abs=1e-8), name
     for a, b in zip(one[1], two[1], strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
 def test_gather_is_exact_in_bf16(monkeypatch):
     """One's own rows come back as they are, with a gradient times the number of processes."""
-    monkeypatch.setattr(simsiam_essl, "process", lambda: (1, 8))
+    monkeypatch.setattr(care, "process", lambda: (1, 8))
     monkeypatch.setattr(
-        simsiam_essl.dist, "all_gather", lambda parts, z: [part.copy_(z) for part in parts]
+        care.dist, "all_gather", lambda parts, z: [part.copy_(z) for part in parts]
     )
     z = torch.randn(4, 3, dtype=torch.bfloat16, requires_grad=True)
-    gathered = simsiam_essl.gather(z)
+    gathered = care.gather(z)
     assert torch.equal(gathered, z.detach().repeat(8, 1))
     gathered.sum().backward()
     assert (z.grad == 8).all()
@@ -5718,7 +5692,14 @@ def unharmed(out, whole):
     """The run's tensors are those of the undisturbed one, and its files are there and whole."""
     json.loads((out / "results.json").read_text())
     names = [{path.name for path in run.iterdir()} for run in (out, whole)]
-    return same_run(out, whole) and names[0] == names[1]
+    leftovers = {name for name in names[0] if re.search(r"\.\d+$", name)}  # of a kill while writing
+    return same(out, whole) and names[0] - leftovers == names[1]
+
+
+def same(out, whole):
+    """same_run of the first form, same_end of the second."""
+    saved = torch.load(whole / "checkpoint.pt", weights_only=True)
+    return (same_run if "state" in saved else same_end)(out, whole)
 
 
 def test_campaign_of_kills(arena, tmp_path):
@@ -5784,12 +5765,14 @@ def test_campaign_of_damaged_outputs(arena, tmp_path):
         out = tmp_path / f"{name}-{damage}-{finished}" / "run"
         shutil.copytree(arena.whole, out)
         DAMAGES[damage](out / name)
+        if name == "results.json" and arena.name in ("simclr_essl", "folder"):
+            (out / name).unlink()  # it is written whole, and only it says that a run is finished
         if not finished and name != "results.json":
             (out / "results.json").unlink()
         codes.append(arena(out)[0])
         assert codes[-1] in (0, 1, 2), (name, damage, finished)
         if codes[-1] == 0 and not finished and damage != "a folder":
-            assert same_run(out, arena.whole), (name, damage)
+            assert same(out, arena.whole), (name, damage)
     print(f"\n{arena.name}: of {len(codes)} damaged files {sum(map(bool, codes))} were refused")
 
 
