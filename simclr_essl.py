@@ -388,15 +388,15 @@ def crop(x, box, size):
 
 def brightness(x, factor):
     """A mix of x with black; factor (N, 1, 1, 1), 1 changes nothing. So in the next two."""
-    return (x * factor).clamp(0, 1)
+    return (x * factor).clamp_(0, 1)
 
 def contrast(x, factor):
     """A mix with the mean luma of the image."""
-    return torch.lerp(TF.rgb_to_grayscale(x).mean((2, 3), True), x, factor).clamp(0, 1)
+    return torch.lerp(TF.rgb_to_grayscale(x).mean((2, 3), True), x, factor).clamp_(0, 1)
 
 def saturation(x, factor):
     """A mix with the luma of each pixel."""
-    return torch.lerp(TF.rgb_to_grayscale(x), x, factor).clamp(0, 1)
+    return torch.lerp(TF.rgb_to_grayscale(x), x, factor).clamp_(0, 1)
 
 def shift_hue(x, turns):
     """Hue moved by turns (N, 1, 1, 1); value and chroma of the HSV colour stay."""
@@ -407,7 +407,7 @@ def shift_hue(x, turns):
     sextant = torch.where(value == red, (green - blue) / safe, torch.where(
         value == green, (blue - red) / safe + 2, (red - green) / safe + 4))
     offset = torch.arange(5, 0, -2, device=x.device)[:, None, None]  # red 5, green 3, blue 1
-    k = torch.remainder(sextant + 6 * turns + offset, 6)
+    k = (sextant + 6 * turns + offset).remainder_(6)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 def blur(x, sigma):
