@@ -311,7 +311,8 @@ def batches(data, config, epoch, device):
         yield from ((images[row], labels[row]) for row in rows.to(device))
     else:
         for views, labels in images.load(epoch, rows.flatten().tolist(), rows.shape[1]):
-            yield [x.to(device, non_blocking=True) for x in views], labels.to(device)
+            *views, labels = (x.to(device, non_blocking=True) for x in (*views, labels))
+            yield views, labels
 
 # %% AUGMENT ---------------------------------------------------------------------------------------
 def view_policies(config):
