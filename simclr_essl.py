@@ -676,7 +676,8 @@ def train(config):
         network.compile(dynamic=False)  # in place: the names of the parameters stay
     model = nn.parallel.DistributedDataParallel(method) if WORLD > 1 else method
     done, total, peak = log[-1]["epoch"], config.epochs * steps, optimizer.defaults["lr"]
-    warmup, terminal, saved_at = config.warmup_epochs * steps, sys.stdout.isatty(), time.time()
+    warmup, saved_at = config.warmup_epochs * steps, time.time()
+    terminal, told = sys.stdout.isatty(), False
     print(f"{out}: {done} of {config.epochs} epochs done, {steps} steps each, peak rate {peak:g}")
 
     for epoch in range(done + 1, config.epochs + 1):
@@ -692,10 +693,10 @@ def train(config):
             optimizer.step()
             for name, value in {"loss": loss.detach(), **terms}.items():
                 sums[name] += value
-            if step == 2:
-                warm = time.time()  # the first steps take longer
-            elif step > 2 and (terminal or epoch == done + 1 and step == 5):
-                left = (time.time() - warm) / (step - 2) * (total - now)
+            if step == 1:
+                warm = time.time()  # the first step takes longer
+            elif terminal or time.time() - warm > 5 and not told:
+                left, told = (time.time() - warm) / (step - 1) * (total - now), True
                 print(f" step {step} of {steps}, about {timedelta(seconds=round(left))} left"
                       + " (sooner: --quick, --arch small, fewer --epochs)" * (left > 7200),
                       end="\r" if terminal else "\n", flush=True)
