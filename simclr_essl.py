@@ -606,7 +606,8 @@ def open_run(config, data):
         return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        script, then = saved["script"], saved["config"] | {k: saved["data"].get(k) for k in data}
+        script, stored = saved["script"], saved["data"]
+        then = saved["config"] | {name: stored.get(name) for name in data}
     except Exception as problem:  # a damaged file can raise nearly anything
         check(False, f"{path} is damaged ({type(problem).__name__}): remove it or change --out")
     check(script == SCRIPT, f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")

@@ -1146,6 +1146,11 @@ def test_another_run_in_the_folder_is_refused_and_named(script, runs, tmp_path, 
     assert "checkpoint.pt" in fails(capsys, 2, *line, script=script)
 
 
+def without_data(path):
+    saved = torch.load(path, weights_only=True)
+    return {name: value for name, value in saved.items() if name != "data"}
+
+
 @second
 def test_a_damaged_or_foreign_checkpoint_is_refused(script, runs, tmp_path, capsys):
     for name, damage in (
@@ -1154,11 +1159,14 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(script, runs, tmp_path, caps
         ("text", lambda path: path.write_text("no checkpoint")),
         ("list", lambda path: torch.save([1, 2], path)),
         ("foreign", lambda path: torch.save({"script": "x", "config": {}, "data": {}}, path)),
+        ("first form", lambda path: torch.save(without_data(path), path)),
     ):
         (tmp_path / name).mkdir()
         path = tmp_path / name / "checkpoint.pt"
         shutil.copy(runs(script) / "checkpoint.pt", path)
         damage(path)
+        if name in ("truncated", "first form"):  # of a finished run, too
+            shutil.copy(runs(script) / "results.json", tmp_path / name)
         message = fails(capsys, 2, *TINY[script.__name__](tmp_path / name), script=script)
         assert str(path) in message and ("x.py" in message) == (name == "foreign")
 
