@@ -8,14 +8,12 @@ Times are medians after a warm-up, of alternating calls, so that a drifting mach
 A step is all that training does for one batch; forward_backward is the bare network, encoder and
 heads, on the same views: what is left of a step is augmentation, loss and optimiser.
 """
-
 import importlib
 import json
 import os
 import statistics
 import sys
 import time
-from contextlib import nullcontext
 from itertools import accumulate
 
 import torch
@@ -25,7 +23,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 SCRIPTS = ["simclr_essl", "simsiam_essl", "care", "sfrik", "homomorphic", "photonics_reg"]
-
 
 def milliseconds(functions, device, repeats):
     """{name: median milliseconds} of functions without arguments, called in turn."""
@@ -40,105 +37,53 @@ def milliseconds(functions, device, repeats):
                 times[name].append(1000 * (time.perf_counter() - began))
     return {name: statistics.median(values) for name, values in times.items()}
 
-
 def matmul_tflops(device):
     """Rate of a large matrix product, in the precision of the networks there: bf16 on CUDA."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     return 2 * n**3 / milliseconds({"matmul": lambda: a @ b}, device, 5)["matmul"] / 1e9
 
+def views(script, method, images):
+    """What a step embeds: the augmented images, or cells, of a batch."""
+    config = method.config
+    if script.__name__ == "care":
+        shares = [1, 1] + 2 * [config.batch_size // config.chunks] * (config.lam > 0)
+        return [method.a(images, share=share) for share in shares]
+    if script.__name__ == "homomorphic":
+        x, group = method.canvas(images.float() / 255), config.group
+        augmented = config.ssl == "augmented"
+        draws = [script.draw_group(x, group) for _ in range(2 * augmented)]
+        return [script.transform(x, g, group) for g in draws] or [x]
+    if script.__name__ == "photonics_reg":
+        return [method.view(images), method.view(images), script.versions(images, config.dataset)]
+    return [method.view(images, i) for i in range(len(method.policies))]
 
-def view_parts(script, method, images):
-    """E-SimCLR, E-SimSiam, SFRIK: the views of a batch, and the bare network on them."""
-    predictor = getattr(method, "predictor", None)
-
-    def augment():
-        return [method.view(images, i) for i in range(len(method.policies))]
-
-    views = augment()
-    if predictor:
-        small = views.pop()
-        others = hasattr(method, "versions")  # simclr_essl predicts other transformations too
-        jigsaw = others and method.config.transform == "jigsaw"
-        turned = method.versions(small, jigsaw)[0] if others else script.rotate4(small)
-
-    def network():
-        first_form = hasattr(script, "autocast")  # around the heads, too
-        with script.autocast(method.config, images.device) if first_form else nullcontext():
-            outputs = [method.projector(method.features(view)) for view in views]
-            outputs = [method.h(z) if hasattr(method, "h") else z for z in outputs]
-            outputs += [predictor(method.features(turned))] if predictor else []
-        sum(output.float().sum() for output in outputs).backward()
-
-    return augment, network
-
-
-def care_parts(script, method, images):
-    """CARE: the views of a batch, two of them in chunks, and the bare network on them."""
-    chunks = [None, None] + [method.config.chunks] * 2 * (method.config.lam > 0)
-
-    def augment():
-        return [method.a(images, chunks=chunk) for chunk in chunks]
-
-    views = augment()
+def bare_network(script, method, images, labels):
+    """A function that runs the networks of a step, forward and backward, on the step's inputs."""
+    calls, bf16 = [], script.precision(method.config, images.device) == "bf16"
+    seen = lambda network, inputs, output: calls.append((network, inputs[0].detach()))
+    hooks = [network.register_forward_hook(seen) for network in method.children()]
+    method(images, labels)
+    for hook in hooks:
+        hook.remove()
 
     def network():
-        sum(method.f(view).float().sum() for view in views).backward()
+        total = 0
+        for module, x in calls:
+            encoder = module is method.encoder
+            head = not encoder and any(p.requires_grad for p in module.parameters())
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16 and encoder):
+                total = total + module(x.float().requires_grad_(head)).float().sum()
+        total.backward()
 
-    return augment, network
-
-
-def homomorphic_parts(script, method, images):
-    """H-SSL and A-SSL: the images that are embedded, and the bare encoder on them."""
-    x, group = method.canvas(images.float() / 255), method.config.group
-
-    def augment():
-        if method.config.ssl != "augmented":
-            return [x]
-        elements = [script.draw_group(len(x), group, x) for _ in range(2)]
-        return [script.transform(x, g, group) for g in elements]
-
-    views = augment()
-
-    def network():
-        sum(method.f(view).float().sum() for view in views).backward()
-
-    return augment, network
-
-
-def photonics_parts(script, method, cells):
-    """E-SimCLR on photonic crystals: two views and four turns, and the bare network on them."""
-
-    def augment():
-        return [method.view(cells), method.view(cells), script.versions(cells, "gpm")]
-
-    views = augment()
-
-    def network():
-        with script.autocast(method.config, cells.device):
-            outputs = [method.projector(method.features(view)) for view in views[:2]]
-            outputs += [method.predictor(method.features(views[2]))]
-        sum(output.float().sum() for output in outputs).backward()
-
-    return augment, network
-
-
-PARTS = {
-    "simclr_essl": view_parts,
-    "simsiam_essl": view_parts,
-    "care": care_parts,
-    "sfrik": view_parts,
-    "homomorphic": homomorphic_parts,
-    "photonics_reg": photonics_parts,
-}
-
+    return network
 
 def script_row(name, argv, repeats):
     """Times of one training step of a script and of its parts, as a dict."""
     script = importlib.import_module(name)
     config = script.parse_args(argv)
-    device = script.start(config)
-    if name == "photonics_reg":
+    device, cells = script.start(config), name == "photonics_reg"
+    if cells:
         images = script.draw_cells("gpm", config.batch_size, 1).float().to(device)
     else:
         side = config.size if hasattr(config, "size") else 28 if config.dataset == "mnist" else 32
@@ -147,9 +92,8 @@ def script_row(name, argv, repeats):
     labels = torch.zeros(len(images), dtype=torch.int64, device=device)
     method = script.Method(config).to(device, memory_format=torch.channels_last)
     optimizer = script.make_optimizer(method, config)
-    augment, network = PARTS[name](script, method, images)
-    networks = method.children() if hasattr(script, "WORLD") else [method]  # first form: the step
-    for module in networks if config.compile else ():
+    network = bare_network(script, method, images, labels)
+    for module in method.children() if config.compile else ():
         module.compile(dynamic=False)
 
     def step():
@@ -162,24 +106,17 @@ def script_row(name, argv, repeats):
         step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    ms = milliseconds({"step": step, "augment": augment, "network": network}, device, repeats)
+    parts = {"step": step, "augment": lambda: views(script, method, images), "network": network}
+    ms = milliseconds(parts, device, repeats)
     tflops = flops.get_total_flops() / ms["step"] / 1e9
     return {
-        "script": name,
-        "flags": " ".join(argv),
-        "device": str(device),
+        "script": name, "flags": " ".join(argv), "device": str(device),
         "images_per_second": 1000 * config.batch_size / ms["step"],
-        "step_ms": ms["step"],
-        "augment_ms": ms["augment"],
-        "forward_backward_ms": ms["network"],
+        "step_ms": ms["step"], "augment_ms": ms["augment"], "forward_backward_ms": ms["network"],
         "step_over_network": ms["step"] / ms["network"],
-        "peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30
-        if device.type == "cuda"
-        else None,
-        "tflops": tflops,
-        "fraction_of_matmul_peak": tflops / matmul_tflops(device),
+        "peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30 or None,
+        "tflops": tflops, "fraction_of_matmul_peak": tflops / matmul_tflops(device),
     }
-
 
 def homomorphic_row(group, n, repeats):
     """H-SSL's loss and gradient over A-SSL's: one forward pass of MNIST's network over two."""
@@ -196,12 +133,11 @@ def homomorphic_row(group, n, repeats):
         homomorphic.nce_loss(v1, v2, 0.1).backward()
 
     def a_ssl():
-        g1, g2 = (homomorphic.draw_group(n, group, x) for _ in range(2))
+        g1, g2 = homomorphic.draw_group(x, group), homomorphic.draw_group(x, group)
         homomorphic.nce_loss(*method.augmented(x, g1, g2, method.draw_fibers(n)[0]), 0.1).backward()
 
     ms = milliseconds({"h": h_ssl, "a": a_ssl}, device, repeats)
     return {"comparison": f"H-SSL's step over A-SSL's, {group}, n {n}", "ratio": ms["h"] / ms["a"]}
-
 
 def label_row(repeats):
     """Seconds that the density of states of a photonic crystal takes, on one core or on the GPU."""
@@ -217,7 +153,6 @@ def label_row(repeats):
     seconds = ms / 1000 / n
     return {"labels": f"density of states, {device}, one core", "seconds_per_cell": seconds}
 
-
 LOSSES = {
     "sfrik L=2": lambda sfrik, a, b: sfrik.sfrik_loss(a, b, 4000, 1, (1, 40)),
     "sfrik L=3": lambda sfrik, a, b: sfrik.sfrik_loss(a, b, 4000, 1, (1, 40, 40)),
@@ -225,7 +160,6 @@ LOSSES = {
     "auh": lambda sfrik, a, b: sfrik.auh_loss(a, b, 3000, 1, 2.5),
     "nt_xent": lambda sfrik, a, b: sfrik.nt_xent(a, b, 0.15),
 }
-
 
 def allocated_peak(function, device):
     """GB that a call allocates at its peak, as torch's own allocators count it."""
@@ -239,7 +173,6 @@ def allocated_peak(function, device):
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(accumulate(event.nbytes() for event in events)) / 2**30
-
 
 def loss_cost(name, n, q, device):
     """(milliseconds, GB) of a loss of two views (n, q), forward and backward."""
@@ -258,7 +191,6 @@ def loss_cost(name, n, q, device):
         call()
         return 1000 * (time.perf_counter() - began), memory
     return milliseconds({"loss": call}, device, 5)["loss"], memory
-
 
 def loss_rows(n, widths=(1024, 2048, 4096, 8192, 16384, 32768)):
     """Costs of SFRIK's loss and its rivals for n images over q: the table of the paper's headline.
@@ -288,7 +220,6 @@ def loss_rows(n, widths=(1024, 2048, 4096, 8192, 16384, 32768)):
         rows.append(row)
     return rows
 
-
 def augmentation_row(n=512, repeats=5):
     """Images/s on one core: simclr_essl's large CIFAR view, and torchvision's transforms on PIL."""
     from simclr_essl import augment
@@ -297,24 +228,14 @@ def augmentation_row(n=512, repeats=5):
     torch.set_num_threads(1)
     images = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8)
     pictures = [TF.to_pil_image(image) for image in images]
-    transform = T.Compose(
-        [
-            T.RandomResizedCrop(32, (0.2, 1.0)),
-            T.RandomHorizontalFlip(),
-            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
-            T.RandomGrayscale(0.2),
-            T.ToTensor(),
-            T.Normalize((0.5,) * 3, (0.25,) * 3),
-        ]
-    )
-    ms = milliseconds(
-        {
-            "batched": lambda: (augment(images, 32) - 0.5) / 0.25,
-            "pil": lambda: torch.stack([transform(picture) for picture in pictures]),
-        },
-        cpu,
-        repeats,
-    )
+    transform = T.Compose([
+        T.RandomResizedCrop(32, (0.2, 1.0)), T.RandomHorizontalFlip(),
+        T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), T.RandomGrayscale(0.2),
+        T.ToTensor(), T.Normalize((0.5,) * 3, (0.25,) * 3)])
+    ms = milliseconds({
+        "batched": lambda: (augment(images, 32) - 0.5) / 0.25,
+        "pil": lambda: torch.stack([transform(picture) for picture in pictures]),
+    }, cpu, repeats)
     torch.set_num_threads(threads)
     return {
         "augmentation": "CIFAR view, one core",
@@ -322,7 +243,6 @@ def augmentation_row(n=512, repeats=5):
         "pil_images_per_second": 1000 * n / ms["pil"],
         "ratio": ms["pil"] / ms["batched"],
     }
-
 
 def show(rows):
     """A small table of each row, or one of all rows of losses; then all rows as lines of JSON."""
@@ -335,20 +255,15 @@ def show(rows):
         cells = ["-" if ms is None else f"{ms:.4g} / {gb:.2g}" for ms, gb in cells]
         print(f"  {row['losses']:20}", *(f"{cell:>16}" for cell in cells))
     if losses:
-        print(
-            "  VICReg forms its q x q covariance, as published; the norm of its off-diagonal part"
-        )
-        print("  could be had from the n x n Gram matrix.")
+        print("  VICReg forms its q x q covariance, as published.")
     for row in (row for row in rows if "losses" not in row):
         print()
         for name, value in row.items():
-            print(
-                f"  {name:26} {value:.4g}" if isinstance(value, float) else f"  {name:26} {value}"
-            )
+            value = f"{value:.4g}" if isinstance(value, float) else value
+            print(f"  {name:26} {value}")
     print()
     for row in rows:
         print(json.dumps(row | {"torch": torch.__version__, "threads": torch.get_num_threads()}))
-
 
 def main(argv):
     """Everything, or one script with its flags."""
@@ -381,7 +296,6 @@ def main(argv):
         rows.append(label_row(5))
         rows.append(augmentation_row())  # last: the allocator keeps its memory by now
     show(rows)
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

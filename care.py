@@ -16,58 +16,32 @@ Algorithm 1 (appendix E) for a batch x of N images, f: backbone and head, normal
      difference of the two Gram matrices. lam = 0 is SimCLR or, with --base moco, MoCo-v2.
 
 Usage
-  python care.py --quick                              built-in data, two CPU cores, two minutes
-  python care.py --dataset cifar100                   the paper's CIFAR-100 run, on one GPU
+  python care.py --quick                              built-in data, a CPU, two minutes
+  python care.py --dataset cifar100                   the paper's CIFAR-100 run, one GPU
   python care.py --dataset cifar100 --lam 0           its SimCLR baseline
   python care.py --quick --dataset proteins           point clouds: the section PROTEINS
   torchrun --nproc_per_node=4 care.py --dataset imagenet100 --data-root PATH --classes LIST.txt
 
-Measured results: README.md. Paper, linear probe, ResNet-50 (Table 1), SimCLR and CARE: CIFAR-10
-90.98 and 91.92 %, CIFAR-100 66.77 and 68.05, STL-10 84.19 and 84.64, ImageNet100 72.79 and 76.69.
+Paper, linear probe, ResNet-50 (Table 1), SimCLR and CARE: CIFAR-10 90.98, 91.92 %, CIFAR-100 66.77,
+68.05, STL-10 84.19, 84.64, ImageNet100 72.79, 76.69. Measured here: README.md.
 
-Differences from the paper [P] and the authors' code [C]:
-  1. In [C] all chunks run in one vmap call, so that one pair of augmentations serves them all:
-     --share-pair. Here, as in [P], every chunk has a pair of its own.
-  2. Kept from [C]: L_equi is 2 / m times the sum over a chunk of m images, to which the published
-     lam seem to fit (inferred), averaged over chunks; --mean-gram takes the mean over pairs. Four
-     forward passes, so that each view has its own BatchNorm statistics.
-  3. lam for CIFAR-10 is 0.01 in [P], the default here, and 0.03 in the script of [C].
-  4. [P] names SimCLR's augmentation; as in [C], the jitter is weaker and 32-pixel images are
-     blurred, too. [C] makes the views of InfoNCE in 8 bits and trains in float32; here all are made
-     in floating point (streamed images: but the crop), and on GPUs networks run in bf16
-     (--precision fp32) and products in TF32.
-  5. [C] keeps BatchNorm in train mode while it trains the linear probe of CIFAR and STL-10, on
-     strongly augmented images, and while it runs kNN on ImageNet100; it keeps ImageNet100's best
-     test accuracy. Here the encoder is in eval mode, it is the last epoch's, and the probe sees
-     crops and flips (cached features for --quick and streamed images). Three probes run side by
-     side on the same views. kNN's temperature is always 0.5, in [C] that of the loss.
-  6. STL-10: [C] reads a momentum but never uses it; here it is 0.9, or --momentum 0. The warm-up
-     lasts 10 epochs as in [C], but at most a quarter of all (ours); [P] says steps. Training crops
-     come from 96 pixels, as in [C]; all other images are resized to 32, also (ours) the probe's.
-  7. ImageNet100: [C] has no crop in the equivariance views, contrasts on each GPU alone and
-     synchronises BatchNorm for CARE only. Here the views are cropped (out of a central crop), as in
-     [P], negatives come from all GPUs, and SyncBatchNorm serves CARE and its baseline. lam 0.005
-     and 128 images in chunks of 8 are [C]'s ([P]: 4 splits; MoCo 8, lam 0.01), but [C] draws one
-     pair for the four chunks of a GPU. Batch 512 and rate 0.8 are [P]'s, in [C] 256 and 0.4, so
-     that L_equi sees a quarter of the images here, there a half. A cosine per step, not per epoch;
-     branches of the ResNet start at zero, as in the other scripts. kNN, and the probe by Adam on
-     cached features, have CIFAR's settings, so that accuracies do not compare with [P]'s. The list
-     of classes is imagenet100.txt of github.com/HobbitLong/CMC.
-  8. MoCo-v2 on CIFAR: [P] gives the temperature, 0.1; queue, momentum and SGD are those of FAIR's
-     CIFAR demo (inferred); lam, chunks and head are those of the SimCLR runs (ours). On STL-10 only
-     the temperature changes. On several GPUs SyncBatchNorm replaces the shuffled batches (ours).
-  9. L_inv and L_unif of the ablation are those of [P], L_unif over the pairs of both views, also
-     i = j (ours). In [C] the one is minus the cosine over the temperature, the other the mean
-     logarithm of every row's sum. Convolutions of the stem start like the others; in [C] like
-     any Conv2d; on two GPUs [C] has BatchNorm of each alone.
- 10. Wahba's error, gamma_f and the retrieval have no published code, and [P] prints no numbers. The
-     error is over the root of the number of images and a mean over augmentations ([P] plots each);
-     its O(D) form, overlap and hue difference are ours. Retrieval searches the run's own images.
- 11. Point clouds: [P]'s are DeepSets, the Protein Data Bank, the target, R^16, the turns about
-     three axes and the losses compared; widths, BatchNorm in the head, settings, random walks,
-     probes, the sign of the axis and the projection are ours. Both views are rotated, in [P] one.
- 12. Ours: --dataset folder and patterns; --size above 64 takes stem, crops, blur and head of
-     ImageNet100. Left out: BYOL, Barlow Twins and EquiMod of Table 1, embeddings in two dimensions.
+What changes a number, against the paper [P] and the authors' code [C]:
+  1. In [C] one pair of augmentations serves all chunks (--share-pair); here, as in [P], one each.
+  2. As in [C], L_equi is 2 / m times the sum over a chunk of m images, which the published lam fit
+     (inferred), and each view has a forward pass. CIFAR-10's lam is [P]'s 0.01 ([C]: 0.03).
+  3. As in [C], the jitter is weaker than SimCLR's and 32-pixel images are blurred too. Views are
+     drawn in floating point, in one order of the jitter for a batch; on a GPU the backbone is in
+     bf16, products in TF32. STL-10's equivariance crops are antialiased ([C]: not).
+  4. [C] probes CIFAR and STL-10 with BatchNorm in train mode, on strongly augmented images; here it
+     is in eval mode, on crops and flips. kNN's temperature is 0.5 for all ([C]: that of the loss).
+  5. STL-10: momentum 0.9 ([C] reads one and never uses it); 10 epochs of warm-up ([P]: steps).
+  6. ImageNet100: [C] has no crop in the equivariance views and contrasts on each GPU alone; here
+     they are cropped, as in [P], and negatives come from all GPUs. lam and its 128 images in chunks
+     of 8 are [C]'s, batch 512 and rate 0.8 [P]'s; a cosine per step; the probe's last epoch counts.
+  7. MoCo-v2 on CIFAR: [P] gives the temperature; queue, momentum and SGD are those of FAIR's demo
+     (inferred), which also shuffles keys and splits BatchNorm in eight; here neither.
+  8. Point clouds: [P]'s are DeepSets, R^16, the turns, the target; settings and probes are ours.
+Ours: folders, patterns, chains. Left out: BYOL, Barlow Twins, EquiMod, embeddings in 2 dimensions.
 """
 import argparse
 import io
@@ -78,161 +52,155 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from itertools import pairwise
+from functools import partial
+from itertools import count, pairwise
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision.transforms as T
 import torchvision.transforms.functional as TF
+from PIL import Image, ImageOps
 from torchvision import datasets, models
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, RandomResizedCrop, Resize
 from torchvision.utils import make_grid, save_image
 
-SCRIPT = Path(__file__).stem
+SCRIPT = "care"
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes that torchrun started
+RANK = int(os.environ.get("RANK") or 0) if WORLD > 1 else 0  # of this process among them
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)  # among those of this machine
 
-# ------------------------------------------------------------------------------------------- CONFIG
+# %% CONFIG ----------------------------------------------------------------------------------------
+STREAMED = ("folder", "imagenet100")  # image files, read while the run goes on
+PHOTO = dict(size=224, knn_every=0, optimizer="sgd", final_lr=0.0, weight_decay=1e-4, lam=0.005,
+             projector="2048-128")
+CLOUD = dict(lam=1.0, epochs=100, projector="128-16")
+PRESETS = {
+    "cifar10": {},
+    "cifar100": dict(lam=0.001, chunks=4),
+    "stl10": dict(chunks=8, optimizer="sgd", lr=0.06, final_lr=0.0, warmup_epochs=10,
+                  weight_decay=5e-4),
+    "imagenet100": dict(PHOTO, equivariance_batch=128, epochs=200, batch_size=512, lr=0.8,
+                        temperature=0.2, queue=65536),  # batch and rate: paper; others: code
+    "folder": dict(PHOTO, chunks=8, lr=0.4),
+    "patterns": dict(arch="small", epochs=100),
+    "proteins": CLOUD, "chains": CLOUD,
+}
+MOCO = dict(temperature=0.1, optimizer="sgd", lr=0.03, final_lr=0.0, weight_decay=5e-4)  # for CIFAR
+QUICK = dict(arch="small", epochs=8, knn_every=2, limit=4000)
+FREE = ("data_root", "out", "device", "compile", "save_every", "knn_every")  # may change in a run
+LEAST = dict(epochs=1, batch_size=2, lr=1e-9, temperature=1e-9, size=8, chunks=1)  # others: 0
 
-
-def option(default, help, *choices):
-    """A field of Config: its default, its line of --help and, for a word, the words allowed."""
-    return field(default=default, metadata={"help": f"{help} [{default}]",
-                                            "choices": choices or None})
-
+def option(group, default, help, choices=None):
+    """A field of Config, with its group and line in --help."""
+    return field(default=default, metadata={"group": group, "help": help, "choices": choices})
 
 @dataclass
 class Config:
     """One field, one flag. Defaults: the paper's CIFAR-10 run. Other datasets: PRESETS."""
-    dataset: str = option("cifar10", "folder: any tree of train/ and val/, a folder per class",
-                          "cifar10", "cifar100", "stl10", "imagenet100", "folder", "patterns",
-                          "proteins", "chains")
-    data_root: str = option("data", "folder of the data; CIFAR and STL-10 are downloaded into it")
-    classes: str = option("", "file of the class folders to use, one a line (folder, imagenet100)")
-    arch: str = option("resnet50", "small: a conv net for CPUs", "resnet18", "resnet50", "small")
-    epochs: int = option(400, "passes over the training images (paper: 400)")
-    batch_size: int = option(256, "images per step, over all processes (paper: 256)")
-    optimizer: str = option("adam", "paper: adam for CIFAR, sgd for STL-10", "adam", "sgd")
-    momentum: float = option(0.9, "of sgd (authors' code for STL-10: 0)")
-    lr: float = option(1e-3, "peak learning rate, whatever the batch size (paper, CIFAR: 1e-3)")
-    final_lr: float = option(1.0, "share of the rate left after the cosine (code, CIFAR: 1)")
-    warmup_epochs: int = option(0, "epochs of linear warm-up (code, STL-10: 10)")
-    weight_decay: float = option(1e-6, "on every parameter (paper, CIFAR: 1e-6)")
-    seed: int = option(0, "of the weights, the order and the augmentation")
-    device: str = option("auto", "cpu, cuda, cuda:1 (auto: cuda where there is one)")
-    precision: str = option("auto", "of the networks (auto: bf16 on GPUs that have it)",
-                            "auto", "bf16", "fp32")
-    compile: bool = option(False, "torch.compile the step")
-    knn_every: int = option(10, "epochs between kNN evaluations (0: only at the end)")
-    save_every: float = option(5.0, "minutes between checkpoints (0: every step)")
-    out: str = option("", "folder of the run (default: in runs/, named after the flags)")
-    quick: bool = option(False, "built-in data, small encoder: everything in two minutes on a CPU")
-    eval: str = option("", "evaluate this checkpoint.pt, train nothing")
-    limit: int = option(0, "use the first N images of the shuffled training split (0: all)")
-    # the method
-    lam: float = option(0.01, "lambda, weight of L_equi; 0: the baseline (paper, CIFAR-10: 0.01)")
-    chunks: int = option(16, "chunks, each with its own augmentations (paper, CIFAR-10: 16)")
-    base: str = option("simclr", "the contrastive method", "simclr", "moco")
-    contrast: str = option("infonce", "the paper's ablation: other losses in place of InfoNCE",
-                           "infonce", "uniformity", "invariance", "none")
-    temperature: float = option(0.5, "of InfoNCE (paper: 0.5; MoCo 0.1; code, ImageNet100: 0.2)")
-    share_pair: bool = option(False, "one pair of augmentations for all chunks (authors' code)")
-    mean_gram: bool = option(False, "L_equi as a mean over pairs of images, not 2 / m of the sum")
-    plain_gram: bool = option(False, "compare with the Gram matrix of the images themselves")
-    equivariance_batch: int = option(0, "images of a batch L_equi sees, evenly spaced (0: all)")
-    queue: int = option(4096, "MoCo's negatives (FAIR's CIFAR demo: 4096)")
-    key_momentum: float = option(0.99, "of MoCo's key encoder (paper, ImageNet100: 0.99)")
-    size: int = option(32, "side of the views in pixels")
-    projector: str = option("512-128", "widths of the head (authors' code: 512-128)")
+    dataset: str = option("data", "cifar10", "folder: your own images", tuple(PRESETS))
+    data_root: str = option("data", "data", "where data are or go, or train/ and val/ are")
+    classes: str = option("data", "", "file of the class folders to use, one a line")
+    limit: int = option("data", 0, "train on N images, drawn once (0: all)")
+    size: int = option("data", 32, "side of the views in pixels")
+    arch: str = option("training", "resnet50", "backbone", ("resnet18", "resnet50", "small"))
+    epochs: int = option("training", 400, "passes over the training images (paper: 400)")
+    batch_size: int = option("training", 256, "images per step of all processes (paper: 256)")
+    optimizer: str = option("training", "adam", "paper, STL-10: sgd", ("adam", "sgd"))
+    lr: float = option("training", 1e-3, "peak rate, whatever the batch (paper, CIFAR: 1e-3)")
+    final_lr: float = option("training", 1.0, "share left at the end (code, CIFAR: 1)")
+    warmup_epochs: int = option("training", 0, "of linear warm-up (code, STL-10: 10)")
+    weight_decay: float = option("training", 1e-6, "on every parameter (paper, CIFAR: 1e-6)")
+    seed: int = option("training", 0, "of the weights, the order and the augmentation")
+    device: str = option("run", "auto", "cpu, cuda, cuda:1 (auto: cuda where there is one)")
+    precision: str = option("run", "auto", "auto: bf16 if the GPU has it", ("auto", "bf16", "fp32"))
+    compile: bool = option("run", False, "torch.compile the networks")
+    knn_every: int = option("run", 10, "epochs between kNN evaluations (0: only at the end)")
+    save_every: float = option("run", 5.0, "minutes between checkpoints, at the end of an epoch")
+    out: str = option("run", "", "folder of the run (default: runs/, named after the flags)")
+    quick: bool = option("run", False, "built-in data, small network: two minutes on a CPU")
+    lam: float = option("method", 0.01, "weight of L_equi; 0: the baseline (paper: 0.01)")
+    chunks: int = option("method", 16, "with augmentations of their own (paper, CIFAR-10: 16)")
+    base: str = option("method", "simclr", "the contrastive method", ("simclr", "moco"))
+    contrast: str = option("method", "infonce", "or, in its place, for the ablation", (
+        "infonce", "uniformity", "invariance", "none"))
+    temperature: float = option("method", 0.5, "of InfoNCE (paper: 0.5, MoCo 0.1)")
+    share_pair: bool = option("method", False, "one pair of augmentations for all chunks (code)")
+    equivariance_batch: int = option("method", 0, "images of a batch that L_equi sees (0: all)")
+    queue: int = option("method", 4096, "MoCo's negatives (FAIR's CIFAR demo: 4096)")
+    key_momentum: float = option("method", 0.99, "of MoCo's keys (paper, ImageNet100: 0.99)")
+    projector: str = option("method", "512-128", "widths of the head (code: 512-128)")
 
-
-IMAGENET = dict(size=224, knn_every=0, optimizer="sgd", final_lr=0.0, projector="2048-128")
-PRESETS = {
-    "cifar10": {},
-    "cifar100": dict(lam=0.001, chunks=4),
-    "stl10": dict(lam=0.01, chunks=8, optimizer="sgd", lr=0.06, final_lr=0.0, warmup_epochs=10,
-                  weight_decay=5e-4),
-    "imagenet100": dict(IMAGENET, lam=0.005, chunks=16, equivariance_batch=128, epochs=200,
-                        batch_size=512, lr=0.8, weight_decay=1e-4, temperature=0.2,
-                        queue=65536),  # batch and rate: paper; the others: authors' code
-    "folder": dict(IMAGENET, lam=0.005, chunks=8, lr=0.4, weight_decay=1e-4),  # ours
-    "patterns": dict(arch="small", epochs=100),  # ours
-    "proteins": dict(lam=1.0, epochs=100, projector="128-16"),  # ours
-}
-MOCO = dict(temperature=0.1, optimizer="sgd", lr=0.03, final_lr=0.0,
-            weight_decay=5e-4)  # for CIFAR; inferred but for the temperature
-PRESETS["chains"] = PRESETS["proteins"]
-QUICK = dict(arch="small", epochs=8, knn_every=2, limit=4000)
-FREE = ("data_root", "device", "compile", "knn_every", "save_every", "out", "eval")
-LEAST = dict(epochs=1, batch_size=2, lr=1e-9, temperature=1e-9, size=8, chunks=1)  # others: 0
-
-
-def check(condition, message, code=2):
-    """Ends the program with one line and an exit code unless the condition holds."""
+def check(condition, message, code=2, alike=True):
+    """Ends the program with one line unless the condition holds; one process speaks for all."""
     if not condition:
-        print("error:", *message.split(), file=sys.stderr)
+        if LOCAL_RANK == 0 or not alike:
+            print("error:", *message.split(), file=sys.stderr)
         raise SystemExit(code)
-
 
 def parse_args(argv=None):
     """Config of a command line: defaults < preset of the dataset < --quick < explicit flags."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0], Config.__doc__,
+        allow_abbrev=False)
     parser.error = lambda message: check(False, f"{message} (see --help)")
+    groups = {g: parser.add_argument_group(g) for g in ("data", "training", "run", "method")}
     for f in fields(Config):
-        kind = ({"action": "store_true"} if f.type is bool else
-                {"type": f.type, "choices": f.metadata["choices"]})
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f.metadata["help"], **kind)
+        group, words, choices = f.metadata.values()
+        words += f": {', '.join(choices)}" if choices else ""
+        kind = {"type": f.type, "choices": choices, "metavar": f.type.__name__.upper()}
+        groups[group].add_argument(
+            f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS,
+            help=f"{words} [{f.default}]", **{"action": "store_true"} if f.type is bool else kind)
     given = vars(parser.parse_args(argv))
-    if "eval" in given:
-        blocked = ", ".join(sorted(given.keys() - {"eval", "data_root", "device"}))
-        check(not blocked, f"--eval takes its settings from the checkpoint, without {blocked}")
-        return Config(**load_checkpoint(Path(given["eval"]))["config"] | given)
     quick = QUICK if "quick" in given else {}
     dataset = given.get("dataset", "patterns" if quick else Config.dataset)
-    preset = asdict(Config(dataset)) | PRESETS[dataset] | quick
-    preset["warmup_epochs"] = min(preset["warmup_epochs"], (preset | given)["epochs"] // 4)
+    preset = PRESETS[dataset] | quick
     if given.get("base") == "moco" and dataset != "imagenet100":
         preset |= MOCO if dataset in ("cifar10", "cifar100") else {"temperature": 0.1}
-    config = Config(**preset | given)
+    config = Config(**asdict(Config(dataset)) | preset | given)
+    if "warmup_epochs" not in given:
+        config.warmup_epochs = min(config.warmup_epochs, config.epochs // 4)
     for name, value in vars(config).items():
         check(isinstance(value, str) or LEAST.get(name, 0) <= value < 2 ** 32,
               f"--{name.replace('_', '-')} is {LEAST.get(name, 0)} to 4294967295, not {value}")
     check(all(w.isdecimal() and int(w) for w in config.projector.split("-")),
           f"widths look like 512-128, not like {config.projector}")
-    check(config.warmup_epochs < config.epochs,
-          f"--warmup-epochs {config.warmup_epochs} must be fewer than --epochs {config.epochs}")
-    few, n = config.equivariance_batch or config.batch_size, config.batch_size
-    check(config.lam == 0 or n % few == 0 and few % config.chunks == 0 and few > config.chunks,
-          f"{config.chunks} --chunks do not cut {few} of {n} images into equal parts of 2 or more")
+    check(config.batch_size % WORLD == 0 and config.batch_size >= 2 * WORLD,
+          f"--batch-size {config.batch_size} must give {WORLD} processes 2 or more images each")
+    n, chunks = config.batch_size, config.chunks
+    few = config.equivariance_batch or n
+    equal = n % few == 0 and few % chunks == 0 and few > chunks and chunks % WORLD == 0
+    check(config.lam == 0 or equal, f"--chunks {chunks} must cut {few} of {n} images into equal "
+          f"parts of 2 or more, and be a multiple of the number of processes, {WORLD}")
     check(config.base == "simclr" or config.contrast == "infonce", "--base moco needs InfoNCE")
     check(config.base == "simclr" or config.queue >= n, "--queue must hold a batch or more")
-    check(config.momentum < 1 and config.key_momentum <= 1, "a momentum is at most 1")
     check(config.lam or config.contrast != "none", "--contrast none needs --lam")
-    check(not config.classes or dataset in ("imagenet100", "folder"), "--classes is for folders")
-    varies = "".join(f"-{name}" if value is True else f"-{name}{value}"
-                     for name, value in vars(config).items()
-                     if value != preset[name] and name not in (*FREE, "dataset", "seed", "classes"))
-    root = f"-{Path(config.data_root).name}" if dataset == "folder" else ""
-    config.out = config.out or f"runs/{SCRIPT}-{dataset}{root}{varies}-s{config.seed}"
+    check(not config.classes or dataset in STREAMED, "--classes is for folders")
+    name = SCRIPT
+    for flag, value in vars(config).items():
+        if flag in given and (flag not in FREE or flag == "data_root" and dataset in STREAMED):
+            value = f"{value:g}" if isinstance(value, float) else Path(str(value)).resolve().name
+            name += f"-{flag.replace('_', '-')}" + (f"={value}" if value != "True" else "")
+    config.out = os.path.expanduser(config.out or f"runs/{name}")  # no shell does it for --out=~/x
     return config
 
-
-# --------------------------------------------------------------------------------------------- DATA
-
-MEAN_STD = {  # authors' code, but for folder and patterns
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "stl10": ((0.4406, 0.4273, 0.3858), (0.2312, 0.2265, 0.2237)),
-    "imagenet100": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "patterns": ((0.4, 0.4, 0.4), (0.25, 0.25, 0.25)),
-}
-
+# %% DATA ------------------------------------------------------------------------------------------
+PHOTOS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+MEAN_STD = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # authors' code
+            "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+            "stl10": ((0.4406, 0.4273, 0.3858), (0.2312, 0.2265, 0.2237)),
+            "imagenet100": PHOTOS, "folder": PHOTOS,
+            "patterns": ((0.4, 0.4, 0.4), (0.25, 0.25, 0.25)),
+            "proteins": ((0.0,), (1.0,)), "chains": ((0.0,), (1.0,))}
+NO_PICTURES = "BUFR EPS FITS FLI GRIB HDF5 IPTC MPEG PALM PDF WMF".split()  # but PIL knows them
+LEFTOVERS = (".", "__MACOSX")  # how names begin that systems leave beside one's own
 
 def draw_patterns(n, seed):
     """The built-in data: uint8 images (n, 3, 32, 32) and labels (n,) of ten two-tone patterns.
@@ -257,297 +225,268 @@ def draw_patterns(n, seed):
     noise = 0.02 * torch.randn(n, 3, 32, 32, generator=generator)
     return ((lit[:, None] * tint + noise).clamp(0, 1) * 255).byte(), labels
 
-
-class Folder(datasets.ImageFolder):
-    """Image files too many for the device; worker processes decode them when they are needed.
-
-    self[i] is a center crop; self[seed, i] is a list of two random crops and a center crop, and the
-    label: a function of (seed, i), so that a resumed run needs no state of the loader. All uint8.
-    """
-
-    def __init__(self, path, config, limit=0):
-        self.chosen = Path(config.classes).read_text().split() if config.classes else None
-        super().__init__(path)
-        self.samples = [self.samples[i] for i in first_of(limit, len(self.samples)).tolist()]
-        self.targets = [label for _, label in self.samples]
-        self.center = Compose([Resize(config.size * 8 // 7), CenterCrop(config.size)])
-        self.crop = RandomResizedCrop(config.size, view_policy(config).scale, RATIO)
-
-    def find_classes(self, directory):
-        names = sorted(x.name for x in os.scandir(directory) if x.is_dir() and x.name[0] != ".")
-        missing = set(self.chosen or ()) - set(names)
-        check(not missing, f"{directory} lacks {len(missing)} classes of the list, {missing}")
-        check(self.chosen != [], "the list of --classes is empty")
-        names = sorted(self.chosen or names)
-        return (names, {name: i for i, name in enumerate(names)}) if names else (["."], {".": -1})
-
-    def __getitem__(self, key):
-        seed, i = key if isinstance(key, tuple) else (None, key)
-        path, label = self.samples[i]
-        try:
-            image = self.loader(path)
-        except Exception as problem:  # a damaged file can raise nearly anything
-            raise OSError(f"cannot read the image {path} ({problem}): mend or remove it") from None
-        if seed is None:
-            return TF.pil_to_tensor(self.center(image))
-        torch.manual_seed(hash((i, seed)))
-        views = [self.crop(image), self.crop(image), self.center(image)]
-        return [TF.pil_to_tensor(view) for view in views], label
-
-    def split(self, size=1, **how):
-        """All center crops in batches, like a tensor's split, or what the keywords ask for."""
-        workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        return torch.utils.data.DataLoader(
-            self, size, num_workers=workers, prefetch_factor=1, worker_init_fn=leave_group,
-            generator=torch.Generator(),  # torch's own is left alone
-            pin_memory=torch.cuda.is_available(), **how)
-
-
-def leave_group(worker):
-    """In a process that reads images: signals to the whole group are for the one that trains."""
-    os.setpgrp()
-
-
 def first_of(limit, n):
     """Indices of the first `limit` of n things in a fixed random order; for limit 0 of all."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randperm(n, generator=generator)[:limit] if limit else torch.arange(n)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    return order[:limit] if limit else torch.arange(n)
 
+def read_picture(path):
+    """The RGB picture a viewer shows of a file. Raises OSError, which names a damaged file."""
+    try:
+        with open(path, "rb") as file:
+            image = ImageOps.exif_transpose(Image.open(file))
+        if image.mode[0] in "IF":  # 16 bits are scaled by their range, others by that of the image
+            grays = np.asarray(image, dtype=np.float64)
+            known = grays[np.isfinite(grays)]
+            low, high = (0, 65535) if ";16" in image.mode else (known.min(), known.max())
+            grays = np.nan_to_num((grays - low) / (high - low or 1)).clip(0, 1)
+            image = Image.fromarray(np.uint8(255 * grays))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as problem:  # a damaged file can raise nearly anything
+        raise OSError(f"cannot read the image {path} ({problem}): mend or replace it") from None
+
+class Folder(datasets.ImageFolder):
+    """Image files. self[epoch, i] is a list of uint8 crops (3, S, S) of image i, and its label."""
+
+    def __init__(self, path, config):
+        self.config, self.ignored = config, Counter()
+        super().__init__(path, is_valid_file=self.is_picture)
+        rows = first_of(config.limit if path.name == "train" else 0, len(self.samples))
+        self.samples = [self.samples[row] for row in rows.tolist()]
+        self.labels = torch.tensor([label for _, label in self.samples])
+        self.center = T.Compose([T.Resize(config.size * 8 // 7), T.CenterCrop(config.size)])
+        self.view = T.RandomResizedCrop(config.size, view_policy(config)["scale"])
+        ignored = ", ".join(f"{kind} {n}" for kind, n in self.ignored.most_common(5))
+        print(f"{path}: {len(self)} images, {len(self.classes)} classes" + (
+            f"; {self.ignored.total()} other files ignored ({ignored})" if ignored else ""))
+
+    def find_classes(self, directory):
+        names = sorted(entry.name for entry in os.scandir(directory)
+                       if entry.is_dir() and not entry.name.startswith(LEFTOVERS)) or ["."]
+        if self.config.classes:
+            lines = map(str.strip, Path(self.config.classes).read_text().splitlines())
+            listed = sorted(line for line in lines if line)
+            missing = sorted(set(listed) - set(names))
+            check(listed and not missing, f"{directory} lacks {len(missing)} of {len(listed)} "
+                  f"classes in {self.config.classes}: {', '.join(missing[:3])}")
+            names = listed
+        return names, {name: label for label, name in enumerate(names)}
+
+    def is_picture(self, path):
+        if any(name.startswith(LEFTOVERS) for name in Path(path).relative_to(self.root).parts):
+            return False
+        kind = Path(path).suffix.lower()
+        if Image.registered_extensions().get(kind) in [None, *NO_PICTURES]:
+            self.ignored[kind or "no extension"] += 1
+            return False
+        return True
+
+    def __getitem__(self, key):
+        epoch, i = key
+        path, label = self.samples[i]
+        image = read_picture(path)
+        if epoch == 0:  # for kNN
+            crops = [self.center]
+        elif epoch <= self.config.epochs:  # the last is for L_equi, which crops chunks alike
+            crops = [self.view, self.view, self.center]
+        else:  # for the probe
+            crops = [T.RandomResizedCrop(self.config.size)]
+        torch.manual_seed(hash((self.config.seed, epoch, i)))  # in any worker or process
+        return [TF.pil_to_tensor(crop(image)) for crop in crops], label
+
+    def load(self, epoch, rows, batch_size):
+        """Batches of crops and labels of these rows."""
+        cores = getattr(os, "process_cpu_count", os.cpu_count)()
+        return torch.utils.data.DataLoader(
+            self, batch_size, sampler=[(epoch, row) for row in rows], prefetch_factor=1,
+            num_workers=max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)),
+            pin_memory=torch.cuda.is_available())
 
 def load_data(config, device):
-    """(images, labels) of three splits: to train on, bank (for kNN and probe to learn from), test.
+    """(images, labels) to train on, to learn kNN and probe from, and to test; the last may be None.
 
-    Images are uint8 (N, 3, size, size) on the device or, for imagenet100 and folder, a Folder;
-    proteins and chains are clouds (N, P, 4). Without labels or val/, bank and test are None.
-    torchvision downloads the files and checks their md5.
+    Images are uint8 (N, 3, size, size) on the device (STL-10's to train on: 96 pixels), or a
+    Folder. Clouds are (N, P, 4), and nothing to learn kNN from.
     """
-    root, name = Path(config.data_root), config.dataset
+    root, name = Path(config.data_root).expanduser(), config.dataset
+    needs = "a folder train/CLASS/ of images"
+    if name in ("proteins", "chains"):
+        return load_chains(config, device)
     try:
-        if name in ("proteins", "chains"):
-            return load_chains(config, device)
-        if name in ("imagenet100", "folder"):
-            parts = [Folder(root / "train", config, config.limit)]
-            check(name == "folder" or len(parts[0].classes) in (1, 100),
-                  f"imagenet100 has 100 classes, {root} has {len(parts[0].classes)}: use --classes")
-            parts += [Folder(root / "val", config)] if (root / "val").is_dir() else []
-            folders = [(part, torch.tensor(part.targets, device=device)) for part in parts]
-            if len(parts) == 1 or parts[0].classes == ["."]:
-                print(f"no evaluation: it needs class folders in train/ and val/ of {root}")
-                return folders[0], None, None
-            check(parts[0].classes == parts[1].classes, "train/ and val/ differ in their classes")
-            return folders[0], *folders
-        if name == "patterns":
-            parts = [draw_patterns(4000, 1), draw_patterns(1000, 2)]
+        if name in STREAMED:
+            splits = [Folder(root / "train", config)]
+            splits += [Folder(root / "val", config)] if (root / "val").is_dir() else []
+        elif name == "patterns":
+            splits = [draw_patterns(4000, 1), draw_patterns(1000, 2)]
         else:
-            splits = ("train+unlabeled", "train", "test") if name == "stl10" else (True, False)
-            parts = [getattr(datasets, name.upper())(root, part, download=True) for part in splits]
-            parts = [(x.data, x.labels if name == "stl10" else x.targets) for x in parts]
+            kind = getattr(datasets, name.upper())
+            needs = f"{kind.filename}, or try --quick"
+            parts = ("train+unlabeled", "train", "test") if name == "stl10" else (True, False)
+            splits = [kind(root, part, download=True) for part in parts]
+            splits = [(x.data, x.labels if name == "stl10" else x.targets) for x in splits]
+            splits = [(torch.tensor(x), torch.tensor(y).long()) for x, y in splits]
+            splits = [(x.permute(0, 3, 1, 2) if x.shape[3] == 3 else x, y) for x, y in splits]
     except (OSError, RuntimeError, ValueError) as problem:
-        file = getattr(getattr(datasets, name.upper(), None), "filename", "it")
-        check(False, f"cannot read {name} in {root} ({problem}): put {file} there, or try --quick")
-    for i, (images, labels) in enumerate(parts):
-        images, labels = torch.as_tensor(images), torch.as_tensor(labels).long()
-        rows = first_of(config.limit if i < len(parts) - 1 else 0, len(labels))
-        images = images[rows].permute(0, 3, 1, 2) if images.shape[3] == 3 else images[rows]
-        if len(parts) < 3 or i > 0:  # STL-10's training crops are cut out of its 96 pixels
-            images = torch.cat([TF.resize(part, config.size) for part in images.split(1000)])
-        parts[i] = images.to(device), labels[rows].to(device)
-    return parts[0], *parts[-2:]
+        check(False, f"cannot read {name} in {root} ({problem}): it needs {needs}")
+    if name not in STREAMED:
+        *splits, test = splits
+        splits = [[x[first_of(config.limit, len(y))] for x in (images, y)] for images, y in splits]
+        train, test = ((TF.resize(x, config.size).to(device), y.to(device))
+                       for x, y in (splits[-1], test))
+        crops = tuple(x.to(device) for x in splits[0])  # STL-10's are cut out of its 96 pixels
+        return crops if name == "stl10" else train, train, test
+    train, *val = ((folder, folder.labels.to(device)) for folder in splits)
+    names = splits[0].classes
+    check(name == "folder" or len(names) in (1, 100),
+          f"imagenet100 has 100 classes, {root} has {len(names)}: use --classes")
+    if not val or names == ["."]:
+        print(f"no evaluation: it needs class folders in train/ and val/ of {root}")
+        return train, None, None
+    differ = ", ".join(sorted(set(splits[0].classes) ^ set(splits[1].classes))[:9])
+    check(not differ, f"train/ and val/ of {root} need the same class folders, unlike: {differ}")
+    for path, _ in splits[1].samples:  # else found only when training has ended
+        Image.open(path).close()
+    return train, train, *val
 
-
-def batches(data, config, epoch, first, device):
-    """Yields this process's images and labels of each batch of an epoch, from step `first` on.
-
-    The order follows from seed and epoch: the same on every process and after a resume.
-    """
-    (images, labels), seed = data[0], 1000003 * config.seed + epoch
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    steps, (rank, world) = len(order) // config.batch_size, process()  # the ragged rest is left out
-    rows = order[:steps * config.batch_size].view(steps, world, -1)[first:, rank]
+def batches(data, config, epoch, device):
+    """Yields this process's images and labels of each batch of an epoch, in a random order."""
+    images, labels = data[0]
+    steps = len(labels) // config.batch_size  # the ragged rest is left out
+    rows = torch.randperm(len(labels))[:steps * config.batch_size].view(steps, WORLD, -1)[:, RANK]
     if isinstance(images, torch.Tensor):
         yield from ((images[row], labels[row]) for row in rows.to(device))
     else:
-        keys = [[(seed, i) for i in row] for row in rows.tolist()]
-        for views, labels in images.split(batch_sampler=keys):
+        for views, labels in images.load(epoch, rows.flatten().tolist(), rows.shape[1]):
             *views, labels = (x.to(device, non_blocking=True) for x in (*views, labels))
             yield views, labels
 
-
-# ------------------------------------------------------------------------------------------ AUGMENT
-
-RATIO = (3 / 4, 4 / 3)  # aspect ratios of torchvision's RandomResizedCrop
-BRIGHTNESS, CONTRAST, SATURATION = range(3)
-
-
-class Policy(NamedTuple):
-    """How a view is drawn, in torchvision's terms; flip, gray, blur, solarize are probabilities."""
-    size: int
-    scale: tuple  # least and largest area of the crop, as shares of the image; None: no crop
-    interpolation: InterpolationMode = InterpolationMode.BILINEAR
-    jitter: tuple = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
-    jitter_p: float = 0.8  # its probability
-    flip: float = 0.5
-    gray: float = 0.2
-    blur: float = 0.0
-    blur_radius: int = 6  # in pixels; sigma is 0.1 to 2, or 0.001 for no blur
-    solarize: float = 0.0
-
-
+# %% AUGMENT ---------------------------------------------------------------------------------------
 def view_policy(config):
-    """How all views are drawn (authors' code, but for the crop of equivariance views at 224)."""
+    """Arguments of augment for all views (authors' code, but that all are cropped)."""
     if config.size > 64:
-        return Policy(config.size, (0.2, 1.0), blur=0.5, blur_radius=2)
-    return Policy(config.size, (0.08, 1.0), blur=0.5, blur_radius=1)
-
-
-def draw_augmentation(n, policy, height, width, device):
-    """What happens to each of n images of height x width pixels: a dict of tensors of n rows."""
-    def uniform(low, high, *shape):
-        return torch.empty(n, *shape, device=device).uniform_(low, high)
-
-    drawn = {"flip": uniform(0, 1) < policy.flip}
-    if policy.scale:  # as RandomResizedCrop of a square: the first of ten boxes that fits
-        area = height * width * uniform(*policy.scale, 10)
-        ratio = uniform(math.log(RATIO[0]), math.log(RATIO[1]), 10).exp()
-        h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
-        first = ((h <= height) & (w <= width)).byte().argmax(1, keepdim=True)
-        h, w = h.gather(1, first).clamp(max=height), w.gather(1, first).clamp(max=width)  # (n, 1)
-        corner = uniform(0, 1, 2) * torch.cat([height - h + 1, width - w + 1], dim=1)
-        drawn["box"] = torch.cat([corner.floor(), h, w], dim=1)  # top, left, height, width
-    if policy.jitter:  # as ColorJitter, with an order of its own for every image
-        *strengths, hue = policy.jitter
-        jittered = uniform(0, 1, 1) < policy.jitter_p
-        factors = torch.stack([uniform(max(0, 1 - s), 1 + s) for s in strengths], dim=1)  # (n, 3)
-        order = uniform(0, 1, 3).argsort(1)  # of brightness, contrast and saturation
-        early = torch.arange(3, device=device) < uniform(0, 4, 1).floor()  # how many precede hue
-        factors = torch.where(jittered, factors, 1.0).gather(1, order)  # 1: no change
-        drawn["kind"] = order.repeat(1, 2)  # (n, 6): three places before hue, three after it
-        drawn["factor"] = torch.cat([factors.where(early, 1.0), factors.where(~early, 1.0)], dim=1)
-        drawn["hue"] = uniform(-hue, hue) * jittered[:, 0]
-    if policy.gray:
-        drawn["gray"] = uniform(0, 1) < policy.gray
-    if policy.blur:
-        sigma = torch.where(uniform(0, 1, 1) < policy.blur, uniform(0.1, 2.0, 1), 1e-3)
-        offset = torch.arange(-policy.blur_radius, policy.blur_radius + 1, device=device)
-        drawn["taps"] = torch.exp(-0.5 * (offset / sigma) ** 2)  # (n, 2 radius + 1)
-    if policy.solarize:
-        drawn["solarize"] = uniform(0, 1) < policy.solarize
-    return drawn
-
+        return {"size": config.size, "scale": (0.2, 1.0), "blur": 0.5, "radius": 2}
+    return {"size": config.size, "scale": (0.08, 1.0), "blur": 0.5, "radius": 1}
 
 @torch.no_grad()
-def augment(images, parameters, size, interpolation=InterpolationMode.BILINEAR):
-    """Views of images (N, 3, H, W), uint8 or float in [0, 1]: float (N, 3, size, size) in [0, 1].
+def augment(images, size, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), flip=0.5, gray=0.2, blur=0,
+            radius=6, solarize=0, jitter_p=0.8, share=1):
+    """Random views of images (N, 3, H, W), uint8 or in [0, 1]: float (N, 3, size, size) in [0, 1].
 
-    Row i of each of the parameters, which draw_augmentation makes, belongs to image i. Without a
-    box, the images must have that size already.
+    scale: least and greatest share of the area that is cropped, or None. jitter: of brightness,
+    contrast, saturation and hue, with probability jitter_p, or None. flip, gray, blur, solarize:
+    probabilities. radius: of blur. share: so many consecutive images get one draw.
     """
-    p = {name: rows[:, None, None, None] for name, rows in parameters.items() if rows.ndim == 1}
-    images = images.float() / 255 if images.dtype == torch.uint8 else images
-    if "box" in parameters:
-        top, left, height, width = parameters["box"].T
-        rows = resize_weights(top, height, size, images.shape[2], interpolation)
-        columns = resize_weights(left, width, size, images.shape[3], interpolation)
-        images = (rows @ (images @ columns.mT)).clamp(0, 1)
-    images = torch.where(p["flip"], images.flip(3), images)
-    if "hue" in p:
-        for place, (kind, factor) in enumerate(zip(parameters["kind"].T, parameters["factor"].T)):
-            images = shift_hue(images, p["hue"]) if place == 3 else images
-            images = blend(images, kind[:, None, None, None], factor[:, None, None, None])
-    if "gray" in p:
-        images = torch.where(p["gray"], TF.rgb_to_grayscale(images), images)
-    if "taps" in parameters:
-        images = blur(images, parameters["taps"])
-    if "solarize" in p:
-        images = torch.where(p["solarize"] & (images >= 128 / 255), 1 - images, images)
-    return images
+    n, _, height, width = images.shape
 
+    def uniform(low, high, *shape):  # drawn for the images of all processes
+        drawn = torch.empty(WORLD, n // share, *shape, device=images.device).uniform_(low, high)
+        return drawn[RANK].repeat_interleave(share, dim=0)
 
-def resize_weights(start, length, size, source, interpolation):
-    """(N, 1, size, source): weights of the source pixels in each pixel of a crop resized to `size`.
+    def chosen(probability):
+        return uniform(0, 1, 1, 1, 1) < probability  # (N, 1, 1, 1)
 
-    start, length (N,) of the crop. The triangle or cubic kernel (a = -0.5) is widened when
-    shrinking, as torchvision's resized_crop does with antialias=True.
-    """
-    start, length = start[:, None, None, None], length[:, None, None, None]
-    center = (torch.arange(size, device=start.device)[:, None] + 0.5) * length / size
-    pixel = torch.arange(source, device=start.device) + 0.5 - start
-    t = (pixel - center).abs() / (length / size).clamp(min=1)
-    weights = (1 - t).clamp(min=0)
-    if interpolation == InterpolationMode.BICUBIC:
-        near, far = (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2
-        weights = torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
-    weights = weights * ((pixel > 0) & (pixel < length))
-    return weights / weights.sum(3, keepdim=True)
+    x = images.float() / 255 if images.dtype == torch.uint8 else images
+    if scale:
+        x = crop(x, draw_box(uniform, height, width, scale), size)
+    x = torch.where(chosen(flip), x.flip(3), x)
+    if jitter:
+        jittered = chosen(jitter_p)
+        for i in torch.randperm(4).tolist():
+            change, none = ((brightness, 1), (contrast, 1), (saturation, 1), (shift_hue, 0))[i]
+            amount = uniform(max(none - jitter[i], none - 1), none + jitter[i], 1, 1, 1)
+            x = change(x, torch.where(jittered, amount, none))
+    if gray:
+        x = torch.where(chosen(gray), TF.rgb_to_grayscale(x), x)
+    if blur:
+        x = gaussian_blur(x, torch.where(chosen(blur), uniform(0.1, 2.0, 1, 1, 1), 1e-3), radius)
+    if solarize:
+        x = torch.where(chosen(solarize) & (x >= 128 / 255), 1 - x, x)
+    return x
 
+def draw_box(uniform, height, width, scale):
+    """Boxes (N, 4) of RandomResizedCrop: top, left, height, width of the first of ten that fits."""
+    area = height * width * uniform(*scale, 10)  # (N, 10)
+    ratio = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
+    h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+    first = ((h <= height) & (w <= width)).byte().argmax(1, keepdim=True)
+    h, w = h.gather(1, first).clamp(max=height), w.gather(1, first).clamp(max=width)  # (N, 1)
+    corner = uniform(0, 1, 2) * torch.cat([height - h + 1, width - w + 1], dim=1)
+    return torch.cat([corner.floor(), h, w], dim=1)
 
-def blend(images, kind, factor):
-    """Brightness, contrast or saturation of image i: a mix with black, its mean luma, its luma.
+def crop(x, box, size):
+    """Boxes (N, 4) cut out of x and resized, bilinear and antialiased: (N, 3, size, size)."""
+    def weights(start, length, source):  # (N, 1, size, source): triangles, wider when shrinking
+        center = (torch.arange(size, device=x.device)[:, None] + 0.5) * length / size
+        pixel = torch.arange(source, device=x.device) + 0.5 - start
+        triangle = (1 - (pixel - center).abs() / (length / size).clamp(min=1)).clamp(min=0)
+        triangle = triangle * ((pixel > 0) & (pixel < length))
+        return triangle / triangle.sum(3, keepdim=True)
 
-    kind and factor are (N, 1, 1, 1); a factor of 1 changes nothing.
-    """
-    gray = TF.rgb_to_grayscale(images)
-    plain = torch.where(kind == SATURATION, gray, gray.mean((2, 3), True) * (kind == CONTRAST))
-    return torch.lerp(plain, images, factor).clamp_(0, 1)
+    top, left, height, width = box.T[..., None, None, None]  # (N, 1, 1, 1)
+    return weights(top, height, x.shape[2]) @ (x @ weights(left, width, x.shape[3]).mT)
 
+def brightness(x, factor):
+    """A mix of x with black; factor (N, 1, 1, 1), 1 changes nothing. So in the next two."""
+    return (x * factor).clamp_(0, 1)
 
-def shift_hue(images, shift):
-    """Hue moved by shift (N, 1, 1, 1) turns; value and chroma of the HSV colour stay."""
-    red, green, blue = images.split(1, dim=1)
-    value = images.amax(1, keepdim=True)
-    chroma = value - images.amin(1, keepdim=True)
+def contrast(x, factor):
+    """A mix with the mean luma of the image."""
+    return torch.lerp(TF.rgb_to_grayscale(x).mean((2, 3), True), x, factor).clamp_(0, 1)
+
+def saturation(x, factor):
+    """A mix with the luma of each pixel."""
+    return torch.lerp(TF.rgb_to_grayscale(x), x, factor).clamp_(0, 1)
+
+def shift_hue(x, turns):
+    """Hue moved by turns (N, 1, 1, 1); value and chroma of the HSV colour stay."""
+    red, green, blue = x.split(1, dim=1)
+    value = x.amax(1, keepdim=True)
+    chroma = value - x.amin(1, keepdim=True)
     safe = torch.where(chroma > 0, chroma, 1.0)
     sextant = torch.where(value == red, (green - blue) / safe, torch.where(
         value == green, (blue - red) / safe + 2, (red - green) / safe + 4))
-    offset = torch.arange(5, 0, -2, device=shift.device)[:, None, None]  # red 5, green 3, blue 1
-    k = torch.remainder(sextant + 6 * shift + offset, 6)
+    offset = torch.arange(5, 0, -2, device=x.device)[:, None, None]  # red 5, green 3, blue 1
+    k = (sextant + 6 * turns + offset).remainder_(6)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
-
-def blur(images, taps):
-    """Image i blurred in both directions by its taps (N, 2 radius + 1), with mirrored borders."""
-    taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(3, 0)[:, None, None]
-    padded = F.pad(images, [taps.shape[3] // 2] * 4, mode="reflect").flatten(0, 1)  # (3N, H', W')
+def blur(x, sigma, radius=6):
+    """Gaussian of sigma (N, 1, 1, 1) pixels, cut off at the radius, over mirrored borders."""
+    reach = torch.arange(-radius, radius + 1, device=x.device)
+    taps = torch.exp(-0.5 * (reach / sigma) ** 2)  # (N, 1, 1, 2 radius + 1)
+    taps = (taps / taps.sum(3, keepdim=True)).repeat_interleave(3, dim=0)
+    padded = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1)  # (3N, H + 2 radius, ...)
     blurred = F.conv2d(F.conv2d(padded, taps, groups=len(taps)), taps.mT, groups=len(taps))
-    return blurred.view_as(images)
+    return blurred.view_as(x)
 
+gaussian_blur = blur  # inside augment, blur is a probability
 
-# -------------------------------------------------------------------------------------------- MODEL
-
-
+# %% MODEL -----------------------------------------------------------------------------------------
 def make_encoder(arch, size):
-    """Backbone: images (N, 3, H, W) to features (N, D), D = 512, 2048 or, for small, 128.
-
-    A torchvision ResNet without its classifier; up to 64 pixels with a 3x3 stem and no max-pool,
-    else with residual branches that start at zero.
-    """
+    """Backbone: images (N, 3, H, W) to features (N, D), D = 512, 2048 or, for small, 128."""
     if arch == "small":
         blocks = [(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(),
                    nn.MaxPool2d(2)) for a, b in pairwise((3, 16, 32, 64, 128))]
         return nn.Sequential(*sum(blocks, ())[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
     encoder = models.get_model(arch, zero_init_residual=size > 64)
     encoder.fc = nn.Identity()
-    if size <= 64:
+    if size <= 64:  # a 3x3 stem, no max-pool
         encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
         encoder.maxpool = nn.Identity()
     return encoder
 
+def mlp_layers(widths, norm, bias=True):
+    """Linear, norm and ReLU from each width to the next: a tuple of modules."""
+    blocks = [(nn.Linear(a, b, bias), norm(b), nn.ReLU()) for a, b in pairwise(widths)]
+    return sum(blocks, ())
 
-def make_projector(widths, norm):
-    """The head: Linear, BatchNorm if norm, ReLU from width to width, and Linear to the last."""
-    blocks = [(nn.Linear(a, b, bias=not norm), *[nn.BatchNorm1d(b)] * norm, nn.ReLU())
-              for a, b in pairwise(widths[:-1])]
-    return nn.Sequential(*sum(blocks, ()), nn.Linear(*widths[-2:]))
-
-
-# ------------------------------------------------------------------------------------------- METHOD
-
-
+# %% METHOD ----------------------------------------------------------------------------------------
 def sphere(z):
     """Rows (N, D) divided by their norms, in float32 or better."""
     return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)))
-
 
 def nt_xent(z1, z2, temperature):
     """InfoNCE of two views (N, D): each of 2N rows against its other view and 2N - 2 negatives."""
@@ -556,30 +495,24 @@ def nt_xent(z1, z2, temperature):
     s = s.masked_fill(torch.eye(len(s), dtype=torch.bool, device=s.device), -torch.inf)
     return F.cross_entropy(s, torch.arange(len(s), device=s.device).roll(len(z1)))
 
-
-def equivariance_loss(z1, z2, chunks, mean=False):
+def equivariance_loss(z1, z2, chunks):
     """L_equi of embeddings (N, D) under two augmentations that all rows of a chunk share.
 
     For a chunk of m rows, 2 / m times the sum of squared differences of the two Gram matrices of
-    the normalised rows (authors' code), or their mean over the pairs; the mean over chunks. Zero
-    where z2 = z1 R.
+    the normalised rows (authors' code); the mean over chunks. Zero where z2 = z1 R.
     """
     z1, z2 = (sphere(z).unflatten(0, (chunks, -1)) for z in (z1, z2))  # (K, m, D)
     difference = z1 @ z1.mT - z2 @ z2.mT  # (K, m, m), zero on the diagonals
-    loss = difference.square().sum(2).mean()
-    return loss / (z1.shape[1] - 1) if mean else 2 * loss
-
+    return 2 * difference.square().sum(2).mean()
 
 def uniformity_loss(z1, z2):
     """L_unif: the logarithm of the mean of exp(z z') over the pairs of 2N normalised rows."""
     z = sphere(torch.cat([z1, z2]))
     return (z @ z.T).exp().mean().log()
 
-
 def invariance_loss(z1, z2):
     """L_inv: the mean distance of the two normalised views (N, D)."""
     return (sphere(z1) - sphere(z2)).norm(dim=1).mean()
-
 
 def moco_loss(q, k, queue, temperature):
     """InfoNCE of queries q against their keys k (N, D) and a queue of other keys (Q, D)."""
@@ -587,13 +520,8 @@ def moco_loss(q, k, queue, temperature):
     s = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1) / temperature  # (N, 1 + Q)
     return F.cross_entropy(s, torch.zeros(len(s), dtype=torch.int64, device=s.device))
 
-
 class Method(nn.Module):
-    """CARE. forward(images, labels) -> (loss, terms), terms being scalars for the log.
-
-    images: uint8 (N, 3, H, W); streamed, a list of three, two of them cropped already; or clouds
-    (N, P, 4). labels: (N,), not read.
-    """
+    """CARE: uint8 images (N, 3, H, W), lists of crops, or clouds (N, P, 4), to loss and terms."""
 
     def __init__(self, config):
         super().__init__()
@@ -601,36 +529,34 @@ class Method(nn.Module):
         self.encoder = DeepSets() if self.clouds else make_encoder(config.arch, config.size)
         width = {"resnet18": 512, "resnet50": 2048, "small": 128}[config.arch]
         widths = [256 if self.clouds else width, *map(int, config.projector.split("-"))]
-        self.projector = make_projector(widths, norm=self.clouds or config.size <= 64)
-        few = config.equivariance_batch or config.batch_size
-        check(config.lam == 0 or few % process()[1] == 0,
-              f"{process()[1]} processes do not share {few} images")
-        self.every = config.batch_size // few  # L_equi sees one image in so many
+        norm = nn.BatchNorm1d if config.size <= 64 else nn.Identity
+        layers = mlp_layers(widths[:-1], norm, bias=norm is nn.Identity)
+        self.projector = nn.Sequential(*layers, nn.Linear(*widths[-2:]))
         if config.base == "moco":
-            self.key_encoder, self.key_projector = (deepcopy(part).requires_grad_(False)
-                                                    for part in (self.encoder, self.projector))
+            self.key_encoder = deepcopy(self.encoder).requires_grad_(False)
+            self.key_projector = deepcopy(self.projector).requires_grad_(False)
             self.register_buffer("queue", F.normalize(torch.randn(config.queue, widths[-1])))
             self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))
-        mean_std = MEAN_STD.get(config.dataset, ((0.0,) * 3, (1.0,) * 3))
-        self.register_buffer("mean_std", torch.tensor(mean_std)[..., None, None], persistent=False)
+        mean_std = torch.tensor(MEAN_STD[config.dataset])[..., None, None]  # (2, 3, 1, 1)
+        self.register_buffer("mean_std", mean_std, persistent=False)
 
     def forward(self, images, labels):
-        f, a, config = self.f, self.a, self.config
-        streamed = isinstance(images, list)
-        x1, x2, x = images if streamed else [images] * 3
-        z1_inv = f(a(x1, streamed))  # (N, D)
-        z2_inv = f(a(x2, streamed)) if config.base == "simclr" else self.keys(a(x2, streamed))
+        f, a, config = self.embed, self.a, self.config
+        cropped = isinstance(images, list)
+        x1, x2, x = images if cropped else [images] * 3
+        z1_inv = f(a(x1, cropped))  # (N, D)
+        z2_inv = f(a(x2, cropped)) if config.base == "simclr" else self.keys(a(x2, cropped))
         loss = self.contrast(gather(z1_inv), gather(z2_inv))
         terms = {"contrast": loss.detach(), "std": spread(z1_inv)}
         if config.lam == 0:
             return loss, terms
 
-        x = x[::self.every]
-        K = math.gcd(config.chunks, len(x) * process()[1])  # fewer only for forecast's few images
-        pairs = 1 if config.share_pair else K
-        z1_eq = f(a(x, chunks=pairs))  # (N, D)
-        z2_eq = f(self.plain(x) if config.plain_gram else a(x, chunks=pairs))
-        loss_equi = equivariance_loss(gather(z1_eq), gather(z2_eq), K, config.mean_gram)
+        few = config.equivariance_batch or config.batch_size
+        x = x[::config.batch_size // few]
+        m = len(x) if config.share_pair else few // config.chunks  # images with one augmentation
+        z1_eq = f(a(x, share=m))  # (N, D)
+        z2_eq = f(a(x, share=m))
+        loss_equi = equivariance_loss(gather(z1_eq), gather(z2_eq), config.chunks)
         terms["equivariance"] = loss_equi.detach()
         return loss + config.lam * loss_equi, terms
 
@@ -649,86 +575,52 @@ class Method(nn.Module):
         self.oldest.add_(len(z2)).remainder_(len(self.queue))
         return loss
 
-    def a(self, x, cropped=False, chunks=None):
-        """x augmented, in [0, 1]: each image in its own way or, with chunks, each chunk in one."""
-        n = len(x) * process()[1]
+    def a(self, x, cropped=False, share=1):
+        """x augmented, in [0, 1]; `share` consecutive images alike. Clouds are rotated."""
         if self.clouds:
-            drawn = {"rotation": haar_rotations(chunks or n, x.device)}
-        else:
-            policy = view_policy(self.config)
-            policy = policy._replace(scale=None) if cropped else policy
-            drawn = draw_augmentation(chunks or n, policy, *x.shape[2:], x.device)
-        drawn = {name: mine(rows.repeat_interleave(n // len(rows), 0))
-                 for name, rows in drawn.items()}  # a process draws for the whole batch
-        return rotate(x, drawn["rotation"]) if self.clouds else augment(x, drawn, self.config.size)
-
-    def plain(self, x):
-        """x as it is, in [0, 1]; or clouds."""
-        return x if self.clouds else TF.resize(x, self.config.size).float() / 255
-
-    def f(self, x):
-        """Embeddings (N, D); the losses normalise them."""
-        with autocast(self.config, x.device):
-            return self.projector(self.features(x))
+            rotations = haar_rotations(WORLD * len(x) // share, x.device)
+            rotations = rotations.unflatten(0, (WORLD, -1))[RANK]
+            return rotate(x, rotations.repeat_interleave(share, dim=0))
+        policy = view_policy(self.config) | ({"scale": None} if cropped else {})
+        return augment(x, **policy, share=share)
 
     def features(self, x, encoder=None):
-        """Features (N, width) of images in [0, 1], normalisation and backbone, or of clouds."""
+        """Features (N, width), float32, of images in [0, 1], normalised first, or of clouds."""
         mean, std = self.mean_std
-        with autocast(self.config, x.device):
-            return (encoder or self.encoder)(x if self.clouds else (x - mean) / std)
+        bf16 = precision(self.config, x.device) == "bf16"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            return (encoder or self.encoder)(x if self.clouds else (x - mean) / std).float()
+
+    def embed(self, x):
+        """Embeddings (N, D) of images in [0, 1] or clouds; the losses normalise them."""
+        return self.projector(self.features(x))
 
     @torch.no_grad()
     def keys(self, x):
         """MoCo's keys (N, D), after a step of the key encoder towards the query encoder."""
-        pairs = zip((*self.key_encoder.parameters(), *self.key_projector.parameters()),
-                    (*self.encoder.parameters(), *self.projector.parameters()))
-        for key, query in pairs:
-            key.lerp_(query, 1 - self.config.key_momentum)
-        with autocast(self.config, x.device):
-            return self.key_projector(self.features(x, self.key_encoder))
+        for key, query in ((self.key_encoder, self.encoder), (self.key_projector, self.projector)):
+            for p, q in zip(key.parameters(), query.parameters()):
+                p.lerp_(q, 1 - self.config.key_momentum)
+        return self.key_projector(self.features(x, self.key_encoder))
 
+def precision(config, device):
+    """Of the backbone: bf16 on GPUs that have it, unless --precision says otherwise."""
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return config.precision if config.precision != "auto" else "bf16" if able else "fp32"
 
 def spread(z):
     """Std of the normalised embeddings (N, D) over its ideal 1 / sqrt(D); 0 if all are equal."""
     return F.normalize(z.detach().float()).std(0).mean() * z.shape[1] ** 0.5
 
-
-# -------------------------------------------------------------------------------------------- TRAIN
-
-
-def process():
-    """(rank, number of processes); (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def mine(rows):
-    """This process's part of something that has a row for every image of the global batch."""
-    rank, world = process()
-    return rows.chunk(world)[rank]
-
-
+# %% TRAIN -----------------------------------------------------------------------------------------
 def gather(z):
-    """Embeddings (N, D) of all processes in the order of the batch; gradients reach one's own rows.
-
-    Every process computes the same loss of all rows, so its own rows get their whole gradient.
-    DistributedDataParallel takes the mean over processes where the sum is due: hence the factor,
-    which torch's differentiable all_gather has too, as it sums the equal gradients of all.
-    """
-    rank, world = process()
-    if world == 1:
+    """Embeddings (N, D) of all processes in the order of the batch; one's own have a gradient."""
+    if WORLD == 1:
         return z
-    parts = [torch.empty_like(z) for _ in range(world)]
+    parts = [torch.empty_like(z) for _ in range(WORLD)]
     dist.all_gather(parts, z.detach().contiguous())
-    parts[rank] = z.detach() + world * (z - z.detach())  # in bf16, too, exactly z
+    parts[RANK] = z.detach() + WORLD * (z - z.detach())  # DistributedDataParallel takes the mean
     return torch.cat(parts)
-
-
-def autocast(config, device):
-    """bf16 for the networks, on GPUs that have it unless --precision fp32; no loss scaling."""
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    bf16 = config.precision == "bf16" or config.precision == "auto" and able
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-
 
 def learning_rate(step, total_steps, warmup_steps, peak, final=0.0):
     """Linear from 0 to peak at warmup_steps, then a cosine to final at total_steps."""
@@ -737,242 +629,167 @@ def learning_rate(step, total_steps, warmup_steps, peak, final=0.0):
     turn = (step - warmup_steps) / (total_steps - warmup_steps) if step < total_steps else 1
     return final + (peak - final) * (1 + math.cos(math.pi * turn)) / 2
 
-
 def make_optimizer(method, config):
-    """Adam or SGD at the peak rate; fit sets the rate of every step."""
+    """Adam or SGD at the peak rate; train sets the rate of every step."""
     parameters = [p for p in method.parameters() if p.requires_grad]
     how = dict(lr=config.lr, weight_decay=config.weight_decay, fused=method.mean_std.is_cuda)
     if config.optimizer == "adam":
         return torch.optim.Adam(parameters, **how)
-    return torch.optim.SGD(parameters, momentum=config.momentum, **how)
-
+    return torch.optim.SGD(parameters, momentum=0.9, **how)
 
 def write(path, content):
-    """Writes text, or a state for torch.load, whole or not at all: beside, synced, then renamed."""
-    if process()[0] > 0:
-        return
+    """Writes text, or a state for torch.load, whole or not at all: beside, then renamed."""
     buffer = io.BytesIO(content.encode() if isinstance(content, str) else b"")
     if not isinstance(content, str):
         torch.save(content, buffer)
-    beside = path.with_name(path.name + ".part")
-    with open(beside, "wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(buffer.getbuffer())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
-
-def load_checkpoint(path):
-    """The dict that fit saved in the file."""
-    check(path.is_file(), f"there is no checkpoint {path}")
+def open_run(config, data):
+    """The checkpoint in the run's folder, which must be of this config and data, or None."""
+    path = Path(config.out, "checkpoint.pt")
+    if not path.exists():
+        check(not path.with_name("results.json").exists(), f"{path} is lost: choose another --out")
+        return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        script, _ = saved["script"], saved["state"]
-        if script == SCRIPT:
-            saved["config"] = asdict(Config(**saved["config"]))
+        script, stored = saved["script"], saved["data"]
+        then = saved["config"] | {name: stored.get(name) for name in data}
     except Exception as problem:  # a damaged file can raise nearly anything
-        check(False, f"{path} is damaged or not the checkpoint of a run ({type(problem).__name__})")
+        check(False, f"{path} is damaged ({type(problem).__name__}): remove it or change --out")
     check(script == SCRIPT, f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
+    differ = [f"{name.replace('_', '-')} {then.get(name)} then, {value} now"
+              for name, value in (asdict(config) | data).items()
+              if name not in FREE and then.get(name) != value]
+    check(not differ, f"{config.out} holds another run (--{'; --'.join(differ)}): to continue it, "
+                      "use its flags and this --out; or choose another --out")
     return saved
-
-
-def open_run(config):
-    """The checkpoint in the run's folder, which must be of this very run; None for a new run."""
-    out = Path(config.out)
-    saved = load_checkpoint(out / "checkpoint.pt") if (out / "checkpoint.pt").exists() else None
-    then, now = saved["config"] if saved else {}, asdict(config)
-    differ = [f"{name}: {then[name]} then, {now[name]} now" for name in then
-              if name not in FREE and then[name] != now[name]]
-    check(not differ, f"{out} holds another run ({'; '.join(differ)}); choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    return saved
-
 
 def start(config):
     """The device. Under torchrun also the process group, of which only the first process prints."""
-    name = config.device
-    if name in ("auto", "cuda"):
-        cuda = name == "cuda" or torch.cuda.is_available()
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    name = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
     here = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    check(name in here, f"there is no device {name}; here are {', '.join(here)}")
+    check(name in here, f"there is no device {name}; here are {', '.join(here)}", alike=False)
     if name != "cpu":
         torch.cuda.set_device(name)
         torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        check(":" not in config.device, "torchrun gives each process a GPU: use --device cuda")
-        dist.init_process_group("gloo" if name == "cpu" else "nccl", timeout=timedelta(hours=12))
-        sys.stdout = sys.stdout if process()[0] == 0 else open(os.devnull, "w")
+        torch.backends.cudnn.benchmark = True
+    if WORLD > 1:
+        check(all(os.environ.get(word) for word in ("RANK", "MASTER_ADDR", "MASTER_PORT")),
+              f"WORLD_SIZE is {WORLD}, but torchrun did not start this: unset it, or use torchrun")
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+        print(f"waiting for {WORLD} processes", flush=True)
+        ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's would wait with us
+        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+        signal.signal(signal.SIGINT, ctrl_c)
+        hours = timedelta(hours=12)  # for downloads and evaluations by the first process
+        store.set_timeout(hours)
+        dist.init_process_group("gloo" if name == "cpu" else "nccl", store=store, timeout=hours,
+                                rank=RANK, world_size=WORLD)
     return torch.device(name)
 
-
-def forecast(method, data, config, device):
-    """Says how long training takes on this CPU, from a few images through a copy of method."""
-    few = replace(config, batch_size=min(32 * process()[1], config.batch_size))
-    images, labels = next(batches(data, few, 0, 0, device))
-    method = deepcopy(method)
-    for _ in range(2):  # the first warms up
-        began = time.perf_counter()
-        method(images, labels)[0].backward()
-        seconds = time.perf_counter() - began
-        if seconds > 5 and process()[1] == 1:  # several processes wait for each other
-            break
-    seconds *= len(data[0][1]) * config.epochs / few.batch_size
-    advice = "; sooner: --quick, --arch small, fewer --epochs, --limit" if seconds > 7200 else ""
-    print(f"training: about {timedelta(seconds=round(seconds))} on this CPU{advice}", flush=True)
-
-
 def train(config):
-    """Trains the run of config.out, from its checkpoint if it has one, or loads that of --eval.
-
-    Returns the method, the data and the state: step, seconds, sums of the terms, lines of the log.
-    """
-    device = start(config)
-    saved = load_checkpoint(Path(config.eval)) if config.eval else open_run(config)
-    rank, world = process()
-    if rank > 0:  # the first process downloads
+    """Trains what is left of the run of config.out: returns method, data and a dict per epoch."""
+    device, out = start(config), Path(config.out)
+    data = load_data(config, device) if RANK == 0 else None  # the first process downloads
+    if WORLD > 1:
         dist.barrier()
-    data = load_data(config, device)
-    if rank == 0 and world > 1:
-        dist.barrier()
-    n = len(data[0][1])
-    check(config.batch_size <= n, f"--batch-size {config.batch_size} is more than the {n} images")
-    check(config.batch_size % world == 0 and config.batch_size >= 2 * world,
-          f"--batch-size {config.batch_size} does not give {world} processes 2 or more images each")
-    bank = len(data[1][1]) if data[1] else KNN_K
-    check(bank >= KNN_K, f"kNN needs {KNN_K} labelled training images, not {bank}")
-    if not config.eval:
-        write(Path(config.out) / "config.json", json.dumps(asdict(config), indent=1))
+    data = data or load_data(config, device)
+    images, labels = data[0]
+    steps = len(labels) // config.batch_size
+    check(steps > 0, f"--batch-size {config.batch_size} is more than the {len(labels)} images")
+    trained_on = {"classes": getattr(images, "classes", config.dataset),
+                  "images": [len(split[1]) for split in data if split],
+                  "precision": precision(config, device)}
+    saved = open_run(config, trained_on)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
+    except OSError as problem:
+        check(False, f"cannot write to {out} ({problem}): choose another --out")
     torch.manual_seed(config.seed)
     method = Method(config).to(device, memory_format=torch.channels_last)
-    if device.type == "cuda" and world > 1:
+    if device.type == "cuda" and WORLD > 1:
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     optimizer = make_optimizer(method, config)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    header = {"command": " ".join(["python", *sys.argv]), "torch": torch.__version__,
-              "device": name, "threads": torch.get_num_threads(), "processes": world}
-    state = {"step": 0, "seconds": 0.0, "sums": {}, "log": [json.dumps(header)]}
+    log = [{"epoch": 0, "train_seconds": 0.0, "command": " ".join(["python", *sys.argv]),
+            "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(), "torch":
+            str(torch.__version__), "threads": torch.get_num_threads(), "processes": WORLD}]
     if saved:
-        state = saved["state"]
-        state["sums"] = {name: value.to(device) for name, value in state["sums"].items()}
+        log = saved["log"]
         method.load_state_dict(saved["method"])
         optimizer.load_state_dict(saved["optimizer"])
-        begun = json.loads(state["log"][0]) | {"command": header["command"]}
-        changed = [f"{k} {begun[k]} then, {header[k]} now" for k in header if begun[k] != header[k]]
-        if changed:
-            print(f"warning: {', '.join(changed)}: the last digits may differ")
-    if not config.eval:
-        fit(method, optimizer, data, config, state, device)
-    return method, data, state
+    for network in method.children() if config.compile else ():
+        network.compile(dynamic=False)  # in place: the names of the parameters stay
+    model = nn.parallel.DistributedDataParallel(method) if WORLD > 1 else method
+    done, total, peak = log[-1]["epoch"], config.epochs * steps, optimizer.defaults["lr"]
+    warmup, saved_at = config.warmup_epochs * steps, time.time()
+    terminal, told = sys.stdout.isatty(), False
+    print(f"{out}: {done} of {config.epochs} epochs done, {steps} steps each, peak rate {peak:g}")
 
-
-def fit(method, optimizer, data, config, state, device):
-    """Takes the steps that are left, and keeps state up to date."""
-    out, steps = Path(config.out), len(data[0][1]) // config.batch_size
-    total, warmup = config.epochs * steps, config.warmup_epochs * steps
-    peak = optimizer.defaults["lr"]
-    print(f"{out}: {config.epochs} epochs of {steps} steps, peak learning rate {peak:g}"
-          + (f", continued after step {state['step']}" if state["step"] else ""), flush=True)
-    write(out / "metrics.jsonl", "".join(f"{x}\n" for x in state["log"]))  # without later lines
-    if device.type == "cpu" and state["step"] == 0:
-        forecast(method, data, config, device)
-    if config.compile:
-        method.compile()  # in place: the names of the parameters stay
-    model = nn.parallel.DistributedDataParallel(method) if process()[1] > 1 else method
-    bad_step, stops = torch.zeros((), dtype=torch.int64, device=device), []
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first process acts at the end of a step
-        signal.signal(number, lambda number, frame: process()[0] or stops.append(number))
-    clock = saved_at = time.perf_counter()
-    while state["step"] < total:
-        for images, labels in batches(data, config, *divmod(state["step"], steps), device):
-            rate = learning_rate(state["step"], total, warmup, peak, config.final_lr * peak)
+    for epoch in range(done + 1, config.epochs + 1):
+        torch.manual_seed(hash((config.seed, epoch)))  # all chance of an epoch follows from this
+        began, sums = time.time(), Counter()
+        for step, (images, labels) in enumerate(batches(data, config, epoch, device), start=1):
+            now = (epoch - 1) * steps + step - 1
             for group in optimizer.param_groups:
-                group["lr"] = peak if group.get("constant") else rate
-            torch.manual_seed(hash((config.seed, state["step"])))  # nothing to save for a resume
+                group["lr"] = learning_rate(now, total, warmup, peak, config.final_lr * peak)
             loss, terms = model(images, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            state["step"] += 1
-            bad_step = torch.where((bad_step == 0) & ~loss.isfinite(), state["step"], bad_step)
-            state["sums"] = {name: state["sums"].get(name, 0) + value
-                             for name, value in {"loss": loss.detach(), **terms}.items()}
+            for name, value in {"loss": loss.detach(), **terms}.items():
+                sums[name] += value
+            if step == 1:
+                warm = time.time()  # the first step takes longer
+            elif terminal or time.time() - warm > 5 and not told:
+                left, told = (time.time() - warm) / (step - 1) * (total - now), True
+                print(f" step {step} of {steps}, about {timedelta(seconds=round(left))} left"
+                      + " (sooner: --quick, --arch small, fewer --epochs)" * (left > 7200),
+                      end="\r" if terminal else "\n", flush=True)
+        means = {name: value.item() / steps for name, value in sums.items()}
+        finite = all(p.isfinite().all() for p in method.parameters())
+        check(finite and math.isfinite(means["loss"]), f"loss or weights were not finite in epoch "
+              f"{epoch}, with --lr {config.lr:g}; {out} holds what was saved before", code=1)
+        seconds = log[-1]["train_seconds"] + time.time() - began
+        means["images_per_second"] = epoch * steps * config.batch_size / seconds
+        if data[1] and config.knn_every and epoch % config.knn_every == 0 and RANK == 0:
+            means["knn_top1"], *_ = knn(method, data)
+        log.append({"epoch": epoch, "train_seconds": seconds, **means})
+        left = timedelta(seconds=round(seconds / epoch * (config.epochs - epoch)))
+        print(f"epoch {epoch}/{config.epochs}", *(f" {k} {v:.4g}" for k, v in means.items()),
+              f" {left} left", flush=True)
+        if RANK == 0:
+            (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+        due = epoch == config.epochs or time.time() - saved_at >= 60 * config.save_every
+        if due and RANK == 0:
+            write(out / "checkpoint.pt", {
+                "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
+                "method": method.state_dict(), "optimizer": optimizer.state_dict()})
+            saved_at = time.time()
+    return method, data, log
 
-            if device.type == "cuda" and state["step"] == 20:
-                torch.cuda.synchronize()
-                seconds = state["seconds"] + time.perf_counter() - clock
-                print(time_left(seconds, 20, total), "left", flush=True)
-            now, step_of_epoch = time.perf_counter(), state["step"] % steps
-            due = stops or state["step"] == total or now - saved_at >= 60 * config.save_every
-            if step_of_epoch and not due:  # here the host does not wait for the device
-                if sys.stderr.isatty() and process()[0] == 0:
-                    left = time_left(state["seconds"] + now - clock, state["step"], total)
-                    print(f" step {step_of_epoch}/{steps}, {left} left ", end="\r", file=sys.stderr)
-                continue
-            if bad_step == 0 and not all(p.isfinite().all() for p in method.parameters()):
-                bad_step += state["step"]
-            check(bad_step == 0, f"loss or weights were not finite at step {int(bad_step)}, with a "
-                  f"learning rate near {rate:.3g}; {out} holds what was saved before", code=1)
-            state["seconds"] += time.perf_counter() - clock
-            if step_of_epoch == 0:
-                log_epoch(method, data, config, state, steps)
-            if due or stops:  # a signal may come while log_epoch evaluates
-                write(out / "checkpoint.pt", {
-                    "script": SCRIPT, "config": asdict(method.config), "state": state,
-                    "method": method.state_dict(), "optimizer": optimizer.state_dict()})
-                saved_at = time.perf_counter()
-            if stops:
-                interrupt(stops[0])
-            clock = time.perf_counter()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
-
-
-def log_epoch(method, data, config, state, steps):
-    """Prints the means of the epoch, with kNN when it is due, and adds them to metrics.jsonl."""
-    step, epoch = state["step"], state["step"] // steps
-    line = {name: value.item() / steps for name, value in state["sums"].items()}
-    due = config.knn_every and epoch % config.knn_every == 0
-    if data[2] and due and process()[0] == 0:
-        if not method.clouds:
-            line["knn_top1"], *_ = knn(method, data)
-        measures = geometry(method, pick(data[2][0], range(1000)), 5)
-        line |= {name: value for name, value in measures.items() if value is not None}
-    line["images_per_second"] = step * config.batch_size / state["seconds"]
-    print(f"epoch {epoch}/{config.epochs}",
-          *(f"{name} {value:.{4 if value < 1e4 else 5}g}" for name, value in line.items()),
-          time_left(state["seconds"], step, config.epochs * steps), "left", flush=True)
-    state["sums"] = {}
-    state["log"].append(json.dumps({"epoch": epoch, "step": step, **line}))
-    write(Path(config.out) / "metrics.jsonl", "".join(f"{x}\n" for x in state["log"]))
-
-
-def time_left(seconds, step, total):
-    """0:01:30 after `step` of `total` steps."""
-    return timedelta(seconds=round((total - step) * seconds / step))
-
-
-# ----------------------------------------------------------------------------------------- EVALUATE
-
+# %% EVALUATE --------------------------------------------------------------------------------------
 KNN_K, KNN_TEMPERATURE = 200, 0.5  # authors' code, CIFAR and STL-10
 
-
 @torch.no_grad()
-def extract(method, images, prepare=lambda x: x.float() / 255):
-    """Features (N, D), float32, of prepare(images), which come in parts of 256, in eval mode."""
-    device, training = method.mean_std.device, method.training
+@torch.compiler.set_stance("force_eager")  # else --compile would compile again for these sizes
+def extract(method, images, prepare=lambda x: x.float() / 255, epoch=0):
+    """Features (N, D) of prepare(parts of the images), in eval mode; of a Folder, of its crops."""
+    parts = images.load(epoch, range(len(images)), 256) if isinstance(images, Folder) else (
+        ([part], None) for part in images.split(256))
     method.eval()
-    features = [method.features(prepare(x.to(device))).float() for x in images.split(256)]
-    method.train(training)
+    features = [method.features(prepare(part.to(method.mean_std.device))) for [part], _ in parts]
+    method.train()
     return torch.cat(features)
 
-
 def knn_accuracy(bank, bank_labels, queries, query_labels, k, temperature, classes):
-    """Percent of queries (M, D) whose class gets the most votes of the k nearest in bank (N, D).
-
-    A neighbour at cosine s has exp(s / temperature) votes.
-    """
+    """Percent of queries (M, D) whose class has most of the k votes, exp(cosine / T), in bank."""
     bank, queries, right = F.normalize(bank), F.normalize(queries), 0
     for part, labels in zip(queries.split(250), query_labels.split(250)):
         s, nearest = (part @ bank.T).topk(k)  # (m, k)
@@ -981,314 +798,132 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k, temperature, class
         right += (votes.argmax(1) == labels).sum().item()
     return 100 * right / len(queries)
 
-
 def knn(method, data):
     """knn_accuracy of the encoder on the whole test set, and the features of bank and test."""
     _, (bank, bank_labels), (test, test_labels) = data
     bank, test = extract(method, bank), extract(method, test)
-    classes = int(bank_labels.max()) + 1
-    accuracy = knn_accuracy(bank, bank_labels, test, test_labels, KNN_K, KNN_TEMPERATURE, classes)
+    k, classes = min(KNN_K, len(bank)), int(bank_labels.max()) + 1
+    accuracy = knn_accuracy(bank, bank_labels, test, test_labels, k, KNN_TEMPERATURE, classes)
     return accuracy, bank, test
 
-
-def linear_probe(train, train_labels, test, test_labels, lr=1e-3, epochs=100, probes=3):
-    """Test accuracy, percent, of linear classifiers of frozen features: mean and population std.
-
-    train is (N, D), or a function that returns (N, D) anew for each epoch; test is (M, D). Adam,
-    weight decay 1e-6, batch 512 (authors' code); the probes are trained side by side.
-    """
-    features = train() if callable(train) else train
-    (n, width), classes = features.shape, int(train_labels.max()) + 1
-    batch, bound = min(512, n), width ** -0.5
-    weight = features.new_empty(probes, width, classes).uniform_(-bound, bound).requires_grad_()
-    bias = features.new_empty(probes, 1, classes).uniform_(-bound, bound).requires_grad_()
-    optimizer, steps = torch.optim.Adam([weight, bias], lr, weight_decay=1e-6), n // batch
+def linear_probe(draw, labels, test, test_labels, rule=torch.optim.Adam, lr=1e-3, weight_decay=1e-6,
+                 batch=512, epochs=100, milestones=(), probes=3):
+    """Mean and std, over probes, of percent right on test (M, D); draw(): (N, D) for an epoch."""
+    n, width, classes = len(labels), test.shape[1], int(labels.max()) + 1
+    steps, bound = max(1, n // batch), width ** -0.5
+    weight = test.new_empty(probes, width, classes).uniform_(-bound, bound).requires_grad_()
+    bias = test.new_empty(probes, 1, classes).uniform_(-bound, bound).requires_grad_()
+    optimizer = rule([weight, bias], lr, weight_decay=weight_decay)
     for step in range(epochs * steps):
         if step % steps == 0:
-            features = train() if callable(train) and step else features
-            order = torch.rand(probes, n, device=features.device).argsort(1)
+            features = draw()
+            order = torch.rand(probes, n, device=test.device).argsort(1)
         rows = order[:, step % steps * batch:][:, :batch]  # (probes, batch)
         logits = features[rows] @ weight + bias  # (probes, batch, classes)
-        loss = probes * F.cross_entropy(logits.flatten(0, 1), train_labels[rows].flatten())
+        loss = probes * F.cross_entropy(logits.flatten(0, 1), labels[rows].flatten())
+        passed = sum(step // steps >= milestone for milestone in milestones)
+        optimizer.param_groups[0]["lr"] = lr * 0.1 ** passed
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     right = 100 * ((test @ weight + bias).argmax(2) == test_labels).float().mean(1)  # (probes,)
     return right.mean().item(), right.std(correction=0).item()
 
-
-def pick(images, rows):
-    """These rows of images or clouds, as far as there are any, or of a Folder, as a tensor."""
-    rows = [row for row in rows if row < len(images)]
-    if isinstance(images, torch.Tensor):
-        return images[rows]
-    return torch.stack([images[row] for row in rows])
-
-
-@torch.no_grad()
-def embed(method, images, prepare=None):
-    """f of prepare(images) on the sphere, (N, D), in eval mode, without bf16 at any --precision."""
-    config, method.config = method.config, replace(method.config, precision="fp32")
-    features = extract(method, images, prepare or method.plain)
-    z = F.normalize(method.projector.eval()(features))
-    method.projector.train(method.training)
-    method.config = config
-    return z
-
-
-def wahba_rotation(f, f_a, reflections=False):
-    """The rotation R (D, D), float64, with f_a nearest to f R^T, both (N, D): Wahba's problem.
-
-    Section 4 of the paper, by the singular value decomposition; with reflections, R in O(D).
-    """
-    u, _, vt = torch.linalg.svd(f_a.double().T @ f.double())
-    signs = u.new_ones(len(u))
-    if not reflections:
-        signs[-1] = torch.sign(torch.det(u) * torch.det(vt))
-    return u * signs @ vt
-
-
-def wahba_error(f, f_a, reflections=False):
-    """Frobenius norm of f R^T - f_a, both (N, D), for the best rotation R."""
-    rotated = f.double() @ wahba_rotation(f, f_a, reflections).T
-    return torch.linalg.norm(rotated - f_a.double()).item()
-
-
-def relative_equivariance(f, f_a):
-    """gamma_f of section 5.2 for one augmentation, of embeddings before and after it, (N, D).
-
-    Mean over pairs of the squared change of their squared distance, over the squared sum of what
-    the two moved. 0 for a rotation; pairs that did not move are left out, nan if none did.
-    """
-    f, f_a = f.double(), f_a.double()
-    exact = dict(compute_mode="donot_use_mm_for_euclid_dist")
-    change = torch.cdist(f_a, f_a, **exact).square() - torch.cdist(f, f, **exact).square()  # (N, N)
-    moved = (f_a - f).square().sum(1)
-    both = (moved[:, None] + moved).square()
-    pairs = torch.ones_like(both, dtype=torch.bool).triu(1) & (both >= 1e-12)
-    return (change.square()[pairs] / both[pairs]).mean().item()
-
-
-def geometry(method, images, count=20):
-    """What `count` augmentations, each applied to all images alike, do to their embeddings: means.
-
-    wahba_so, wahba_o: Wahba's error in SO(D) and O(D) over the root of the number of images;
-    gamma_f: relative rotational equivariance, of 1000 images, None where it is undefined;
-    invariance: mean distance moved. images: uint8 (N, 3, H, W), or clouds, which are rotated.
-    """
-    torch.manual_seed(0)  # the same augmentations for every encoder
-    z, policy, rows = embed(method, images), view_policy(method.config), []
-    for _ in range(count):
-        if method.clouds:
-            rotation = haar_rotations(1, z.device)
-            z_a = embed(method, images, lambda x: rotate(x, rotation))
-        else:
-            drawn = draw_augmentation(1, policy, *images.shape[2:], z.device)
-            z_a = embed(method, images, lambda x: augment(
-                x, {k: v.expand(len(x), *v.shape[1:]) for k, v in drawn.items()}, policy.size))
-        rows.append([wahba_error(z, z_a) / len(z) ** 0.5,
-                     wahba_error(z, z_a, reflections=True) / len(z) ** 0.5,
-                     relative_equivariance(z[:1000], z_a[:1000]),
-                     (z - z_a).norm(dim=1).mean().item()])
-    means = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
-    names = ("wahba_so", "wahba_o", "gamma_f", "invariance")
-    return {name: mean if math.isfinite(mean) else None for name, mean in zip(names, means)}
-
-
-def probe_views(method, data, config):
-    """linear_probe with a fresh crop and flip of every training image in every epoch (ours)."""
-    _, (bank, bank_labels), (test, test_labels) = data
-    policy = view_policy(config)._replace(jitter=None, gray=0, blur=0)
-
-    def crop(x):
-        drawn = draw_augmentation(len(x), policy, *x.shape[2:], x.device)
-        return augment(x, drawn, policy.size)
-
-    return linear_probe(lambda: extract(method, bank, crop), bank_labels,
-                        extract(method, test), test_labels)
-
-
-def mean_hue(images):
-    """Hue, in turns, of the mean colour of images (N, 3, H, W)."""
-    red, green, blue = images.mean((2, 3)).T
-    return torch.atan2(3 ** 0.5 * (green - blue), 2 * red - green - blue) / (2 * math.pi)
-
-
-def retrieve(method, data, path, count=200):
-    """The nearest images of test images, and of the same with another hue (section 5.3).
-
-    Ours: overlap_at_5, percent of the five nearest training images, by f, that stay when the hue is
-    shifted by 0.1 to 0.5 turns either way; hue_difference, mean hue distance, in degrees, of those
-    found for the recoloured image to it (chance: 90, as on the nearly gray patterns). Draws five
-    queries, recoloured below, with their nearest at `path`.
-    """
-    images, device = data[1][0], method.mean_std.device
-    queries = pick(data[2][0], range(count)).to(device).float() / 255
-    shift = torch.linspace(0.1, 0.9, len(queries), device=device)[:, None, None, None]
-    recoloured = shift_hue(queries, shift)
-    bank, kept = embed(method, images), embed(method, queries, lambda x: x)
-    before = (kept @ bank.T).topk(5).indices  # (count, 5)
-    after = (embed(method, recoloured, lambda x: x) @ bank.T).topk(5).indices
-    overlap = 100 * (before[:, :, None] == after[:, None]).any(2).float().mean().item()
-    nearest = pick(images, after.flatten().tolist()).to(device)
-    found = mean_hue(nearest.float() / 255).view_as(after)
-    off = (found - mean_hue(recoloured)[:, None] + 0.5).remainder(1) - 0.5
-    if path:
-        shown = torch.linspace(0, len(queries) - 1, 5).long().tolist()
-        rows = [torch.cat([query[i:i + 1].cpu(), pick(images, near[i].tolist()).cpu() / 255])
-                for i in shown for query, near in ((queries, before), (recoloured, after))]
-        grid = make_grid(torch.cat(rows), nrow=6, pad_value=1.0)
-        save_image(F.interpolate(grid[None], scale_factor=2), path)
-    return {"overlap_at_5": overlap, "hue_difference": 360 * off.abs().mean().item()}
-
-
-def plot(path, curves, x_label, y_label, square=False):
-    """An SVG drawing with axes of curves {name: (x, y)}, lists of numbers; square: equal units."""
-    xs, ys = ([v for curve in curves.values() for v in curve[i]] for i in (0, 1))
-    (left, right), (low, high) = (min(xs), max(xs)), (min(ys), max(ys))
-    unit_x, unit_y = 400 / (right - left or 1), 300 / (high - low or 1)
-    unit_x, unit_y = [min(unit_x, unit_y)] * 2 if square else (unit_x, unit_y)
-
-    def place(x, y):
-        return 60 + unit_x * (x - left), 320 - unit_y * (y - low)
-
-    def text(x, y, words, how=""):
-        return f'<text x="{x:.0f}" y="{y:.0f}" {how}>{words}</text>'
-
-    middle = 'text-anchor="middle"'
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" width="600" height="370" font-size="12" '
-             'font-family="sans-serif"><rect width="600" height="370" fill="white"/>'
-             '<path d="M60 20V320H460" fill="none" stroke="black"/>',
-             text(260, 360, x_label, middle),
-             text(15, 170, y_label, middle + ' transform="rotate(-90 15 170)"')]
-    for x in (left, (left + right) / 2, right):
-        parts.append(text(place(x, low)[0], 338, f"{x:.3g}", middle))
-    for y in (low, (low + high) / 2, high):
-        parts.append(text(54, place(left, y)[1] + 4, f"{y:.3g}", 'text-anchor="end"'))
-    colors = ("#1b6ca8", "#c0392b", "#27864a", "#8e44ad", "#b9770e", "#555555")
-    for i, (name, (x, y)) in enumerate(curves.items()):
-        points = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in zip(x, y))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colors[i]}"/>')
-        parts.append(text(470, 40 + 18 * i, name, f'fill="{colors[i]}"'))
-    path.write_text("\n".join([*parts, "</svg>\n"]))
-
-
-def positive_cosines(method, images):
-    """Histogram (x, y) of the cosine of two augmented views of each image: 40 bins, percent."""
-    torch.manual_seed(0)
-    z1, z2 = (embed(method, images, method.a) for _ in range(2))
-    counts = torch.histc((z1 * z2).sum(1).clamp(-1, 1).cpu(), 40, -1, 1)
-    return torch.linspace(-0.975, 0.975, 40).tolist(), (100 * counts / counts.sum()).tolist()
-
+def probe(method, data, config, bank, test):
+    """linear_probe of fresh crops, ImageNet100's by its rule; --quick: of the bank's features."""
+    _, (images, labels), (_, test_labels) = data
+    size, epoch, settings = config.size, count(config.epochs + 1), {}
+    if config.dataset == "imagenet100":
+        settings = dict(rule=partial(torch.optim.SGD, momentum=0.9), lr=10.0, weight_decay=1e-4,
+                        batch=128, epochs=60, milestones=(30, 40, 50))
+    scale = None if config.dataset in STREAMED else (0.08, 1.0)
+    fresh = lambda x: augment(x, size, scale, jitter=None, gray=0)
+    draw = lambda: bank if config.quick else extract(method, images, fresh, next(epoch))
+    return linear_probe(draw, labels, test, test_labels, **settings)
 
 def draw_neighbours(path, data, bank, test):
     """Eight test images, each with its eight nearest training images, green if of its class."""
     _, (images, labels), (queries, query_labels) = data
     tiles, gray, green, red = [], (0.5, 0.5, 0.5), (0.0, 0.7, 0.0), (0.9, 0.0, 0.0)
-    for query, rows in enumerate((F.normalize(test[:8]) @ F.normalize(bank).T).topk(8).indices):
-        colors = [green if right else red for right in labels[rows] == query_labels[query]]
-        for image, color in zip([queries[query], *(images[row] for row in rows)], [gray, *colors]):
+    for query in first_of(8, len(test)).tolist():
+        s = F.normalize(bank) @ F.normalize(test[query], dim=0)
+        nearest = s.topk(min(8, len(bank))).indices
+        colors = [green if right else red for right in labels[nearest] == query_labels[query]]
+        places = [(queries, query), *((images, row) for row in nearest.tolist())]
+        for (source, row), color in zip(places, [gray, *colors]):
+            image = source[0, row][0][0] if isinstance(source, Folder) else source[row].cpu()
             frame = torch.tensor(color)[:, None, None].repeat(1, *(s + 4 for s in image.shape[1:]))
-            frame[:, 2:-2, 2:-2] = image.cpu() / 255
+            frame[:, 2:-2, 2:-2] = image / 255
             tiles.append(frame)
-    save_image(F.interpolate(make_grid(tiles, nrow=9)[None], scale_factor=2), path)
+    save_image(F.interpolate(make_grid(tiles, nrow=len(places))[None], scale_factor=2), path)
 
-
-def evaluate(method, data, config, state):
-    """Measures the encoder: the contents of results.json. Draws pictures beside it."""
-    seconds, device, out = state["seconds"], method.mean_std.device, Path(config.out)
-    memory = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else None
-    results = {"knn_top1": None, "random_init_knn_top1": None, "linear_top1": None,
-               "linear_top1_std": None, "epochs": config.epochs, "seed": config.seed,
-               "train_seconds": seconds, "peak_memory_gb": memory,
-               "images_per_second": state["step"] * config.batch_size / max(seconds, 1e-9),
-               **json.loads(state["log"][0])}
-    if data[2] is None:
-        return results
+def evaluate(method, data, config, log):
+    """Measures the encoder: the contents of results.json. Draws neighbours.png beside it."""
+    results = dict.fromkeys(("knn_top1", "random_init_knn_top1", "linear_top1", "linear_top1_std"))
+    results |= {**log[0], **log[-1], "epochs": config.epochs, "seed": config.seed,
+                "peak_memory_gb": torch.cuda.max_memory_allocated() / 2 ** 30 or None}
     torch.manual_seed(config.seed)
-    untrained = Method(config).to(device)
+    untrained = Method(config).to(method.mean_std.device)
     if method.clouds:
-        return results | evaluate_chains(method, untrained, data, config)
-    results["random_init_knn_top1"], *_ = knn(untrained, data)
-    results["knn_top1"], bank, test = knn(method, data)
-    results["knn_protocol"] = f"k {KNN_K}, temperature {KNN_TEMPERATURE}, bank of {len(data[1][1])}"
-    streamed = isinstance(data[1][0], Folder)
-    if streamed or config.quick:
-        probed = linear_probe(bank, data[1][1], test, data[2][1])
-        results["linear_protocol"] = "3 probes, cached features"
-    else:
-        probed = probe_views(method, data, config)
-        results["linear_protocol"] = "3 probes, fresh crops and flips each epoch"
-    results["linear_top1"], results["linear_top1_std"] = probed
-    if not config.eval:
-        draw_neighbours(out / "neighbours.png", data, bank, test)
-    images = pick(data[2][0], range(1000)).to(device) if streamed else data[2][0]
-    for encoder, prefix in ((method, ""), (untrained, "random_init_")):
-        picture = out / "retrieval.png" if encoder is method and not config.eval else None
-        measures = geometry(encoder, images) | retrieve(encoder, data, picture)
-        results |= {prefix + name: value for name, value in measures.items()}
-    if not config.eval:
-        plot(out / "cosines.svg", {"trained": positive_cosines(method, images),
-                                   "before training": positive_cosines(untrained, images)},
-             "cosine of two views of a test image", "percent of images")
-    return results
+        print("evaluating: probes of the principal axis", flush=True)
+        for encoder, prefix in ((untrained, "random_init_"), (method, "")):
+            axis = axis_probes(encoder, data)
+            results |= {prefix + name: value for name, value in axis.items()}
+    elif data[1]:
+        print("evaluating: kNN, and a linear probe", flush=True)
+        results["random_init_knn_top1"], *_ = knn(untrained, data)
+        results["knn_top1"], bank, test = knn(method, data)
+        results["knn_protocol"] = f"k {min(KNN_K, len(bank))}, temperature {KNN_TEMPERATURE}"
+        draw_neighbours(Path(config.out) / "neighbours.png", data, bank, test)
+        results["linear_top1"], results["linear_top1_std"] = probe(method, data, config, bank, test)
+        results["linear_protocol"] = ("3 probes, cached features" if config.quick else
+                                      "3 probes, fresh crops and flips each epoch")
+    return {name: round(x, 2) if isinstance(x, float) else x for name, x in results.items()}
 
-
-# --------------------------------------------------------------------------------------------- MAIN
-
-
-def interrupt(number, frame=None):
-    """Ends the program as the signal asks, in one line; a second signal ends it at once."""
-    for other in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(other, signal.SIG_DFL)
-    check(False, "stopped; the same command continues a run from its checkpoint", 128 + number)
-
-
+# %% MAIN ------------------------------------------------------------------------------------------
 def main(argv=None):
-    """Runs a command line. Exit codes: 2 bad input, 1 failed run, 130 Ctrl-C, 143 SIGTERM."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    """Runs a command line. Exit codes: 2 bad input, 1 failed run, 130 Ctrl-C."""
     config = parse_args(argv)
-    out = Path(config.out)
+    out, results = Path(config.out), Path(config.out, "results.json")
     try:
-        if (out / "results.json").exists() and not config.eval:
-            check(open_run(config), f"{out} holds results but no checkpoint: choose another --out")
-            print(f"{out} is finished: {(out / 'results.json').read_text(errors='replace')}")
-            return
-        method, data, state = train(config)
-        if process()[0] == 0:
-            results = json.dumps(evaluate(method, data, config, state), indent=1)
-            print(results)
-            if not config.eval:
-                write(out / "encoder.pt", method.encoder.cpu().state_dict())
-                write(out / "results.json", results)
-        if dist.is_initialized():
-            dist.barrier()  # nobody leaves while the first process evaluates
+        if results.exists() and config.dataset not in STREAMED:
+            open_run(config, {})
+        else:
+            method, data, log = train(config)
+        if dist.is_initialized():  # the first process evaluates, longer than others could wait
+            dist.barrier()
             dist.destroy_process_group()
+        if RANK == 0 and not results.exists():
+            measured = json.dumps(evaluate(method, data, config, log), indent=1)
+            write(out / "encoder.pt", method.encoder.cpu().state_dict())
+            write(results, measured)
+        if RANK == 0:
+            print(f"{out} is finished, with encoder.pt and results.json; accuracies in percent:")
+            for name, value in json.loads(results.read_text()).items():
+                if ("top1" in name or "angle" in name) and value is not None:
+                    print(f"  {name:36}{value}")
+    except KeyboardInterrupt:
+        check(False, "stopped; the same command continues from the last checkpoint", 130)
+    except torch.OutOfMemoryError:
+        check(False, "the GPU's memory is full: use a smaller --batch-size", 1, alike=False)
+    except OSError as problem:  # a full disk, or an image, of which a loader sends a traceback
+        text = str(problem).splitlines()[-1]
+        check(False, f"{text}. Mend this, then the same command continues", 1, alike=False)
     except RuntimeError as problem:
-        lost = isinstance(problem, dist.DistError) or "gloo" in str(problem)
-        lost = lost or "DataLoader worker (pid" in str(problem)
-        check(not lost, "another process was lost; the same command continues", code=1)
-        check("allocate" not in str(problem), "memory is full: use a smaller --batch-size", code=1)
+        text = str(problem)
+        lost = isinstance(problem, dist.DistError) or "gloo" in text or "worker (pid" in text
+        check("shared memory" not in text, "shared memory is full, by which processes read images: "
+              "start the container with --shm-size 8g or --ipc=host", 1, alike=False)
+        check(not lost, "another process was lost; the same command continues", 1, alike=False)
         raise
-    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as problem:
-        check(False, f"cannot write to {out}: {problem}")
-    except OSError as problem:  # a full disk, a damaged image (of which a loader sends a traceback)
-        check(False, f"{str(problem).splitlines()[-1]}; then the same command continues", code=1)
 
-
-# ----------------------------------------------------------------------------------------- PROTEINS
+# %% PROTEINS --------------------------------------------------------------------------------------
 # Section 5.1 of the paper: proteins as clouds of points, and rotations of space as augmentations.
 # A cloud is (P, 4): coordinates, with mean 0 and mean square 1, and 1 for a point, 0 for padding.
-
-
 def read_chain(path):
-    """Coordinates (P, 3) in angstrom of the CA atoms of the first model in a .pdb file.
-
-    A line that is cut or has no such numbers ends the program with the name and the line.
-    """
+    """Coordinates (P, 3) in angstrom of the CA atoms of the first model in a .pdb file."""
     points = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         if line.startswith("ENDMDL"):
             break
         if line.startswith("ATOM") and line[12:16] == " CA " and line[16] in " A":
@@ -1298,7 +933,6 @@ def read_chain(path):
             points.append([float(x) for x in numbers])
     check(points, f"{path} has no CA atoms")
     return torch.tensor(points)
-
 
 def draw_chains(n, seed):
     """n smooth random walks of 20 to 100 CA atoms in steps of 3.8 angstrom: the built-in chains."""
@@ -1311,7 +945,6 @@ def draw_chains(n, seed):
         chains.append(torch.stack(steps).cumsum(0))
     return chains
 
-
 def load_chains(config, device):
     """Clouds (N, P, 4) and labels (-1) to train on and to test; proteins: data_root/proteins/*.pdb.
 
@@ -1320,26 +953,24 @@ def load_chains(config, device):
     """
     if config.dataset == "chains" or config.quick:
         print("data: the built-in random walks, no proteins")
-        parts = [draw_chains(2000, 1), draw_chains(200, 2)]
+        splits = [draw_chains(2000, 1), draw_chains(200, 2)]
     else:
-        root = Path(config.data_root) / "proteins"
-        paths = sorted(root.rglob("*.pdb"))
-        files = {path.stem: path for path in paths}
-        check(len(files) == len(paths), f"two .pdb files in {root} have the same name")
+        root = Path(config.data_root).expanduser() / "proteins"
+        files = {path.stem: path for path in sorted(root.rglob("*.pdb"))}
         check(files, f"no .pdb files in {root}; built in is --dataset chains")
-        splits = [[name for i, name in enumerate(files) if i % 10 < 9], [*files][9::10]]
+        names = [[name for i, name in enumerate(files) if i % 10 < 9], [*files][9::10]]
         if (root / "train.txt").is_file() and (root / "val.txt").is_file():
-            splits = [[Path(name).stem for name in (root / f"{part}.txt").read_text().split()]
-                      for part in ("train", "val")]
-        missing = [name for split in splits for name in split if name not in files]
+            names = [[Path(name).stem for name in (root / f"{part}.txt").read_text().split()]
+                     for part in ("train", "val")]
+        missing = [name for part in names for name in part if name not in files]
         check(not missing, f"{root} lacks {len(missing)} files of its lists, {missing[:1]}")
-        parts = [[read_chain(files[name]) for name in split] for split in splits]
-        parts = [[chain for chain in part if len(chain) >= 20] for part in parts]
-        check(all(parts), f"{root} has too few chains of 20 residues to train and validate on")
-    parts[0] = [parts[0][i] for i in first_of(config.limit, len(parts[0])).tolist()]
-    longest = max(len(chain) for part in parts for chain in part)
+        splits = [[read_chain(files[name]) for name in part] for part in names]
+        splits = [[chain for chain in part if len(chain) >= 20] for part in splits]
+        check(all(splits), f"{root} has too few chains of 20 residues to train and validate on")
+    splits[0] = [splits[0][i] for i in first_of(config.limit, len(splits[0])).tolist()]
+    longest = max(len(chain) for part in splits for chain in part)
     data = []
-    for part in parts:
+    for part in splits:
         clouds = torch.zeros(len(part), longest, 4)
         for cloud, chain in zip(clouds, part):
             chain = chain - chain.mean(0)
@@ -1348,19 +979,16 @@ def load_chains(config, device):
         data.append((clouds.to(device), torch.full((len(part),), -1, device=device)))
     return data[0], None, data[1]
 
-
 class DeepSets(nn.Module):
     """Clouds (N, P, 4) to features (N, 256): an MLP of each point, and the mean over the points."""
 
     def __init__(self):
         super().__init__()
-        self.phi = nn.Sequential(nn.Linear(3, 128), nn.ReLU(), nn.Linear(128, 256), nn.ReLU(),
-                                 nn.Linear(256, 256), nn.ReLU())
+        self.phi = nn.Sequential(*mlp_layers((3, 128, 256, 256), nn.Identity))
 
     def forward(self, clouds):
         points, there = clouds.split((3, 1), dim=2)
         return (self.phi(points) * there).sum(1) / there.sum(1)
-
 
 def haar_rotations(n, device):
     """n rotations of space (n, 3, 3), uniform, from normalised Gaussian quaternions."""
@@ -1370,11 +998,9 @@ def haar_rotations(n, device):
         2 * (b * c + a * d), a * a - b * b + c * c - d * d, 2 * (c * d - a * b),
         2 * (b * d - a * c), 2 * (c * d + a * b), a * a - b * b - c * c + d * d], 1).view(n, 3, 3)
 
-
 def rotate(clouds, rotations):
     """Cloud i, (P, 4), times rotation i: X R."""
     return torch.cat([clouds[..., :3] @ rotations, clouds[..., 3:]], dim=2)
-
 
 def principal_axis(clouds):
     """First principal components (N, 3), signed so that the third moment along them is positive."""
@@ -1383,61 +1009,39 @@ def principal_axis(clouds):
     axis = axis * torch.where((points @ axis).pow(3).sum(1, keepdim=True) < 0, -1, 1)
     return axis[..., 0].float()
 
-
-def evaluate_chains(method, untrained, data, config):
+def axis_probes(method, data):
     """How well an MLP on the frozen embedding tells the principal axis of a rotated chain.
 
     axis_mse: squared error of the unit vector; axis_angle_degrees: mean angle to it;
     axis_free_angle_degrees: to it or its negative; ridge_: the same for a linear map. All of four
-    random rotations of every chain. Draws the paths of embeddings under turns about each axis.
+    random rotations of every chain.
     """
-    results = {"data": "synthetic" if config.dataset == "chains" or config.quick
-               else str(Path(config.data_root) / "proteins")}
-    for encoder, prefix in ((method, ""), (untrained, "random_init_")):
-        torch.manual_seed(0)
-        clouds = [part.repeat(4, 1, 1) for part, _ in (data[0], data[2])]
-        clouds = [rotate(part, haar_rotations(len(part), part.device)) for part in clouds]
-        z, test_z = (embed(encoder, part) for part in clouds)
-        axes, test_axes = map(principal_axis, clouds)
-        mean, std = z.mean(0), z.std(0).clamp(min=1e-6)
-        z, test_z = (F.pad((part - mean) / std, (0, 1), value=1.0) for part in (z, test_z))
-        ridge = torch.linalg.solve(z.T @ z + torch.eye(len(z.T), device=z.device), z.T @ axes)
-        mlp = nn.Sequential(nn.Linear(len(z.T), 128), nn.ReLU(), nn.Linear(128, 3)).to(z.device)
-        optimizer = torch.optim.Adam(mlp.parameters(), 1e-2)
-        for _ in range(300):
-            loss = (mlp(z) - axes).square().sum(1).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        for probe, guess in (("axis_", mlp(test_z).detach()), ("ridge_axis_", test_z @ ridge)):
-            cosine = F.cosine_similarity(guess, test_axes).clamp(-1, 1)
-            results |= {f"{prefix}{probe}{name}": value.mean().item() for name, value in {
-                "mse": (guess - test_axes).square().sum(1),
-                "angle_degrees": cosine.acos().rad2deg(),
-                "free_angle_degrees": cosine.abs().acos().rad2deg()}.items()}
-        results |= {prefix + k: v for k, v in geometry(encoder, data[2][0]).items()}
-    if not config.eval:
-        draw_paths(Path(config.out) / "paths.svg", method, data[2][0][0])
+    torch.manual_seed(0)
+    clouds = [part.repeat(4, 1, 1) for part, _ in (data[0], data[2])]
+    clouds = [rotate(part, haar_rotations(len(part), part.device)) for part in clouds]
+    axes, test_axes = map(principal_axis, clouds)
+    with torch.no_grad():
+        method.eval()
+        z, test_z = (torch.cat([F.normalize(method.embed(x)) for x in part.split(256)])
+                     for part in clouds)
+    mean, std = z.mean(0), z.std(0).clamp(min=1e-6)
+    z, test_z = (F.pad((part - mean) / std, (0, 1), value=1.0) for part in (z, test_z))
+    ridge = torch.linalg.solve(z.T @ z + torch.eye(len(z.T), device=z.device), z.T @ axes)
+    mlp = nn.Sequential(nn.Linear(len(z.T), 128), nn.ReLU(), nn.Linear(128, 3)).to(z.device)
+    optimizer = torch.optim.Adam(mlp.parameters(), 1e-2)
+    for _ in range(300):
+        loss = (mlp(z) - axes).square().sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    results = {}
+    for name, guess in (("axis", mlp(test_z).detach()), ("ridge_axis", test_z @ ridge)):
+        cosine = F.cosine_similarity(guess, test_axes).clamp(-1, 1)
+        results[f"{name}_mse"] = (guess - test_axes).square().sum(1).mean().item()
+        results[f"{name}_angle_degrees"] = cosine.acos().rad2deg().mean().item()
+        results[f"{name}_free_angle_degrees"] = cosine.abs().acos().rad2deg().mean().item()
     return results
 
-
-def draw_paths(path, method, cloud):
-    """Embeddings of a cloud (P, 4) turned by 0 to 360 degrees about x, y and z, in their plane.
-
-    The first two principal components of all three paths; the paper's ideal is a circle for each.
-    """
-    angle = torch.linspace(0, 2 * math.pi, 101, device=cloud.device)
-    zero, one = torch.zeros_like(angle), torch.ones_like(angle)
-    turn = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero,
-                        zero, zero, one], 1).view(-1, 3, 3)  # about z
-    orders = {"about x": (2, 0, 1), "about y": (1, 2, 0), "about z": (0, 1, 2)}  # of the axes
-    z = torch.cat([embed(method, rotate(cloud.expand(101, -1, -1), turn[:, order][:, :, order]))
-                   for order in orders.values()])
-    z = z - z.mean(0)
-    plane = (z @ torch.linalg.svd(z, full_matrices=False).Vh[:2].T).view(3, 101, 2).cpu()
-    plot(path, {name: part.T.tolist() for name, part in zip(orders, plane)},
-         "first principal component", "second principal component", square=True)
-
-
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of classes that a terminal lacks
     main()

@@ -220,7 +220,7 @@ def load_tiny_imagenet(root):
            for path in sorted((folder / "val").rglob("*.JPEG"))]
     whole = {word for _, word in val} == set(train.classes)
     whole = whole and (len(train), len(val)) == TINY_IMAGENET
-    check(whole, f"{folder} has {len(train)} images of {len(train.classes)} classes to train on and "
+    check(whole, f"{folder} has {len(train)} images of {len(train.classes)} classes in train/ and "
           f"{len(val)} in val/, not 100000 of 200 and 10000: delete it, to have it downloaded anew")
     splits = [train.samples, [(path, train.class_to_idx[word]) for path, word in val]]
     return [(torch.stack([TF.pil_to_tensor(train.loader(path)) for path, _ in samples]),
@@ -606,8 +606,8 @@ def fiber_pairs(shape, config):
     pairs = elements[torch.cartesian_prod(every, every)]  # (E^2, 2, 3)
     apart = (pairs[:, 0] - pairs[:, 1]).float().norm(dim=1)
     pairs = pairs[apart <= (config.distance or math.inf)]
-    check(len(pairs) > len(elements), f"--base-size {base} and --distance {config.distance:g} leave "
-          f"no two different fibers of the {axis} on the axis")
+    check(len(pairs) > len(elements), f"--base-size {base} and --distance {config.distance:g} "
+          f"leave no two different fibers of the {axis} on the axis")
     return pairs
 
 def precision(config, device):

@@ -331,12 +331,12 @@ def view_policies(config):
 
 @torch.no_grad()
 def augment(images, size, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), flip=0.5, gray=0.2, blur=0,
-            solarize=0, share=1):
+            radius=6, solarize=0, jitter_p=0.8, share=1):
     """Random views of images (N, 3, H, W), uint8 or in [0, 1]: float (N, 3, size, size) in [0, 1].
 
     scale: least and greatest share of the area that is cropped, or None. jitter: of brightness,
-    contrast, saturation and hue, with probability 0.8, or None. flip, gray, blur, solarize:
-    probabilities. share: so many consecutive images get one draw.
+    contrast, saturation and hue, with probability jitter_p, or None. flip, gray, blur, solarize:
+    probabilities. radius: of blur. share: so many consecutive images get one draw.
     """
     n, _, height, width = images.shape
 
@@ -352,7 +352,7 @@ def augment(images, size, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), flip=0.
         x = crop(x, draw_box(uniform, height, width, scale), size)
     x = torch.where(chosen(flip), x.flip(3), x)
     if jitter:
-        jittered = chosen(0.8)
+        jittered = chosen(jitter_p)
         for i in torch.randperm(4).tolist():
             change, none = ((brightness, 1), (contrast, 1), (saturation, 1), (shift_hue, 0))[i]
             amount = uniform(max(none - jitter[i], none - 1), none + jitter[i], 1, 1, 1)
@@ -360,7 +360,7 @@ def augment(images, size, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), flip=0.
     if gray:
         x = torch.where(chosen(gray), TF.rgb_to_grayscale(x), x)
     if blur:
-        x = gaussian_blur(x, torch.where(chosen(blur), uniform(0.1, 2.0, 1, 1, 1), 1e-3))
+        x = gaussian_blur(x, torch.where(chosen(blur), uniform(0.1, 2.0, 1, 1, 1), 1e-3), radius)
     if solarize:
         x = torch.where(chosen(solarize) & (x >= 128 / 255), 1 - x, x)
     return x
@@ -411,11 +411,12 @@ def shift_hue(x, turns):
     k = (sextant + 6 * turns + offset).remainder_(6)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
-def blur(x, sigma):
-    """Gaussian of sigma (N, 1, 1, 1) pixels, cut off at 6, over mirrored borders."""
-    taps = torch.exp(-0.5 * (torch.arange(-6, 7, device=x.device) / sigma) ** 2)  # (N, 1, 1, 13)
+def blur(x, sigma, radius=6):
+    """Gaussian of sigma (N, 1, 1, 1) pixels, cut off at the radius, over mirrored borders."""
+    reach = torch.arange(-radius, radius + 1, device=x.device)
+    taps = torch.exp(-0.5 * (reach / sigma) ** 2)  # (N, 1, 1, 2 radius + 1)
     taps = (taps / taps.sum(3, keepdim=True)).repeat_interleave(3, dim=0)
-    padded = F.pad(x, [6] * 4, mode="reflect").flatten(0, 1)  # (3N, H + 12, W + 12)
+    padded = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1)  # (3N, H + 2 radius, ...)
     blurred = F.conv2d(F.conv2d(padded, taps, groups=len(taps)), taps.mT, groups=len(taps))
     return blurred.view_as(x)
 
@@ -472,7 +473,7 @@ TRANSFORMS = {
 }
 
 class Method(nn.Module):
-    """E-SimCLR: uint8 images (N, 3, H, W), or lists of crops, to the loss and terms for the log."""
+    """E-SimCLR: uint8 images (N, 3, H, W), or lists of crops, to the loss and terms of the log."""
 
     def __init__(self, config):
         super().__init__()

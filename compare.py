@@ -1,0 +1,555 @@
+"""What encoders know, side by side: finished runs of the scripts, measured by one protocol.
+
+  python compare.py runs/A runs/B ...     image runs on one dataset
+  python compare.py RUN                   one run; of photonics_reg.py: spectra, of proteins: paths
+
+Writes a table (compare.md), all numbers (compare.json) and pictures to --out. The protocol: up to
+10,000 training images to learn from, 5,000 test images to score, in a fixed random order, float32.
+  accuracy   of features: kNN (k 200, T 0.1), and a linear probe on standardised features, its rate
+             of three chosen on a fifth of the training images; beside it the untrained encoder's.
+  R^2        of the parameters of T, read from the frozen pair [f(x), f(T x)], one transformation
+             at a time, always applied: by ridge regression (penalty chosen on a fifth) and an MLP
+             (512 hidden, AdamW 1e-3, 40 epochs): 1 - sum of squares left over that about the mean,
+             for each parameter, then their mean (published definitions differ). Draws are the same
+             for all. Crop: centre and log area; rotation: one of four turns.
+  geometry   of embeddings on the sphere (features where there is no projector): 2,000 test images
+             and 10 augmentations, each for all images alike. Wahba's error: the rotation (SO,
+             or O with reflections) fitted on half, per image, on the other half (no ranking across
+             D); gamma_f of CARE, of 1,000 images; the mean distance moved. Of 200 test images, how
+             many of five neighbours stay when the hue is shifted, in percent.
+  layers     of homomorphic.py: relative error of equivariance, and that of doing nothing.
+"""
+import argparse
+import importlib
+import json
+import math
+import sys
+from copy import deepcopy
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torchvision.utils import make_grid, save_image
+
+import care
+import photonics_reg
+import simclr_essl
+from homomorphic import PLANES, SCALES, act, transform
+from simclr_essl import augment, blur, brightness, contrast, crop, draw_box, first_of, saturation
+from simclr_essl import shift_hue
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+
+FIT, SCORE, SHIFTED, DRAWS, RETRIEVED = 10_000, 5_000, 2_000, 10, 200
+RANGES = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.6, 1.4),
+          "hue": (-0.1, 0.1), "blur": (0.1, 2.0)}
+OPERATIONS = {"brightness": brightness, "contrast": contrast, "saturation": saturation,
+              "hue": shift_hue, "blur": blur}
+GRAY = ("crop", "flip", "rotation", "brightness", "contrast", "blur")
+COLOUR = (*GRAY, "saturation", "hue")
+
+# %% RUNS ------------------------------------------------------------------------------------------
+def check(condition, message):
+    """Ends the program with one line unless the condition holds."""
+    if not condition:
+        print("error:", *message.split(), file=sys.stderr)
+        raise SystemExit(2)
+
+def load_run(folder, data_root, device):
+    """Name, script, config, log, results, trained and untrained method of a finished run."""
+    path = Path(folder)
+    finished = (path / "results.json").is_file() and (path / "checkpoint.pt").is_file()
+    check(finished, f"{folder} is not the folder of a finished run: it has no results.json")
+    try:
+        saved = torch.load(path / "checkpoint.pt", map_location=device, weights_only=True)
+        script = importlib.import_module(saved["script"])
+        config = script.Config(**saved["config"])
+        config = replace(config, data_root=data_root or config.data_root)
+        stage = (config.splits,) if script is photonics_reg else ()
+        torch.manual_seed(config.seed)
+        untrained = script.Method(config, *stage).to(device)
+        method = deepcopy(untrained)
+        method.load_state_dict(saved["method"])
+    except Exception as problem:  # a damaged file, or one of another version, can raise anything
+        check(False, f"cannot load the run in {folder} ({type(problem).__name__}: {problem})")
+    return SimpleNamespace(name=path.resolve().name, script=script, config=config, log=saved["log"],
+                           method=method, untrained=untrained)
+
+def pick(images, n):
+    """The first n images of a fixed random order: uint8 (n, C, S, S), also of a Folder."""
+    rows = first_of(n, len(images))[:n]
+    if isinstance(images, torch.Tensor):
+        return images[rows.to(images.device)]
+    return torch.stack([images[0, row][0][0] for row in rows.tolist()])
+
+def load_images(run, device):
+    """(images, labels) to learn from and to score, as the run's own script reads them."""
+    data = run.script.load_data(replace(run.config, limit=0), device)
+    check(data[1], f"the data of {run.name} have no classes in train/ and val/ to compare by")
+    return [(pick(images, n).to(device), labels[first_of(n, len(labels))[:n].to(device)])
+            for (images, labels), n in zip(data[1:], (FIT, SCORE))]
+
+@torch.no_grad()
+def outputs(method, images, prepare=lambda x: x.float() / 255, name="features"):
+    """Features (N, D), or another output, of prepare(images), in eval mode, without bf16."""
+    config, method.config = method.config, replace(method.config, precision="fp32")
+    method.eval()
+    parts = [getattr(method, name)(prepare(part)) for part in images.split(256)]
+    method.train()
+    method.config = config
+    return torch.cat(parts)
+
+def embed(method, images, prepare=lambda x: x.float() / 255):
+    """Embeddings (N, D) on the sphere; features where the method has no projector."""
+    name = "embed" if hasattr(method, "embed") else "features"
+    return F.normalize(outputs(method, images, prepare, name))
+
+# %% ACCURACY --------------------------------------------------------------------------------------
+def standardised(fit, *others):
+    """Rows less the mean of fit, over its standard deviation; constant columns become 0."""
+    mean, std = fit.mean(0), fit.std(0)
+    return [torch.where(std > 1e-6, (x - mean) / std.clamp(min=1e-6), 0) for x in (fit, *others)]
+
+def accuracy(z, labels, test, test_labels):
+    """kNN and linear accuracy, percent, of features to learn from (N, D) and to score (M, D)."""
+    k, classes = min(200, len(z)), int(labels.max()) + 1
+    knn = simclr_essl.knn_accuracy(z, labels, test, test_labels, k, 0.1, classes)
+    z, test = standardised(z, test)
+    held = len(z) // 5
+
+    def probe(rows, x, y, rate, probes):
+        torch.manual_seed(0)
+        draw = lambda: z[rows]
+        return simclr_essl.linear_probe(draw, labels[rows], x, y, rate, epochs=50, probes=probes)[0]
+
+    rates = (0.01, 0.1, 1.0)
+    best = max(rates, key=lambda rate: probe(slice(held, None), z[:held], labels[:held], rate, 1))
+    return {"knn": knn, "linear": probe(slice(None), test, test_labels, best, 5), "rate": best}
+
+# %% TRANSFORMATIONS -------------------------------------------------------------------------------
+def draw_transformation(name, n, size, seed=0):
+    """Arguments (n, ...) of a transformation of n images, and its parameters (n, P)."""
+    generator = torch.Generator().manual_seed(len(COLOUR) * seed + COLOUR.index(name))
+
+    def uniform(low, high, *shape):
+        return torch.empty(n, *shape).uniform_(low, high, generator=generator)
+
+    if name == "crop":
+        box = draw_box(uniform, size, size, (0.2, 1.0))
+        top, left, height, width = box.T
+        return box, torch.stack([top + height / 2, left + width / 2, (height * width).log()], 1)
+    if name == "flip":
+        flipped = uniform(0, 1, 1, 1, 1) < 0.5
+        return flipped, flipped.float().flatten(1)
+    if name == "rotation":
+        turns = torch.randint(4, (n,), generator=generator)
+        return turns, F.one_hot(turns, 4).float()
+    values = uniform(*RANGES[name], 1, 1, 1)
+    return values, values.flatten(1)
+
+def transformed(name, x, argument):
+    """Images (N, C, S, S) in [0, 1], transformed each by its argument."""
+    channels, x = x.shape[1], x.expand(-1, 3, -1, -1)
+    if name == "crop":
+        x = crop(x, argument, x.shape[3])
+    elif name == "flip":
+        x = torch.where(argument, x.flip(3), x)
+    elif name == "rotation":
+        turned = torch.stack([x.rot90(k, (2, 3)) for k in range(4)])
+        x = turned[argument, torch.arange(len(x), device=x.device)]
+    else:
+        x = OPERATIONS[name](x, argument)
+    return x[:, :channels]
+
+def r2_score(prediction, target):
+    """1 - squares left / squares about the mean, a mean over parameters; NaN if one is constant."""
+    left = (prediction - target).square().sum(0)
+    return (1 - left / (target - target.mean(0)).square().sum(0)).mean().item()
+
+def ridge_r2(x, t, test, test_t):
+    """R^2 of ridge regression from standardised rows (N, D) to standardised parameters (N, P)."""
+    x, t, test, test_t = (y.double() for y in (x, t, test, test_t))
+    held = len(x) // 5
+
+    def predict(rows, penalty, queries):
+        left = x[rows].T @ x[rows] + penalty * torch.eye(x.shape[1]).to(x)
+        return queries @ torch.linalg.solve(left, x[rows].T @ t[rows])
+
+    rest, penalties = slice(held, None), (1.0, 10.0, 100.0, 1e3, 1e4)
+    best = max(penalties, key=lambda p: r2_score(predict(rest, p, x[:held]), t[:held]))
+    return r2_score(predict(slice(None), best, test), test_t)
+
+def mlp_r2(x, t, test, test_t):
+    """R^2 of an MLP with one hidden layer, from and to the same."""
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(x.shape[1], 512), nn.ReLU(), nn.Linear(512, t.shape[1]))
+    mlp.to(x.device)
+    optimizer = torch.optim.AdamW(mlp.parameters(), 1e-3, weight_decay=1e-2)
+    for _ in range(40):
+        for rows in torch.randperm(len(x), device=x.device).split(256):
+            loss = F.mse_loss(mlp(x[rows]), t[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        return r2_score(mlp(test), test_t)
+
+def what_is_known(method, fit, score):
+    """R^2 by both readouts of every transformation of images (N, C, S, S) to fit and to score."""
+    known, plain = {}, [outputs(method, x) for x in (fit, score)]
+    for name in COLOUR if fit.shape[1] == 3 else GRAY:
+        pairs, parameters = [], []
+        for seed, (images, z) in enumerate(zip((fit, score), plain)):
+            argument, parameter = draw_transformation(name, len(images), images.shape[3], seed)
+            remaining = iter(argument.to(images.device).split(256))
+            after = outputs(method, images, lambda x: transformed(name, x / 255, next(remaining)))
+            pairs.append(torch.cat([z, after], dim=1))
+            parameters.append(parameter.to(images.device))
+        (x, test), (t, test_t) = standardised(*pairs), standardised(*parameters)
+        known[name] = {"ridge": ridge_r2(x, t, test, test_t), "mlp": mlp_r2(x, t, test, test_t)}
+    return known
+
+# %% GEOMETRY --------------------------------------------------------------------------------------
+def wahba_rotation(f, f_a, reflections=False):
+    """The rotation R (D, D), float64, with f_a nearest to f R^T, both (N, D): Wahba's problem.
+
+    Section 4 of the paper, by the singular value decomposition; with reflections, R in O(D).
+    """
+    u, _, vt = torch.linalg.svd(f_a.double().T @ f.double())
+    signs = u.new_ones(len(u))
+    if not reflections:
+        signs[-1] = torch.sign(torch.det(u) * torch.det(vt))
+    return u * signs @ vt
+
+def wahba_error(f, f_a, reflections=False):
+    """Frobenius norm of f R^T - f_a, both (N, D), for the best rotation R."""
+    rotated = f.double() @ wahba_rotation(f, f_a, reflections).T
+    return torch.linalg.norm(rotated - f_a.double()).item()
+
+def relative_equivariance(f, f_a):
+    """gamma_f of section 5.2 for one augmentation, of embeddings before and after it, (N, D).
+
+    Mean over pairs of the squared change of their squared distance, over the squared sum of what
+    the two moved. 0 for a rotation; pairs that did not move are left out, nan if none did.
+    """
+    f, f_a = f.double(), f_a.double()
+    exact = dict(compute_mode="donot_use_mm_for_euclid_dist")
+    change = torch.cdist(f_a, f_a, **exact).square() - torch.cdist(f, f, **exact).square()  # (N, N)
+    moved = (f_a - f).square().sum(1)
+    both = (moved[:, None] + moved).square()
+    pairs = torch.ones_like(both, dtype=torch.bool).triu(1) & (both >= 1e-12)
+    return (change.square()[pairs] / both[pairs]).mean().item()
+
+def geometry(method, images, change, draws=DRAWS):
+    """What augmentations, each applied to all images alike, do to embeddings: means over draws.
+
+    change(x, share): x augmented, so many consecutive images alike. wahba_so, wahba_o: error per
+    image of the rotation fitted on the first half, on the second; gamma_f: of 1,000 images, None
+    where it is undefined; moved: mean distance.
+    """
+    z, rows = embed(method, images), []
+    half = len(z) // 2
+    for seed in range(draws):
+        def alike(x):
+            torch.manual_seed(seed)  # the same augmentation for every part, and for every encoder
+            return change(x, len(x))
+
+        z_a = embed(method, images, alike)
+        errors = []
+        for reflections in (False, True):
+            rotation = wahba_rotation(z[:half], z_a[:half], reflections)
+            left = z[half:].double() @ rotation.T - z_a[half:].double()
+            errors.append(left.norm().item() / (len(z) - half) ** 0.5)
+        rows.append([*errors, relative_equivariance(z[:1000], z_a[:1000]),
+                     (z - z_a).norm(dim=1).mean().item()])
+    means = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
+    names = ("wahba_so", "wahba_o", "gamma_f", "moved")
+    measured = {name: mean if math.isfinite(mean) else None for name, mean in zip(names, means)}
+    return measured | {"width": z.shape[1], "images": len(z), "draws": draws}
+
+def mean_hue(images):
+    """Hue, in turns, of the mean colour of images (N, 3, H, W)."""
+    red, green, blue = images.mean((2, 3)).T
+    return torch.atan2(3 ** 0.5 * (green - blue), 2 * red - green - blue) / (2 * math.pi)
+
+def retrieve(method, bank, queries):
+    """The nearest images of queries, and of the same with another hue (CARE, section 5.3).
+
+    bank, queries: uint8 (N, 3, S, S). Ours: overlap_at_5, percent of the five nearest that stay
+    when the hue is shifted by 0.1 to 0.5 turns either way; hue_difference, mean hue distance, in
+    degrees, of those found for the recoloured image to it (chance: 90). Also rows of the bank
+    (M, 5) that are nearest before and after, and the recoloured queries.
+    """
+    shift = torch.linspace(0.1, 0.9, len(queries), device=queries.device)[:, None, None, None]
+    recoloured = shift_hue(queries.float() / 255, shift)
+    known = embed(method, bank)
+    before = (embed(method, queries) @ known.T).topk(5).indices
+    after = (embed(method, recoloured, lambda x: x) @ known.T).topk(5).indices
+    overlap = 100 * (before[:, :, None] == after[:, None]).any(2).float().mean().item()
+    found = mean_hue(bank[after.flatten()].float() / 255).view_as(after)
+    off = (found - mean_hue(recoloured)[:, None] + 0.5).remainder(1) - 0.5
+    measured = {"overlap_at_5": overlap, "hue_difference": 360 * off.abs().mean().item()}
+    return measured, before, after, recoloured
+
+def positive_cosines(method, images, change):
+    """Cosines (N,) of two augmented views of each image, by change(x, share)."""
+    torch.manual_seed(0)
+    z1, z2 = (embed(method, images, lambda x: change(x, 1)) for _ in range(2))
+    return (z1 * z2).sum(1)
+
+def layer_errors(method, images):
+    """For every layer of a GroupEncoder |act(f(x), g) - f(T_g x)| / |f(T_g x)|, Frobenius norms.
+
+    rotation: a quarter turn, the whole map. translation: by the product of all strides in both
+    directions; scale: the mean over neighbouring planes. Both in the inner half of the map. Second,
+    what leaving f(x) as it is would give: with the same plane, place and orientation. In eval mode
+    and float64: on a GPU, TF32 would hide that rotation is exact.
+    """
+    group, strides = method.config.group, method.encoder.strides
+    layers, (mean, std) = deepcopy(method.encoder.layers).double().eval(), method.mean_std.double()
+    x, stride = method.canvas(images.double() / 255), math.prod(strides)
+    elements = {"rotation": [1], "translation": [torch.full((len(x), 2), stride, device=x.device)],
+                "scale": [*pairwise(range(len(SCALES)))]}[group]
+    errors, unmoved = torch.zeros(2, len(layers))
+    for g in elements:
+        factor = SCALES[g[1]] / SCALES[g[0]] if group == "scale" else g
+        maps, moved_maps = (x - mean) / std, (transform(x, factor, group) - mean) / std
+        left = stride
+        for depth, layer in enumerate(layers):
+            maps, moved_maps = layer(maps), layer(moved_maps)
+            left //= strides[depth]
+            z, w = (y if y.ndim == 5 else y.unflatten(1, (-1, PLANES[group]))
+                    for y in (maps, moved_maps))
+            if group == "rotation":
+                moved, known = act(z, g, group), torch.ones_like(z)
+            else:
+                cells = torch.full_like(g, left) if group == "translation" else g
+                moved, known = act(z, cells, group)
+                inner = torch.zeros_like(known)
+                rows, columns = (slice(side // 4, side - side // 4) for side in z.shape[3:])
+                inner[..., rows, columns] = True
+                known = known & inner
+            size = (w * known).norm()
+            errors[depth] += ((moved - w) * known).norm().item() / size.item()
+            unmoved[depth] += ((z - w) * known).norm().item() / size.item()
+    return (errors / len(elements)).tolist(), (unmoved / len(elements)).tolist()
+
+def turned_paths(method, cloud):
+    """Embeddings of a cloud (P, 4) turned by 0 to 360 degrees about x, y and z: (3, 101, 2).
+
+    In the first two principal components of all three paths; the paper's ideal is a circle each.
+    """
+    angle = torch.linspace(0, 2 * math.pi, 101, device=cloud.device)
+    zero, one = torch.zeros_like(angle), torch.ones_like(angle)
+    turn = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero,
+                        zero, zero, one], 1).view(-1, 3, 3)  # about z
+    turns = [turn[:, order][:, :, order] for order in ((2, 0, 1), (1, 2, 0), (0, 1, 2))]
+    z = torch.cat([embed(method, care.rotate(cloud.expand(101, -1, -1), turn), lambda x: x)
+                   for turn in turns])
+    z = z - z.mean(0)
+    return (z @ torch.linalg.svd(z, full_matrices=False).Vh[:2].T).view(3, 101, 2).cpu()
+
+# %% PICTURES --------------------------------------------------------------------------------------
+STYLES = [(color, dash) for dash in ("-", "--", ":", "-.") for color in
+          ("black", "tab:blue", "tab:orange", "tab:green", "tab:red")]
+
+def finish(figure, path):
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+def draw_curves(path, runs):
+    """Loss and, where it was measured, kNN accuracy of all runs over epochs."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
+    for run, (color, dash) in zip(runs, STYLES):
+        for axis, name in zip(axes, ("loss", "knn_top1")):
+            points = [(line["epoch"], line[name]) for line in run.log if name in line]
+            axis.plot(*zip(*points) if points else ([], []), dash, color=color, label=run.name)
+    for axis, label in zip(axes, ("loss (each method its own)", "kNN accuracy, percent")):
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(label)
+    axes[0].legend(fontsize=7)
+    finish(figure, path)
+
+def draw_r2(path, rows):
+    """Grouped bars of R^2 by the MLP, and of ridge regression as a line across each bar."""
+    names = [*rows[0]["r2"]]
+    figure, axis = pyplot.subplots(figsize=(10, 4))
+    width, shades = 0.8 / len(rows), pyplot.cm.viridis(torch.linspace(0, 0.9, len(rows)).tolist())
+    for i, (row, shade) in enumerate(zip(rows, shades)):
+        x = [place - 0.4 + (i + 0.5) * width for place in range(len(names))]
+        axis.bar(x, [max(0, row["r2"][name]["mlp"]) for name in names], width, color=shade,
+                 edgecolor="black", linewidth=0.5, label=row["name"])
+        axis.hlines([max(0, row["r2"][name]["ridge"]) for name in names],
+                    [place - width / 2 for place in x], [place + width / 2 for place in x], "red")
+    axis.set_xticks(range(len(names)), names)
+    axis.set_ylabel("R^2 of the parameters of T in [f(x), f(T x)]\n(bar: MLP, red line: ridge)")
+    axis.set_ylim(0, 1)
+    axis.legend(fontsize=7, ncols=min(4, len(rows)))
+    finish(figure, path)
+
+def draw_cosines(path, cosines):
+    """Histograms of the cosine of two views of an image, {name: (N,)}."""
+    figure, axis = pyplot.subplots(figsize=(7, 4))
+    for (name, values), (color, dash) in zip(cosines.items(), STYLES):
+        counts, edges = torch.histogram(values.cpu(), 40, range=(-1.0, 1.0))
+        axis.stairs((100 * counts / len(values)).tolist(), edges.tolist(), color=color,
+                    linestyle=dash, label=name)
+    axis.set_xlabel("cosine of the embeddings of two views of a test image")
+    axis.set_ylabel("percent of images")
+    axis.legend(fontsize=7)
+    finish(figure, path)
+
+def draw_retrieval(path, bank, queries, before, after, recoloured):
+    """Five queries with their five nearest images and, below, the same recoloured."""
+    shown = torch.linspace(0, len(queries) - 1, 5).long().tolist()
+    rows = [torch.cat([image[i:i + 1], bank[near[i]] / 255]).cpu() for i in shown
+            for image, near in ((queries / 255, before), (recoloured, after))]
+    grid = make_grid(torch.cat(rows), nrow=6, pad_value=1.0)
+    save_image(F.interpolate(grid[None], scale_factor=2), path)
+
+def draw_paths(path, paths):
+    """Paths (3, 101, 2) of a turned cloud's embeddings, to equal scale."""
+    figure, axis = pyplot.subplots(figsize=(5, 5))
+    for name, dash, points in zip("xyz", ("-", "--", ":"), paths):
+        axis.plot(*points.T.tolist(), f"k{dash}", label=f"turned about {name}")
+    axis.set_aspect("equal")
+    axis.set_xlabel("first principal component")
+    axis.set_ylabel("second principal component")
+    axis.legend()
+    finish(figure, path)
+
+def draw_spectra(path, run, device):
+    """Four test cells, from weak to strong contrast, with true and predicted density of states."""
+    cells, labels = run.script.load_data(run.config, device)[0][2]
+    ratio = cells.amax((1, 2)) / cells.amin((1, 2))
+    rows = ratio.argsort()[[len(cells) * share // 20 for share in (7, 11, 15, 19)]]
+    predicted = run.script.predict(run.method, cells[rows])
+    figure, axes = pyplot.subplots(4, 2, figsize=(8, 9), width_ratios=(1, 3))
+    x = photonics_reg.STEP * torch.arange(photonics_reg.POINTS)
+    for (left, right), cell, true, guess in zip(axes, cells[rows], labels[rows], predicted):
+        left.imshow(cell.T.cpu(), cmap="gray_r", origin="lower")
+        left.set_title(f"permittivity {cell.min():.1f} and {cell.max():.1f}", fontsize=8)
+        left.set_axis_off()
+        right.plot(x, 2 * math.pi * x, ":", color="gray", label="empty lattice, 2 pi x")
+        right.plot(x, true.cpu(), "k-", label="solved")
+        right.plot(x, guess.cpu(), "--", color="tab:red", label="predicted")
+        right.set_ylabel("states per cell and x", fontsize=8)
+    axes[0][1].legend(fontsize=8)
+    axes[-1][1].set_xlabel("x: frequency times the root of the mean permittivity, in 2 pi c / a")
+    finish(figure, path)
+
+# %% MAIN ------------------------------------------------------------------------------------------
+def measure(name, method, data, size):
+    """All numbers of one encoder, and what its pictures need."""
+    (fit, labels), (score, score_labels) = data
+    change = lambda x, share: augment(x.expand(-1, 3, -1, -1), size, share=share)[:, :x.shape[1]]
+    row = {"name": name, "geometry": geometry(method, score[:SHIFTED], change)}
+    row |= accuracy(outputs(method, fit), labels, outputs(method, score), score_labels)
+    row["r2"] = what_is_known(method, fit, score)
+    if fit.shape[1] == 3:
+        row["geometry"] |= retrieve(method, fit, score[:RETRIEVED])[0]
+    if hasattr(method.encoder, "strides"):
+        row["layers"], row["layers_unmoved"] = layer_errors(method, score[:64])
+    return row
+
+def table(rows):
+    """Blocks of text, at most 120 columns wide."""
+    number = lambda x, digits: f"{x:.{digits}f}" if x is not None else "-"
+    lines = ["accuracy, percent, and geometry", f"{'':40}" + "".join(f"{head:>9}" for head in (
+        "kNN", "linear", "D", "Wahba SO", "Wahba O", "gamma_f", "moved", "overlap"))]
+    for row in rows:
+        g = row["geometry"]
+        values = [number(row["knn"], 1), number(row["linear"], 1), str(g["width"])]
+        values += [number(g[key], 3) for key in ("wahba_so", "wahba_o", "gamma_f", "moved")]
+        values.append(number(g.get("overlap_at_5"), 1))
+        lines.append(f"{row['name'][:40]:40}" + "".join(f"{value:>9}" for value in values))
+    for readout in ("mlp", "ridge"):
+        names = [*rows[0]["r2"]]
+        lines += ["", f"R^2 of the parameters of a transformation, by {readout}",
+                  f"{'':32}" + "".join(f"{name:>11}" for name in names)]
+        for row in rows:
+            values = [number(row["r2"][name][readout], 2) for name in names]
+            lines.append(f"{row['name'][:32]:32}" + "".join(f"{value:>11}" for value in values))
+    for row in rows:
+        if "layers" in row:
+            both = zip(row["layers"], row["layers_unmoved"])
+            lines += ["", f"{row['name']}: equivariance error of each layer (of doing nothing)",
+                      " ".join(f"{error:.2g} ({nothing:.2g})" for error, nothing in both)]
+    return "\n".join(lines)
+
+def main(argv=None):
+    """Runs a command line; exit code 2 for what cannot be compared."""
+    parser = argparse.ArgumentParser("compare.py", description=__doc__.split("\n")[0])
+    parser.error = lambda message: check(False, f"{message} (see --help)")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--out", default="runs/compare", help="folder for table and pictures")
+    parser.add_argument("--data-root", default="", help="where the data are [as in the runs]")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 [cuda if there is one]")
+    args = parser.parse_args(argv)
+    name = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    here = ["cpu", "cuda"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    check(name in here[:None if len(here) > 2 else 1], f"there is no device {name}")
+    device, out = torch.device(name), Path(args.out)
+    runs = [load_run(folder, args.data_root, device) for folder in args.runs]
+    first, kinds = runs[0], {(run.config.dataset, getattr(run.config, "size", 0)) for run in runs}
+    check(len({run.name for run in runs}) == len(runs), "two runs have the same folder name")
+    sizes = {size or 32 for _, size in kinds} if first.config.dataset != "mnist" else {28}
+    same = len({dataset for dataset, _ in kinds}) == len(sizes) == 1
+    check(same, "these runs are of different data or sizes: "
+          + ", ".join(f"{run.name} {run.config.dataset}" for run in runs))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        check(False, f"cannot write to {out} ({problem}): choose another --out")
+    alone = first.script is photonics_reg or getattr(first.method, "clouds", False)
+    check(not alone or len(runs) == 1, "runs on cells or clouds are measured one at a time")
+    if first.script is photonics_reg:
+        draw_spectra(out / "spectra.png", first, device)
+        print(f"{out}/spectra.png: four test cells of {first.name}")
+        return
+    if alone:
+        clouds = first.script.load_data(first.config, device)[2][0]
+        rotated = lambda x, share: first.method.a(x, share=share)
+        rows = [{"name": name} | geometry(method, clouds[:SHIFTED], rotated)
+                for name, method in ((first.name, first.method), ("untrained", first.untrained))]
+        draw_paths(out / "paths.png", turned_paths(first.method, clouds[0]))
+        (out / "compare.json").write_text(json.dumps(rows, indent=1))
+        print(*(json.dumps(row) for row in rows), f"{out}/paths.png", sep="\n")
+        return
+
+    data, size = load_images(first, device), sizes.pop()
+    (fit, _), (score, _) = data
+    change = lambda x, share: augment(x.expand(-1, 3, -1, -1), size, share=share)[:, :x.shape[1]]
+    rows, cosines, encoders = [], {}, {}
+    for run in runs:
+        print(f"measuring {run.name}", flush=True)
+        rows.append(measure(run.name, run.method, data, size))
+        cosines[run.name] = positive_cosines(run.method, score[:SHIFTED], change)
+        key = sum(p.double().sum().item() for p in run.untrained.encoder.parameters())
+        label = f"random {run.config.arch}, seed {run.config.seed}"
+        encoders.setdefault(key, (label, run.untrained))
+    for label, untrained in encoders.values():
+        print(f"measuring {label}", flush=True)
+        rows.append(measure(label, untrained, data, size))
+    text = table(rows)
+    protocol = {"protocol": __doc__, "dataset": first.config.dataset, "fit": len(fit),
+                "score": len(score), "torch": str(torch.__version__), "rows": rows}
+    (out / "compare.json").write_text(json.dumps(protocol, indent=1))
+    (out / "compare.md").write_text(f"```\n{text}\n```\n")
+    draw_curves(out / "curves.png", runs)
+    draw_r2(out / "r2.png", rows)
+    draw_cosines(out / "cosines.png", cosines)
+    if fit.shape[1] == 3:
+        _, *found = retrieve(first.method, fit, score[:RETRIEVED])
+        draw_retrieval(out / "retrieval.png", fit, score[:RETRIEVED], *found)
+    print(f"{text}\n\n{out}: compare.md, compare.json and pictures")
+
+if __name__ == "__main__":
+    main()
