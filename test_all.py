@@ -21,8 +21,6 @@ import subprocess
 import sys
 import threading
 import time
-import zlib
-from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 
@@ -241,8 +239,9 @@ STEPS = [
       for group in ("translation", "rotation", "scale") for ssl in ("homomorphic", "augmented", "supervised")),
     (homomorphic, "--group translation --structure none --ssl frozen", DIGITS),
     (homomorphic, "--group scale --structure none --width 0.25", DIGITS),
-    *((photonics_reg, f"--arch small --mode {mode}", CELLS)
-      for mode in ("simclr", "simclr+transform", "essl", "supervised")),
+    *((photonics_reg, f"--arch small --dataset {kind} --mode {mode}", CELLS)
+      for kind in ("gpm", "blob") for mode in ("simclr", "simclr+transform", "essl")),
+    (photonics_reg, "--arch small --mode supervised", CELLS),
 ]
 
 class OnTheGpu(TorchDispatchMode):
@@ -1488,14 +1487,6 @@ def test_simsiam_heads_and_presets():
     assert kinds(imagenet.projector) == "LBRLBRLB" and imagenet.projector[-1].weight is None
     assert kinds(imagenet.predictor) == "LLRLLRLLL" and imagenet.predictor[-3].out_features == 256
 
-def test_without_the_stop_gradient_the_embeddings_collapse(tmp_path, monkeypatch):
-    std = {}
-    for name in ("with", "without"):
-        simsiam_essl.main(tiny(simsiam_essl, tmp_path / name, "--lam", "0", "--epochs", "14", "--lr", "0.24"))
-        std[name] = json.loads((tmp_path / name / "results.json").read_text())["std"]
-        monkeypatch.setattr(simsiam_essl, "negative_cosine", lambda p, z: -F.cosine_similarity(p, z).mean())
-    assert std["without"] < 0.75 < std["with"]
-
 # ------------------------------------------------------------------------------------------- care
 
 # golden: CARE code, InfoNCE at temperature 0.5 (0) and L_equi of 1, 2, 4 chunks
@@ -1745,16 +1736,6 @@ def test_a_run_on_chains_ends_with_its_measures(tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------------ sfrik
 
-def TINY_sfrik(out, *flags):
-    line = "--quick --limit 256 --epochs 3 --batch-size 64 --knn-every 0 --projector 32-32 --out"
-    return [*line.split(), str(out), *flags]
-
-STEPS_sfrik = [  # flags of a step of Method, on images (8, 3, 32, 32); of the last, on two such
-    "--dataset patterns --projector 64-4",
-    *(f"--dataset patterns --projector 64-{q} --weights 1,40,0" for q in (4, 64)),
-    *(f"--dataset patterns --projector 64-64 --loss {loss}" for loss in ("vicreg", "auh", "simclr")),
-    "--dataset imagenet20 --arch small --size 32 --projector 64-64",
-]
 # golden: SFRIK's code, [loss, |dloss/dz1|, |dloss/dz2|] of two pairs of waves
 SFRIK = {
     "sfrik L=3": (lambda a, b: sfrik.sfrik_loss(a, b, 4000, 1, (1, 40, 40)),
@@ -1769,22 +1750,12 @@ SFRIK = {
                (1.053758979, 0.3573980766, 0.3103226399), (0.1603186429, 0.05338357747, 0.05329532594)),
 }
 
-def sfrik_method(*flags, n=16):
-    config = sfrik.parse_args(TINY_sfrik("unused", *flags))
-    torch.manual_seed(0)
-    return sfrik.Method(config), sfrik.draw_patterns(n, 3)[0], torch.zeros(n).long()
-
-@pytest.mark.parametrize("name", SFRIK)
-def test_sfriks_losses_equal_the_authors(name):
-    function, *golden = SFRIK[name]
-    pairs = [(8, 5, 0.3, 0.7), (8, 5, 0.35, 0.72)], [(16, 32, 1.1, 0.2), (16, 32, 1.0, 0.25)]
-    for (one, other), want in zip(pairs, golden):
-        z1, z2 = wave(*one).requires_grad_(), wave(*other).requires_grad_()
-        loss = function(z1, z2)
-        loss.backward()
-        got = (loss.item(), z1.grad.norm().item(), z2.grad.norm().item())
-        assert got == pytest.approx(want, rel=1e-6)
-        assert function(z1.bfloat16(), z2.bfloat16()).dtype == torch.float32
+def test_sfriks_losses_equal_the_authors():
+    pairs = (8, 5, 0.3, 0.7, 0.35, 0.72), (16, 32, 1.1, 0.2, 1.0, 0.25)
+    for function, *wanted in SFRIK.values():
+        for pair, want in zip(pairs, wanted):
+            golden(function, pair, want)
+        assert function(*torch.randn(2, 8, 5).bfloat16()).dtype == torch.float32
 
 def test_legendre_polynomials():
     t = torch.linspace(-1, 1, 50, dtype=torch.float64)
@@ -1847,7 +1818,7 @@ def test_memory_of_the_losses():
     ("simclr", lambda z1, z2: sfrik.nt_xent(z1, z2, 0.2))))
 def test_sfrik_is_its_algorithm(name, function):
     flags = "--sim-coeff 7 --weights 1,30,0 --std-coeff 8 --cov-coeff 3 --scale 1.5 --temperature 0.2"
-    method, images, labels = sfrik_method("--loss", name, *flags.split())
+    method, images, labels = method_of(sfrik, "--loss", name, *flags.split())
     torch.manual_seed(1)
     loss, terms = method(images, labels)
     assert method.encoder[1].num_batches_tracked == 2  # two passes, each with statistics of its own
@@ -1863,15 +1834,6 @@ def test_sfrik_is_its_algorithm(name, function):
     loss.backward()
     assert all(p.grad.abs().sum() > 0 for n, p in method.named_parameters() if "weight" in n)
     assert torch.equal(method.embed(images / 255), embed(images / 255))
-
-def test_bf16_is_for_backbone_and_projector():
-    method, images, labels = sfrik_method("--precision", "bf16")
-    seen, losses = [], []
-    for module in (method.encoder[0], *method.projector):
-        module.register_forward_hook(lambda module, x, y: seen.append(y.dtype))
-    method.loss = lambda z1, z2: losses.append((z1.dtype, z2.dtype, method.features(images / 255).dtype))
-    method(images, labels)
-    assert set(seen) == {torch.bfloat16} and losses == [(torch.float32,) * 3]
 
 def test_lambda_and_the_coefficient_of_the_similarity():
     """The authors' factors; and lam is the weight of L_reg against the mean squared distance."""
@@ -1915,8 +1877,7 @@ def test_sfriks_views_heads_and_stems():
     assert views("") == [small, small | {"solarize": 0.2}]
     assert views("--dataset stl10") == 2 * [{"size": 64, "scale": (0.08, 1.0), "jitter": (0.4,) * 4, "jitter_p": 1.0}]
     method = sfrik.Method(sfrik.parse_args("--dataset stl10 --projector 8-6-4".split()))
-    kinds = "".join(type(layer).__name__[0] for layer in method.projector)  # Linear, BatchNorm, ReLU
-    assert kinds == "LBRLBRL" and method.encoder.conv1.kernel_size == (7, 7)  # ImageNet's stem
+    assert kinds(method.projector) == "LBRLBRL" and method.encoder.conv1.kernel_size == (7, 7)  # ImageNet's stem
     assert method.projector[0].bias is not None and method.projector[-1].bias is None
     assert sfrik.Method(sfrik.parse_args(["--projector", "8-8"])).encoder.conv1.kernel_size == (3, 3)
 
@@ -1968,7 +1929,7 @@ def test_sfriks_probe_is_a_plain_linear_layer_trained_by_the_authors_rule():
     assert np.allclose(got, np.transpose([np.mean(accuracies, 0), np.std(accuracies, 0)]), atol=1e-4)
 
 def test_the_probe_sees_a_share_of_each_class_in_fresh_crops(monkeypatch):
-    method, images, _ = sfrik_method(n=260)
+    method, images, _ = method_of(sfrik, n=260)
     labels, seen = torch.arange(260) % 13 // 3 % 4, []
     monkeypatch.setattr(sfrik, "linear_probe", lambda draw, *rest: seen.append((draw(), draw(), *rest)))
     data, bank = (None, (images, labels), None), torch.arange(260)[:, None]
@@ -2048,7 +2009,7 @@ def test_stl10_keeps_its_own_size(tmp_path, monkeypatch):
     assert [len(labels) for _, labels in data] == [30, 30, 20]
 
 def test_results_say_why_there_is_no_svm(monkeypatch):
-    method, images, _ = sfrik_method(n=210)
+    method, images, _ = method_of(sfrik, n=210)
     results = sfrik.evaluate(None, (None, None, None), method.config, [{}, {}])
     assert results["svm_top1"] is None and "no class folders" in results["svm_protocol"]
     labels = torch.arange(210) * 50_000  # as many images times classes as in a large folder
@@ -2059,12 +2020,11 @@ def test_results_say_why_there_is_no_svm(monkeypatch):
     results = sfrik.evaluate(method, data, method.config, [{}, {}])
     assert results["svm_top1"] is None and "210 images of 10450001 classes" in results["svm_protocol"]
 
-SFRIK_BAD = "--loss rbf;--weights 1,x;--weights 1,-40;--weights 0,0,0;--lam 0;--scale 0;--projector 8-1"
-
-@pytest.mark.parametrize("flags", SFRIK_BAD.split(";"))
-def test_sfriks_bad_input(flags, tmp_path, capsys):
-    line = fails(capsys, 2, *TINY_sfrik(tmp_path / "run"), *flags.split(), script=sfrik)
-    assert any(word in line for word in flags.split())
+def test_sfriks_bad_input(tmp_path, capsys):
+    for flags in ("--loss rbf", "--weights 1,x", "--weights 1,-40", "--weights 0,0,0", "--lam 0", "--scale 0",
+                  "--projector 8-1"):
+        line = fails(capsys, 2, *tiny(sfrik, tmp_path / "run", *flags.split()), script=sfrik)
+        assert any(word in line for word in flags.split())
 
 # ------------------------------------------------------------------------------------ homomorphic
 
@@ -2137,20 +2097,6 @@ def test_bases_of_the_groups():
         raw = homomorphic.hermite_gaussians(side, 3, scale).float() / least[:, None, None]
         edge = (7 - side) // 2
         assert torch.allclose(plane[:, edge:edge + side, edge:edge + side], raw, atol=1e-6)
-
-def test_a_larger_scale_sees_a_magnified_image():
-    """Filtering at scale 1.5 s what is magnified by 1.5 gives the magnified result of scale s."""
-    y, x = torch.meshgrid(*[torch.arange(-60.0, 61)] * 2, indexing="ij")
-    image = lambda m: (torch.exp(-((x / m - 5) ** 2 + (y / m) ** 2 / 2) / 60)
-                       + 0.5 * torch.sin(x / m / 9) * torch.cos(y / m / 11))
-    response = {}
-    for m, size in ((1.0, 41), (1.5, 61)):
-        kernel = homomorphic.hermite_gaussians(size, 3, 4.0 * m).float()[:, None]
-        response[m] = F.conv2d(image(m)[None, None], kernel, padding=size // 2)[0]
-    small, large = response[1.0], response[1.5]
-    for i, j in ((0, 0), (10, 4), (-8, 12), (-12, -6)):
-        a, b = small[:, 60 + i, 60 + j], large[:, 60 + 3 * i // 2, 60 + 3 * j // 2]
-        assert torch.allclose(a, b, atol=1e-3 * small.abs().max().item())
 
 def homo_method(*flags, group="translation", n=12, dtype=torch.float32):
     """A method whose norms do not start at the identity, its images on the canvas, and as uint8."""
@@ -2421,12 +2367,6 @@ def test_homomorphic_presets_and_bad_input(tmp_path, capsys):
 
 # ----------------------------------------------------------------------------------- photonics_reg
 
-# flags and split of a step on cells (8, 32, 32), labels (8,) of the pre-training (split 0) or (8, 400)
-PHOTONICS_STEPS = [
-    ("--arch small", 0), ("--arch small --dataset blob", 0), ("--arch small --mode simclr", 0),
-    ("--arch small --mode simclr+transform", 0), ("--arch small --mode simclr+transform --dataset blob", 0),
-    ("--arch small --mode supervised", 1), ("--arch small --absolute --frozen", 1)]
-
 # golden: E-SSL photonics code, NT-Xent at temperature 0.1: [loss, |dloss/dz1|, |dloss/dz2|]
 PHOTONICS_NT_XENT = {
     (8, 5, 0.3, 0.7, 0.35, 0.72): (0.8612976550331471, 0.4970166068336627, 0.4528257064630726),
@@ -2470,11 +2410,8 @@ def golden_cell(name):
     return eps.view(1, 32, 32), frequencies.view(5, 6) / 1e5, labels / 1e4
 
 def test_photonics_losses_equal_the_authors():
-    for (n, d, a1, b1, a2, b2), want in PHOTONICS_NT_XENT.items():
-        z1, z2 = wave(n, d, a1, b1).requires_grad_(), wave(n, d, a2, b2).requires_grad_()
-        loss = photonics_reg.nt_xent(z1, z2, 0.1)
-        loss.backward()
-        assert (loss.item(), z1.grad.norm().item(), z2.grad.norm().item()) == pytest.approx(want, rel=1e-6)
+    for key, want in PHOTONICS_NT_XENT.items():
+        golden(lambda z1, z2: photonics_reg.nt_xent(z1, z2, 0.1), key, want)
     target = wave(6, 400, 0.2, 0.01).abs() + 1
     prediction = target + 0.1 * wave(6, 400, 0.5, 0.03)
     prediction[:, :100] += 5  # these points do not count
@@ -2625,7 +2562,6 @@ def photonics_method(line="", split=0):
 
 def test_photonics_networks_are_the_released_ones():
     count = lambda net: sum(p.numel() for p in net.parameters())
-    kinds = lambda net: "".join(type(layer).__name__[0] for layer in net)  # Conv2d, BatchNorm2d, ...
     method, tuned = (photonics_reg.Method(photonics_reg.Config("blob"), split) for split in (0, 1))
     assert count(method.encoder) == 5_331_712 and count(method.projector) == 919_808
     assert count(method.predictor) == 790_532 and method.regressor is None
@@ -2838,30 +2774,29 @@ def test_fine_tuning_starts_from_the_pretrained_encoder(four_modes, tmp_path, mo
         assert json.loads((out / "results.json").read_text())["epoch"] == 6
     assert starts == [False, True, True] + [True, True] * 2
 
-PHOTONICS_BAD = {
-    "too many plane waves": ("--cutoff 8", "--cutoff is 1 to 7"),
-    "a batch that is too large": ("--batch-size 65", "more than the 64 unlabelled cells"),
-    "a tuning batch that is too large": ("--tune-batch-size 33", "more than the 32 cells"),
-    "no folder for labels": ("--data-root /dev/null/data", "--data-root"),
-    "no run": ("--pretrained nowhere", "nowhere"),
-    "another encoder": ("--pretrained RUN --arch paper", "--arch small then, paper now"),
-    "another mode's encoder": ("--pretrained RUN/essl --mode simclr", "--mode essl then, simclr now"),
-    "no encoder": ("--pretrained RUN/new", "not ended its pre-training"),
-    "torchrun": ("", "start it without torchrun"),
-    "a run of one mode in the folder": ("--mode all --out RUN/essl", "choose another --out"),
-}
+PHOTONICS_BAD = [
+    ("--cutoff 8", "--cutoff is 1 to 7"),
+    ("--batch-size 65", "more than the 64 unlabelled cells"),
+    ("--tune-batch-size 33", "more than the 32 cells"),
+    ("--data-root /dev/null/data", "--data-root"),
+    ("--pretrained nowhere", "nowhere"),
+    ("--pretrained RUN --arch paper", "--arch small then, paper now"),
+    ("--pretrained RUN/essl --mode simclr", "--mode essl then, simclr now"),
+    ("--pretrained RUN/new", "not ended its pre-training"),
+    ("", "start it without torchrun"),
+    ("--mode all --out RUN/essl", "choose another --out"),
+]
 
-@pytest.mark.parametrize("name", PHOTONICS_BAD)
-def test_photonics_bad_input(name, four_modes, tmp_path, monkeypatch, capsys):
-    flags, words = PHOTONICS_BAD[name]
-    monkeypatch.setattr(photonics_reg, "WORLD", 1 + (name == "torchrun"))
+def test_photonics_bad_input(four_modes, tmp_path, monkeypatch, capsys):
     saved = torch.load(four_modes / "essl" / "checkpoint.pt", weights_only=True)
     shutil.copytree(four_modes, tmp_path / "run")
     (tmp_path / "run" / "new").mkdir()
     torch.save(saved | {"pretrained": None}, tmp_path / "run" / "new" / "checkpoint.pt")
-    line = tiny_photonics(tmp_path / "out", *flags.replace("RUN", str(tmp_path / "run")).split())
-    assert words in fails(capsys, 2, *line, script=photonics_reg)
-    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    for flags, words in PHOTONICS_BAD:
+        monkeypatch.setattr(photonics_reg, "WORLD", 1 + ("torchrun" in words))
+        line = tiny_photonics(tmp_path / "out", *flags.replace("RUN", str(tmp_path / "run")).split())
+        assert words in fails(capsys, 2, *line, script=photonics_reg), flags
+        assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 # ----------------------------------------------------------------------------------------- compare
 
@@ -2894,15 +2829,6 @@ def test_relative_equivariance():
         change = square(g[i], g[j]) - square(f[i], f[j])
         ratios.append(change**2 / (square(g[i], f[i]) + square(g[j], f[j])) ** 2)
     assert compare.relative_equivariance(f, g) == pytest.approx(np.mean(ratios), rel=1e-9)
-
-def test_proposition_3_bounds_the_distance_to_a_rotation():
-    for size in (1e-4, 1e-3, 1e-2):
-        f = F.normalize(torch.randn(30, 5, dtype=torch.float64))
-        f_a = F.normalize(f @ orthogonal(5) + size * torch.randn(30, 5, dtype=torch.float64))
-        eps2 = (f_a @ f_a.T - f @ f.T).norm().item()  # epsilon squared
-        inverse = torch.linalg.norm(torch.linalg.pinv(f), 2).item()
-        assert inverse * eps2**0.5 <= 2**-0.5
-        assert compare.wahba_error(f, f_a, reflections=True) <= (1 + 2**0.5) * inverse * eps2
 
 def test_geometry_measures_what_it_says(monkeypatch):
     """With embeddings that every second augmentation rotates, and every other one reflects."""
@@ -3011,11 +2937,11 @@ def test_compare_from_end_to_end(runs, tmp_path, monkeypatch, capsys):
     for name, value in dict(FIT=400, SCORE=300, SHIFTED=100, DRAWS=2, RETRIEVED=20).items():
         monkeypatch.setattr(compare, name, value)
     probe = simclr_essl.linear_probe
-    monkeypatch.setattr(simclr_essl, "linear_probe", lambda *args, epochs, **how: probe(*args, epochs=2, **how))
+    monkeypatch.setattr(simclr_essl, "linear_probe", lambda *args, **how: probe(*args, **how | {"epochs": 2}))
     folders = [str(runs(script)) for script in (simclr_essl, care, homomorphic)]
     compare.main([*folders, "--out", str(tmp_path / "all")])
-    printed, text = capsys.readouterr().out, (tmp_path / "all" / "compare.md").read_text()
-    assert "R^2" in printed and max(map(len, printed.splitlines())) <= 120
+    text = (tmp_path / "all" / "compare.md").read_text()
+    assert text[4:-5] in capsys.readouterr().out and max(map(len, text.splitlines())) <= 120
     rows = json.loads((tmp_path / "all" / "compare.json").read_text())["rows"]
     names = [row["name"] for row in rows]
     assert names == ["simclr_essl", "care", "homomorphic", "random small, seed 0", "random small, seed 0"]
@@ -3282,53 +3208,3 @@ def test_campaign_of_lost_processes(script, tmp_path):
         _, problem = again.communicate(timeout=120)
         assert again.returncode == 0 and unharmed(out, whole), problem
     print(f"\n{script.__name__}: {i + 1} times one of two processes was lost, and the run continued")
-
-def first_image(root):
-    images = sorted((root / "train" / "cat").iterdir())
-    if not images:
-        raise FileNotFoundError(root)
-    return images[0]
-
-FOLDER_FAULTS = {
-    "nothing": lambda root: None,
-    "no training images": lambda root: shutil.rmtree(root / "train"),
-    "no validation images": lambda root: shutil.rmtree(root / "val"),
-    "a file for a folder": lambda root: (shutil.rmtree(root / "val"), (root / "val").write_text("cat")),
-    "an empty class": lambda root: (root / "train" / "zebra").mkdir(),
-    "other classes": lambda root: (root / "val" / "cat").rename(root / "val" / "lion"),
-    "no classes": lambda root: [image.rename(root / "train" / f"{image.parent.name}{image.name}")
-                                for image in [*(root / "train").rglob("*.jpg")]],
-    "few images": lambda root: shutil.rmtree(root / "train" / "dog"),
-    "a text": lambda root: (root / "train" / "cat" / "a.jpg").write_text("no image"),
-    "an empty image": lambda root: first_image(root).write_bytes(b""),
-    "half an image": lambda root: first_image(root).write_bytes(first_image(root).read_bytes()[:900]),
-    "other files": lambda root: (root / "train" / "cat" / "list.csv").write_text("1,2"),
-    "an image of one pixel": lambda root: save_image(torch.zeros(3, 1, 1), root / "val" / "cat" / "a.png"),
-    "a gray image": lambda root: T.ToPILImage()(torch.rand(1, 30, 40)).save(first_image(root)),
-}
-
-@of_scripts(STREAMING if CAMPAIGN > 1 else [simclr_essl])
-def test_campaign_of_bad_folders(script, tmp_path, monkeypatch, capsys):
-    """Image folders with two faults each: the run ends well, or with one line that says why."""
-    draw, codes = random.Random(script.__name__), []
-    monkeypatch.setattr(script, "linear_probe", lambda *args, **how: (0.0, 0.0))
-    if script is sfrik:
-        monkeypatch.setattr(script, "evaluate", lambda *args: {})
-    image_tree(tmp_path / "good", train__cat=110, train__dog=95, val__cat=9, val__dog=8)
-    for i in range(CAMPAIGN):
-        root, faults = tmp_path / f"bad{i}", draw.sample([*FOLDER_FAULTS], 2)
-        shutil.copytree(tmp_path / "good", root)
-        for fault in faults:
-            try:
-                FOLDER_FAULTS[fault](root)
-            except OSError:  # what the second would damage, the first has taken away
-                continue
-        try:
-            script.main([*on_folder(script, root), "--epochs", "1", "--out", str(root / "run")])
-            codes.append(0)
-        except SystemExit as stop:
-            codes.append(stop.code)
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert codes[-1] in (0, 1, 2) and len(lines) == (codes[-1] > 0), (faults, lines)
-        assert not lines or lines[0].startswith("error: "), (faults, lines)
-    print(f"\n{script.__name__}: of {len(codes)} bad folders {sum(map(bool, codes))} were refused")
