@@ -48,7 +48,6 @@ import io
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -146,9 +145,8 @@ def check(condition, message, code=2, alike=True):
 
 def parse_args(argv=None):
     """Config of a command line: defaults < preset of the dataset < --quick < explicit flags."""
-    parser = argparse.ArgumentParser(
-        f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0], Config.__doc__,
-        allow_abbrev=False)
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0],
+                                     Config.__doc__, allow_abbrev=False)
     parser.error = lambda message: check(False, f"{message} (see --help)")
     groups = {g: parser.add_argument_group(g) for g in ("data", "training", "run", "method")}
     for f in fields(Config):
@@ -165,8 +163,7 @@ def parse_args(argv=None):
     if given.get("base") == "moco" and dataset != "imagenet100":
         preset |= MOCO if dataset in ("cifar10", "cifar100") else {"temperature": 0.1}
     config = Config(**asdict(Config(dataset)) | preset | given)
-    if "warmup_epochs" not in given:
-        config.warmup_epochs = min(config.warmup_epochs, config.epochs // 4)
+    config.warmup_epochs = given.get("warmup_epochs", min(config.warmup_epochs, config.epochs // 4))
     for name, value in vars(config).items():
         check(isinstance(value, str) or LEAST.get(name, 0) <= value < 2 ** 32,
               f"--{name.replace('_', '-')} is {LEAST.get(name, 0)} to 4294967295, not {value}")
@@ -181,8 +178,6 @@ def parse_args(argv=None):
           f"parts of 2 or more, and be a multiple of the number of processes, {WORLD}")
     check(config.base == "simclr" or config.contrast == "infonce", "--base moco needs InfoNCE")
     check(config.base == "simclr" or config.queue >= n, "--queue must hold a batch or more")
-    check(config.lam or config.contrast != "none", "--contrast none needs --lam")
-    check(not config.classes or dataset in STREAMED, "--classes is for folders")
     name = SCRIPT
     for flag, value in vars(config).items():
         if flag in given and (flag not in FREE or flag == "data_root" and dataset in STREAMED):
@@ -205,8 +200,7 @@ LEFTOVERS = (".", "__MACOSX")  # how names begin that systems leave beside one's
 def draw_patterns(n, seed):
     """The built-in data: uint8 images (n, 3, 32, 32) and labels (n,) of ten two-tone patterns.
 
-    A class is a level set of a fixed random Fourier sum. An image of it has a random shift, zoom
-    (1.2 to 2.2 periods) and tilt (up to 20 degrees) and is lit from a random side, by 30 % across.
+    A class is a level set of a fixed Fourier sum; shift, zoom, tilt and light are of each image.
     """
     waves = [(i, j) for i in range(-2, 3) for j in range(3) if (j, i) > (0, 0)]
     phases = 2 * math.pi * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
@@ -306,10 +300,8 @@ class Folder(datasets.ImageFolder):
             pin_memory=torch.cuda.is_available())
 
 def load_data(config, device):
-    """(images, labels) to train on, to learn kNN and probe from, and to test; the last may be None.
-
-    Images are uint8 (N, 3, size, size) on the device (STL-10's to train on: 96 pixels), or a
-    Folder. Clouds are (N, P, 4), and nothing to learn kNN from.
+    """(images, labels) to train on, to learn kNN from, to test (last: or None); uint8, Folder or
+    clouds (N, P, 4), which have none to learn kNN from.
     """
     root, name = Path(config.data_root).expanduser(), config.dataset
     needs = "a folder train/CLASS/ of images"
@@ -360,15 +352,13 @@ def batches(data, config, epoch, device):
         yield from ((images[row], labels[row]) for row in rows.to(device))
     else:
         for views, labels in images.load(epoch, rows.flatten().tolist(), rows.shape[1]):
-            *views, labels = (x.to(device, non_blocking=True) for x in (*views, labels))
-            yield views, labels
+            yield [view.to(device, non_blocking=True) for view in views], labels
 
 # %% AUGMENT ---------------------------------------------------------------------------------------
 def view_policy(config):
     """Arguments of augment for all views (authors' code, but that all are cropped)."""
-    if config.size > 64:
-        return {"size": config.size, "scale": (0.2, 1.0), "blur": 0.5, "radius": 2}
-    return {"size": config.size, "scale": (0.08, 1.0), "blur": 0.5, "radius": 1}
+    least, radius = (0.2, 2) if config.size > 64 else (0.08, 1)
+    return {"size": config.size, "scale": (least, 1.0), "blur": 0.5, "radius": radius}
 
 @torch.no_grad()
 def augment(images, size, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), flip=0.5, gray=0.2, blur=0,
@@ -385,9 +375,7 @@ def augment(images, size, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), flip=0.
         drawn = torch.empty(WORLD, n // share, *shape, device=images.device).uniform_(low, high)
         return drawn[RANK].repeat_interleave(share, dim=0)
 
-    def chosen(probability):
-        return uniform(0, 1, 1, 1, 1) < probability  # (N, 1, 1, 1)
-
+    chosen = lambda probability: uniform(0, 1, 1, 1, 1) < probability  # (N, 1, 1, 1)
     x = images.float() / 255 if images.dtype == torch.uint8 else images
     if scale:
         x = crop(x, draw_box(uniform, height, width, scale), size)
@@ -867,8 +855,7 @@ def evaluate(method, data, config, log):
     if method.clouds:
         print("evaluating: probes of the principal axis", flush=True)
         for encoder, prefix in ((untrained, "random_init_"), (method, "")):
-            axis = axis_probes(encoder, data)
-            results |= {prefix + name: value for name, value in axis.items()}
+            results |= {prefix + name: x for name, x in axis_probes(encoder, data).items()}
     elif data[1]:
         print("evaluating: kNN, and a linear probe", flush=True)
         results["random_init_knn_top1"], *_ = knn(untrained, data)
@@ -894,9 +881,8 @@ def main(argv=None):
             dist.barrier()
             dist.destroy_process_group()
         if RANK == 0 and not results.exists():
-            measured = json.dumps(evaluate(method, data, config, log), indent=1)
-            write(out / "encoder.pt", method.encoder.cpu().state_dict())
-            write(results, measured)
+            write(out / "encoder.pt", {k: v.cpu() for k, v in method.encoder.state_dict().items()})
+            write(results, json.dumps(evaluate(method, data, config, log), indent=1))
         if RANK == 0:
             print(f"{out} is finished, with encoder.pt and results.json; accuracies in percent:")
             for name, value in json.loads(results.read_text()).items():
@@ -922,17 +908,11 @@ def main(argv=None):
 # A cloud is (P, 4): coordinates, with mean 0 and mean square 1, and 1 for a point, 0 for padding.
 def read_chain(path):
     """Coordinates (P, 3) in angstrom of the CA atoms of the first model in a .pdb file."""
-    points = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-        if line.startswith("ENDMDL"):
-            break
-        if line.startswith("ATOM") and line[12:16] == " CA " and line[16] in " A":
-            numbers = [line[i:i + 8] for i in (30, 38, 46)]
-            good = all(re.fullmatch(r" *-?\d+\.\d{3}", x) for x in numbers)
-            check(good, f"{path}, line {number}: these are no coordinates: {line[30:54]!r}")
-            points.append([float(x) for x in numbers])
-    check(points, f"{path} has no CA atoms")
-    return torch.tensor(points)
+    first_model, *_ = path.read_text(errors="replace").split("\nENDMDL")
+    lines = [line for line in first_model.splitlines() if line.startswith("ATOM")
+             and line[12:16] == " CA " and line[16:17] in " A"]
+    points = [[float(line[i:i + 8]) for i in (30, 38, 46)] for line in lines]
+    return torch.tensor(points).view(-1, 3)
 
 def draw_chains(n, seed):
     """n smooth random walks of 20 to 100 CA atoms in steps of 3.8 angstrom: the built-in chains."""
@@ -968,16 +948,12 @@ def load_chains(config, device):
         splits = [[chain for chain in part if len(chain) >= 20] for part in splits]
         check(all(splits), f"{root} has too few chains of 20 residues to train and validate on")
     splits[0] = [splits[0][i] for i in first_of(config.limit, len(splits[0])).tolist()]
-    longest = max(len(chain) for part in splits for chain in part)
-    data = []
-    for part in splits:
-        clouds = torch.zeros(len(part), longest, 4)
-        for cloud, chain in zip(clouds, part):
-            chain = chain - chain.mean(0)
-            cloud[:len(chain), :3] = chain / chain.square().sum(1).mean().sqrt()
-            cloud[:len(chain), 3] = 1
-        data.append((clouds.to(device), torch.full((len(part),), -1, device=device)))
-    return data[0], None, data[1]
+    chains = [chain - chain.mean(0) for part in splits for chain in part]
+    chains = [F.pad(x / x.square().sum(1).mean().sqrt(), (0, 1), value=1.0) for x in chains]
+    clouds = nn.utils.rnn.pad_sequence(chains, batch_first=True).to(device)  # (N, P, 4)
+    labels = torch.full((len(clouds),), -1, device=device)
+    train, test = zip(*(x.split([len(part) for part in splits]) for x in (clouds, labels)))
+    return train, None, test
 
 class DeepSets(nn.Module):
     """Clouds (N, P, 4) to features (N, 256): an MLP of each point, and the mean over the points."""

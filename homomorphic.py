@@ -41,8 +41,7 @@ at hand. [SESN]: the public layers that the paper builds on. The rest is inferre
      1 x b places (paper: patches) that fits on the axis.
   6. Table 2: [W] three linear layers 784-1024-2048, here each with BatchNorm and ReLU as what they
      replace (a literal reading); 6 times the channels for scale, each with statistics of its own.
-Ours: patterns, --arch small, --width, kNN and linear probe of the mean of z. The frozen encoder's
-BatchNorm sees the data. Tiny ImageNet is tested on val/.
+Ours: patterns, --arch small, --width, kNN, probe. A frozen encoder's BatchNorm still sees the data.
 """
 import argparse
 import io
@@ -129,9 +128,8 @@ def check(condition, message, code=2, alike=True):
 
 def parse_args(argv=None):
     """Config of a command line: defaults < preset of the dataset < --quick < explicit flags."""
-    parser = argparse.ArgumentParser(
-        f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0], Config.__doc__,
-        allow_abbrev=False)
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0],
+                                     Config.__doc__, allow_abbrev=False)
     parser.error = lambda message: check(False, f"{message} (see --help)")
     groups = {g: parser.add_argument_group(g) for g in ("data", "training", "run", "method")}
     for f in fields(Config):
@@ -145,8 +143,7 @@ def parse_args(argv=None):
     quick = QUICK if "quick" in given else {}
     dataset = given.get("dataset", "patterns" if quick else Config.dataset)
     config = Config(**asdict(Config(dataset)) | PRESETS[dataset] | quick | given)
-    if "warmup_epochs" not in given:
-        config.warmup_epochs = min(config.warmup_epochs, config.epochs // 4)
+    config.warmup_epochs = given.get("warmup_epochs", min(config.warmup_epochs, config.epochs // 4))
     for name, value in vars(config).items():
         check(isinstance(value, str) or LEAST.get(name, 0) <= value < 2 ** 32,
               f"--{name.replace('_', '-')} is {LEAST.get(name, 0)} to 4294967295, not {value}")
@@ -182,8 +179,7 @@ TINY_IMAGENET = (100_000, 10_000)  # images of train and val
 def draw_patterns(n, seed):
     """The built-in data: uint8 images (n, 3, 32, 32) and labels (n,) of ten two-tone patterns.
 
-    A class is a level set of a fixed random Fourier sum. An image of it has a random shift, zoom
-    (1.2 to 2.2 periods) and tilt (up to 20 degrees) and is lit from a random side, by 30 % across.
+    A class is a level set of a fixed Fourier sum; shift, zoom, tilt and light are of each image.
     """
     waves = [(i, j) for i in range(-2, 3) for j in range(3) if (j, i) > (0, 0)]
     phases = 2 * math.pi * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
@@ -227,10 +223,7 @@ def load_tiny_imagenet(root):
              torch.tensor([label for _, label in samples])) for samples in splits]
 
 def load_data(config, device):
-    """(images, labels) to train on, to learn kNN and probe from, and to test.
-
-    Images are uint8 (N, 1 or 3, H, W) on the device.
-    """
+    """(images, labels) to train on, to learn kNN from, to test; uint8 (N, 1 or 3, H, W)."""
     root, name = Path(config.data_root).expanduser(), config.dataset
     file, folder = FILES[name]
     try:
@@ -268,8 +261,6 @@ def transform(x, g, group):
     translation: g (B, 2), whole pixels down and right. rotation: quarter turns counter-clockwise,
     an int or (B,), of square images. scale: factors, a float or (B,), about the center, bilinear.
     """
-    if group == "rotation" and isinstance(g, int):
-        return x.rot90(g, (-2, -1))
     n, _, height, width = x.shape
     image = torch.arange(n, device=x.device)
     if group == "rotation":
@@ -407,20 +398,18 @@ class GroupEncoder(nn.Module):
             layers = [nn.Sequential(nn.Flatten(), *mlp_layers(widths, nn.BatchNorm1d, bias=False),
                                     nn.Unflatten(1, (outputs, 1, 4, 4)))]
         elif arch in CONVOLUTIONS:
-            layers, inputs, self.strides = [], in_channels, []
+            layers, outputs, self.strides = [], in_channels, []
             for channels, size, orders, stride in CONVOLUTIONS[arch]:
-                outputs = wide(channels)
+                inputs, outputs = outputs, wide(channels)
                 layers.append(layer(inputs, outputs, size, orders, stride))
                 self.strides.append(stride)
-                inputs = outputs
         else:
-            layers, inputs, self.strides = [conv(in_channels, wide(9), 7, 7, 1)], wide(64), [1, 1]
-            layers.append(layer(wide(9), inputs, 7, 3, 1))
+            layers, outputs, self.strides = [conv(in_channels, wide(9), 7, 7, 1)], wide(64), [1, 1]
+            layers.append(layer(wide(9), outputs, 7, 3, 1))
             for channels, stride in BLOCKS[arch]:
-                outputs = wide(channels)
+                inputs, outputs = outputs, wide(channels)
                 layers.append(Block(conv, norm, inputs, outputs, stride))
                 self.strides.append(stride)
-                inputs = outputs
         self.layers, self.channels = nn.Sequential(*layers), outputs // copies
 
     def forward(self, x):
@@ -479,9 +468,7 @@ def act(z, g, group):
     place of plane j. These two return the features and a mask of what is known of them.
     """
     if group == "rotation":
-        if isinstance(g, int):
-            return z.rot90(g, (-2, -1)).roll(g, 2)
-        turned = torch.stack([act(z, k, group) for k in range(4)])
+        turned = torch.stack([z.rot90(k, (-2, -1)).roll(k, 2) for k in range(4)])
         return turned[g % 4, torch.arange(len(z), device=z.device)]
     maps = z.flatten(1, 2)
     if group == "translation":
@@ -898,9 +885,8 @@ def main(argv=None):
             dist.barrier()
             dist.destroy_process_group()
         if RANK == 0 and not results.exists():
-            measured = json.dumps(evaluate(method, data, config, log), indent=1)
-            write(out / "encoder.pt", method.encoder.cpu().state_dict())
-            write(results, measured)
+            write(out / "encoder.pt", {k: v.cpu() for k, v in method.encoder.state_dict().items()})
+            write(results, json.dumps(evaluate(method, data, config, log), indent=1))
         if RANK == 0:
             print(f"{out} is finished, with encoder.pt and results.json; accuracies in percent:")
             for name, value in json.loads(results.read_text()).items():

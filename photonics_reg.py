@@ -120,9 +120,8 @@ def check(condition, message, code=2, alike=True):
 
 def parse_args(argv=None):
     """Config of a command line: defaults < preset of the dataset < --quick < explicit flags."""
-    parser = argparse.ArgumentParser(
-        f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0], Config.__doc__,
-        allow_abbrev=False)
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0],
+                                     Config.__doc__, allow_abbrev=False)
     parser.error = lambda message: check(False, f"{message} (see --help)")
     groups = {g: parser.add_argument_group(g) for g in ("data", "training", "run", "method")}
     for f in fields(Config):

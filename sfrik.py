@@ -144,9 +144,8 @@ def check(condition, message, code=2, alike=True):
 
 def parse_args(argv=None):
     """Config of a command line: defaults < preset of dataset < --quick < of loss < other flags."""
-    parser = argparse.ArgumentParser(
-        f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0], Config.__doc__,
-        allow_abbrev=False)
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0],
+                                     Config.__doc__, allow_abbrev=False)
     parser.error = lambda message: check(False, f"{message} (see --help)")
     groups = {g: parser.add_argument_group(g) for g in ("data", "training", "run", "method")}
     for f in fields(Config):
@@ -163,8 +162,7 @@ def parse_args(argv=None):
     config = Config(**preset | BASELINES.get(given.get("loss"), {}) | given)
     if config.optimizer == "sgd" and "lr" not in given:
         config.lr = preset["lr"]
-    if "warmup_epochs" not in given:
-        config.warmup_epochs = min(config.warmup_epochs, config.epochs // 4)
+    config.warmup_epochs = given.get("warmup_epochs", min(config.warmup_epochs, config.epochs // 4))
     for name, value in vars(config).items():
         check(isinstance(value, str) or LEAST.get(name, 0) <= value < 2 ** 32,
               f"--{name.replace('_', '-')} is {LEAST.get(name, 0)} to 4294967295, not {value}")
@@ -196,8 +194,7 @@ LEFTOVERS = (".", "__MACOSX")  # how names begin that systems leave beside one's
 def draw_patterns(n, seed):
     """The built-in data: uint8 images (n, 3, 32, 32) and labels (n,) of ten two-tone patterns.
 
-    A class is a level set of a fixed random Fourier sum. An image of it has a random shift, zoom
-    (1.2 to 2.2 periods) and tilt (up to 20 degrees) and is lit from a random side, by 30 % across.
+    A class is a level set of a fixed Fourier sum; shift, zoom, tilt and light are of each image.
     """
     waves = [(i, j) for i in range(-2, 3) for j in range(3) if (j, i) > (0, 0)]
     phases = 2 * math.pi * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
@@ -306,9 +303,8 @@ class Folder(datasets.ImageFolder):
             pin_memory=torch.cuda.is_available())
 
 def load_data(config, device):
-    """(images, labels) to train on, to learn kNN and probe from, and to test; the last may be None.
+    """(images, labels) to train on, to learn kNN from, to test (last: or None); uint8 or Folder.
 
-    Images are uint8 (N, 3, size, size) on the device, STL-10's (N, 3, 96, 96), or a Folder.
     With --validate, those to test are held out of the training images.
     """
     root, name = Path(config.data_root).expanduser(), config.dataset
@@ -359,8 +355,7 @@ def batches(data, config, epoch, device):
         yield from ((images[row], labels[row]) for row in rows.to(device))
     else:
         for views, labels in images.load(epoch, rows.flatten().tolist(), rows.shape[1]):
-            *views, labels = (x.to(device, non_blocking=True) for x in (*views, labels))
-            yield views, labels
+            yield [view.to(device, non_blocking=True) for view in views], labels
 
 # %% AUGMENT ---------------------------------------------------------------------------------------
 def view_policies(config):
@@ -388,9 +383,7 @@ def augment(images, size, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), flip=0.
         drawn = torch.empty(WORLD, n // share, *shape, device=images.device).uniform_(low, high)
         return drawn[RANK].repeat_interleave(share, dim=0)
 
-    def chosen(probability):
-        return uniform(0, 1, 1, 1, 1) < probability  # (N, 1, 1, 1)
-
+    chosen = lambda probability: uniform(0, 1, 1, 1, 1) < probability  # (N, 1, 1, 1)
     x = images.float() / 255 if images.dtype == torch.uint8 else images
     if scale:
         x = crop(x, draw_box(uniform, height, width, scale), size)
@@ -488,11 +481,7 @@ def mlp_layers(widths, norm, bias=True):
 
 # %% METHOD ----------------------------------------------------------------------------------------
 def legendre(degree, q, t):
-    """P_l(q; t): Legendre polynomial of degree l and dimension q, P_l(q; 1) = 1.
-
-    P_2 = (q t^2 - 1) / (q - 1), P_3 = ((q + 2) t^3 - 3 t) / (q - 1), ...: Gegenbauer's polynomials
-    of index q / 2 - 1, over their values at 1.
-    """
+    """P_l(q; t), Legendre polynomial of degree l, dimension q: P_2 = (q t^2 - 1) / (q - 1), ..."""
     before, P = torch.ones_like(t), t
     for l in range(1, degree):
         before, P = P, ((2 * l + q - 2) * t * P - l * before) / (l + q - 2)
@@ -511,12 +500,7 @@ def mmd_to_uniform(z, weights):
 
 def mean_kernel(z, weights):
     """mmd_to_uniform of rows (N, q) that are on the sphere already."""
-    n, q = z.shape
-    if n > q and not any(weights[2:]):  # the same from the mean and the second moments, q x q
-        b_1, b_2 = (*weights, 0.0)[:2]
-        second = z.T @ z / n
-        return b_1 * z.mean(0).square().sum() + b_2 * (q * second.square().sum() - 1) / (q - 1)
-    t = z @ z.T  # (N, N)
+    q, t = z.shape[1], z @ z.T  # (N, N)
     return sum(b * legendre(l, q, t).mean() for l, b in enumerate(weights, start=1) if b)
 
 def sfrik_loss(z1, z2, sim_coeff, mmd_coeff, weights):
@@ -539,10 +523,7 @@ def auh_loss(z1, z2, sim_coeff, unif_coeff, scale):
     return loss
 
 def vicreg_loss(z1, z2, sim_coeff, std_coeff, cov_coeff):
-    """VICReg's similarity, variance and covariance terms of embeddings (N, q), not normalised.
-
-    The q x q covariance is formed, as published; its norm could be had from the N x N Gram matrix.
-    """
+    """VICReg's similarity, variance and covariance terms of embeddings (N, q), not normalised."""
     z1, z2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z1, z2))
     loss = sim_coeff * F.mse_loss(z1, z2)
     for z in (z1, z2):
@@ -883,9 +864,8 @@ def probe(method, data, config, bank, tests, percent):
 def linear_svm(x, labels, cost, w=None, tolerance=1e-9):
     """Weights (D, C), float64, of a linear support vector machine for each class against the rest.
 
-    Minimises |w|^2 / 2 + cost sum_i max(0, 1 - y_i w.x_i)^2 for rows x (N, D), float64, from w on.
-    Its second derivative is nowhere more than H = 1 + 2 cost sum_i x_i x_i^T: so steps by H^-1 with
-    momentum, which starts anew where it leads uphill, converge without a line search.
+    Minimises |w|^2 / 2 + cost sum_i max(0, 1 - y_i w.x_i)^2 for rows x (N, D), float64, from w on,
+    by steps H^-1 gradient with momentum, where H is the largest its second derivative can be.
     """
     y = 2 * F.one_hot(labels).to(x) - 1  # (N, C), -1 or 1
     H = torch.linalg.cholesky(torch.eye(x.shape[1]).to(x) + 2 * cost * x.T @ x)
@@ -986,9 +966,8 @@ def main(argv=None):
             dist.barrier()
             dist.destroy_process_group()
         if RANK == 0 and not results.exists():
-            measured = json.dumps(evaluate(method, data, config, log), indent=1)
-            write(out / "encoder.pt", method.encoder.cpu().state_dict())
-            write(results, measured)
+            write(out / "encoder.pt", {k: v.cpu() for k, v in method.encoder.state_dict().items()})
+            write(results, json.dumps(evaluate(method, data, config, log), indent=1))
         if RANK == 0:
             print(f"{out} is finished, with encoder.pt and results.json; accuracies in percent:")
             for name, value in json.loads(results.read_text()).items():

@@ -15,7 +15,6 @@ Algorithm 1 of the paper, for a batch of N images, backbone f, projector p1, pre
   3. v_cat = v_small turned by 0, 90, 180 and 270 degrees (4N images);
   4. loss_equivariance = cross-entropy of p2(f(v_cat)) against the turn;
   5. step f, p1, h and p2 on loss_invariance + lam * loss_equivariance. lam = 0 is SimSiam.
-std near 0 in the log would be a collapse.
 
 Usage
   python simsiam_essl.py --quick                               built-in data, a CPU, two minutes
@@ -130,9 +129,8 @@ def check(condition, message, code=2, alike=True):
 
 def parse_args(argv=None):
     """Config of a command line: defaults < preset of the dataset < --quick < explicit flags."""
-    parser = argparse.ArgumentParser(
-        f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0], Config.__doc__,
-        allow_abbrev=False)
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0],
+                                     Config.__doc__, allow_abbrev=False)
     parser.error = lambda message: check(False, f"{message} (see --help)")
     groups = {g: parser.add_argument_group(g) for g in ("data", "training", "run", "method")}
     for f in fields(Config):
@@ -146,8 +144,7 @@ def parse_args(argv=None):
     quick = QUICK if "quick" in given else {}
     dataset = given.get("dataset", "patterns" if quick else Config.dataset)
     config = Config(**asdict(Config(dataset)) | PRESETS[dataset] | quick | given)
-    if "warmup_epochs" not in given:
-        config.warmup_epochs = min(config.warmup_epochs, config.epochs // 4)
+    config.warmup_epochs = given.get("warmup_epochs", min(config.warmup_epochs, config.epochs // 4))
     for name, value in vars(config).items():
         check(isinstance(value, str) or LEAST.get(name, 0) <= value < 2 ** 32,
               f"--{name.replace('_', '-')} is {LEAST.get(name, 0)} to 4294967295, not {value}")
@@ -175,8 +172,7 @@ LEFTOVERS = (".", "__MACOSX")  # how names begin that systems leave beside one's
 def draw_patterns(n, seed):
     """The built-in data: uint8 images (n, 3, 32, 32) and labels (n,) of ten two-tone patterns.
 
-    A class is a level set of a fixed random Fourier sum. An image of it has a random shift, zoom
-    (1.2 to 2.2 periods) and tilt (up to 20 degrees) and is lit from a random side, by 30 % across.
+    A class is a level set of a fixed Fourier sum; shift, zoom, tilt and light are of each image.
     """
     waves = [(i, j) for i in range(-2, 3) for j in range(3) if (j, i) > (0, 0)]
     phases = 2 * math.pi * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
@@ -266,12 +262,10 @@ class Folder(datasets.ImageFolder):
             pin_memory=torch.cuda.is_available())
 
 def load_data(config, device):
-    """(images, labels) to train on, to learn kNN and probe from, and to test; the last may be None.
-
-    Images are uint8 (N, 3, size, size) on the device, or a Folder.
-    """
+    """(images, labels) to train on, to learn kNN from, to test (last: or None); uint8 or Folder."""
     root, name = Path(config.data_root).expanduser(), config.dataset
-    needs = "a folder train/CLASS/ of images"
+    kind = getattr(datasets, name.upper(), None)  # CIFAR10, CIFAR100
+    needs = f"{kind.filename}, or try --quick" if kind else "a folder train/CLASS/ of images"
     try:
         if name in STREAMED:
             splits = [Folder(root / "train", config)]
@@ -279,8 +273,6 @@ def load_data(config, device):
         elif name == "patterns":
             splits = [draw_patterns(4000, 1), draw_patterns(1000, 2)]
         else:
-            kind = getattr(datasets, name.upper())
-            needs = f"{kind.filename}, or try --quick"
             splits = [kind(root, train, download=True) for train in (True, False)]
             splits = [(torch.tensor(x.data).permute(0, 3, 1, 2), torch.tensor(x.targets))
                       for x in splits]
@@ -310,8 +302,7 @@ def batches(data, config, epoch, device):
         yield from ((images[row], labels[row]) for row in rows.to(device))
     else:
         for views, labels in images.load(epoch, rows.flatten().tolist(), rows.shape[1]):
-            *views, labels = (x.to(device, non_blocking=True) for x in (*views, labels))
-            yield views, labels
+            yield [view.to(device, non_blocking=True) for view in views], labels
 
 # %% AUGMENT ---------------------------------------------------------------------------------------
 def view_policies(config):
@@ -339,9 +330,7 @@ def augment(images, size, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), flip=0.
         drawn = torch.empty(WORLD, n // share, *shape, device=images.device).uniform_(low, high)
         return drawn[RANK].repeat_interleave(share, dim=0)
 
-    def chosen(probability):
-        return uniform(0, 1, 1, 1, 1) < probability  # (N, 1, 1, 1)
-
+    chosen = lambda probability: uniform(0, 1, 1, 1, 1) < probability  # (N, 1, 1, 1)
     x = images.float() / 255 if images.dtype == torch.uint8 else images
     if scale:
         x = crop(x, draw_box(uniform, height, width, scale), size)
@@ -798,9 +787,8 @@ def main(argv=None):
             dist.barrier()
             dist.destroy_process_group()
         if RANK == 0 and not results.exists():
-            measured = json.dumps(evaluate(method, data, config, log), indent=1)
-            write(out / "encoder.pt", method.encoder.cpu().state_dict())
-            write(results, measured)
+            write(out / "encoder.pt", {k: v.cpu() for k, v in method.encoder.state_dict().items()})
+            write(results, json.dumps(evaluate(method, data, config, log), indent=1))
         if RANK == 0:
             print(f"{out} is finished, with encoder.pt and results.json; accuracies in percent:")
             for name, value in json.loads(results.read_text()).items():
