@@ -37,11 +37,12 @@ What changes a number, against the paper [P] and the authors' code [C]:
   5. STL-10: momentum 0.9 ([C] reads one and never uses it); 10 epochs of warm-up ([P]: steps).
   6. ImageNet100: [C] has no crop in the equivariance views and contrasts on each GPU alone; here
      they are cropped, as in [P], and negatives come from all GPUs. lam and its 128 images in chunks
-     of 8 are [C]'s, batch 512 and rate 0.8 [P]'s; a cosine per step; the probe's last epoch counts.
+     of 8 are [C]'s ([P], MoCo: lam 0.01, 8 chunks), batch 512, rate 0.8 [P]'s; a cosine per step.
+     The probe's rate is [C]'s 10 ([P]: 30); its last epoch counts ([C]: the best).
   7. MoCo-v2 on CIFAR: [P] gives the temperature; queue, momentum and SGD are those of FAIR's demo
      (inferred), which also shuffles keys and splits BatchNorm in eight; here neither.
   8. Point clouds: [P]'s are DeepSets, R^16, the turns, the target; settings and probes are ours.
-Ours: folders, patterns, chains. Left out: BYOL, Barlow Twins, EquiMod, embeddings in 2 dimensions.
+Ours: folders, patterns, chains. Left out: BYOL, Barlow Twins, EquiMod, 2-dimensional embeddings.
 """
 import argparse
 import io
@@ -178,6 +179,8 @@ def parse_args(argv=None):
           f"parts of 2 or more, and be a multiple of the number of processes, {WORLD}")
     check(config.base == "simclr" or config.contrast == "infonce", "--base moco needs InfoNCE")
     check(config.base == "simclr" or config.queue >= n, "--queue must hold a batch or more")
+    check(config.lam or config.contrast != "none", "--contrast none needs --lam")
+    check(not config.classes or dataset in STREAMED, "--classes is for folders")
     name = SCRIPT
     for flag, value in vars(config).items():
         if flag in given and (flag not in FREE or flag == "data_root" and dataset in STREAMED):
@@ -240,7 +243,7 @@ def read_picture(path):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as problem:  # a damaged file can raise nearly anything
-        raise OSError(f"cannot read the image {path} ({problem}): mend or replace it") from None
+        raise OSError(f"cannot read the image {path} ({problem})") from None
 
 class Folder(datasets.ImageFolder):
     """Image files. self[epoch, i] is a list of uint8 crops (3, S, S) of image i, and its label."""
@@ -372,8 +375,8 @@ def augment(images, size, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), flip=0.
     n, _, height, width = images.shape
 
     def uniform(low, high, *shape):  # drawn for the images of all processes
-        drawn = torch.empty(WORLD, n // share, *shape, device=images.device).uniform_(low, high)
-        return drawn[RANK].repeat_interleave(share, dim=0)
+        drawn = torch.empty(WORLD * n // share, *shape, device=images.device).uniform_(low, high)
+        return drawn.repeat_interleave(share, dim=0).unflatten(0, (WORLD, n))[RANK]
 
     chosen = lambda probability: uniform(0, 1, 1, 1, 1) < probability  # (N, 1, 1, 1)
     x = images.float() / 255 if images.dtype == torch.uint8 else images
@@ -541,7 +544,7 @@ class Method(nn.Module):
 
         few = config.equivariance_batch or config.batch_size
         x = x[::config.batch_size // few]
-        m = len(x) if config.share_pair else few // config.chunks  # images with one augmentation
+        m = few if config.share_pair else few // config.chunks  # images with one augmentation
         z1_eq = f(a(x, share=m))  # (N, D)
         z2_eq = f(a(x, share=m))
         loss_equi = equivariance_loss(gather(z1_eq), gather(z2_eq), config.chunks)
@@ -567,8 +570,8 @@ class Method(nn.Module):
         """x augmented, in [0, 1]; `share` consecutive images alike. Clouds are rotated."""
         if self.clouds:
             rotations = haar_rotations(WORLD * len(x) // share, x.device)
-            rotations = rotations.unflatten(0, (WORLD, -1))[RANK]
-            return rotate(x, rotations.repeat_interleave(share, dim=0))
+            rotations = rotations.repeat_interleave(share, dim=0).unflatten(0, (WORLD, -1))
+            return rotate(x, rotations[RANK])
         policy = view_policy(self.config) | ({"scale": None} if cropped else {})
         return augment(x, **policy, share=share)
 
@@ -865,7 +868,7 @@ def evaluate(method, data, config, log):
         results["linear_top1"], results["linear_top1_std"] = probe(method, data, config, bank, test)
         results["linear_protocol"] = ("3 probes, cached features" if config.quick else
                                       "3 probes, fresh crops and flips each epoch")
-    return {name: round(x, 2) if isinstance(x, float) else x for name, x in results.items()}
+    return {k: float(f"{x:.4g}") if isinstance(x, float) else x for k, x in results.items()}
 
 # %% MAIN ------------------------------------------------------------------------------------------
 def main(argv=None):
@@ -884,16 +887,16 @@ def main(argv=None):
             write(out / "encoder.pt", {k: v.cpu() for k, v in method.encoder.state_dict().items()})
             write(results, json.dumps(evaluate(method, data, config, log), indent=1))
         if RANK == 0:
-            print(f"{out} is finished, with encoder.pt and results.json; accuracies in percent:")
+            print(f"{out} is finished, with encoder.pt and results.json; in percent or degrees:")
             for name, value in json.loads(results.read_text()).items():
                 if ("top1" in name or "angle" in name) and value is not None:
-                    print(f"  {name:36}{value}")
+                    print(f"  {name:42}{value}")
     except KeyboardInterrupt:
         check(False, "stopped; the same command continues from the last checkpoint", 130)
     except torch.OutOfMemoryError:
         check(False, "the GPU's memory is full: use a smaller --batch-size", 1, alike=False)
     except OSError as problem:  # a full disk, or an image, of which a loader sends a traceback
-        text = str(problem).splitlines()[-1]
+        text = str(problem).splitlines()[-1].removeprefix("OSError: ")
         check(False, f"{text}. Mend this, then the same command continues", 1, alike=False)
     except RuntimeError as problem:
         text = str(problem)

@@ -77,9 +77,9 @@ def load_run(folder, data_root, device):
         method = deepcopy(untrained)
         method.load_state_dict(saved["method"])
     except Exception as problem:  # a damaged file, or one of another version, can raise anything
-        check(False, f"cannot load the run in {folder} ({type(problem).__name__}: {problem})")
+        check(False, f"cannot load the run in {folder} ({type(problem).__name__})")
     return SimpleNamespace(name=path.resolve().name, script=script, config=config, log=saved["log"],
-                           method=method, untrained=untrained)
+                           method=method, untrained=untrained, classes=saved["data"].get("classes"))
 
 def pick(images, n):
     """The first n images of a fixed random order: uint8 (n, C, S, S), also of a Folder."""
@@ -90,7 +90,10 @@ def pick(images, n):
 
 def load_images(run, device):
     """(images, labels) to learn from and to score, as the run's own script reads them."""
-    data = run.script.load_data(replace(run.config, limit=0), device)
+    config = replace(run.config, limit=0)
+    if hasattr(config, "validate"):  # sfrik's held-out images were trained on by the others
+        config.validate = False
+    data = run.script.load_data(config, device)
     check(data[1], f"the data of {run.name} have no classes in train/ and val/ to compare by")
     return [(pick(images, n).to(device), labels[first_of(n, len(labels))[:n].to(device)])
             for (images, labels), n in zip(data[1:], (FIT, SCORE))]
@@ -499,11 +502,12 @@ def main(argv=None):
     check(name in here[:None if len(here) > 2 else 1], f"there is no device {name}")
     device, out = torch.device(name), Path(args.out)
     runs = [load_run(folder, args.data_root, device) for folder in args.runs]
-    first, kinds = runs[0], {(run.config.dataset, getattr(run.config, "size", 0)) for run in runs}
+    first, kinds = runs[0], []
     check(len({run.name for run in runs}) == len(runs), "two runs have the same folder name")
-    sizes = {size or 32 for _, size in kinds} if first.config.dataset != "mnist" else {28}
-    same = len({dataset for dataset, _ in kinds}) == len(sizes) == 1
-    check(same, "these runs are of different data or sizes: "
+    for run in runs:
+        folder = run.config.data_root if isinstance(run.classes, list) else ""  # streamed images
+        kinds.append((run.config.dataset, getattr(run.config, "size", 32), run.classes, folder))
+    check(all(kind == kinds[0] for kind in kinds), "these runs are of different data or sizes: "
           + ", ".join(f"{run.name} {run.config.dataset}" for run in runs))
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -525,8 +529,9 @@ def main(argv=None):
         print(*(json.dumps(row) for row in rows), f"{out}/paths.png", sep="\n")
         return
 
-    data, size = load_images(first, device), sizes.pop()
+    data = load_images(first, device)
     (fit, _), (score, _) = data
+    size = fit.shape[3]
     change = lambda x, share: augment(x.expand(-1, 3, -1, -1), size, share=share)[:, :x.shape[1]]
     rows, cosines, encoders = [], {}, {}
     for run in runs:

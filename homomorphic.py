@@ -869,7 +869,7 @@ def evaluate(method, data, config, log):
     right = extract(method, images, output="classify").argmax(1) == test_labels
     results["classifier_top1"] = 100 * right.float().mean().item()
     results["classifier_protocol"] = "trained along on detached features, last epoch"
-    return {name: round(x, 2) if isinstance(x, float) else x for name, x in results.items()}
+    return {k: float(f"{x:.4g}") if isinstance(x, float) else x for k, x in results.items()}
 
 # %% MAIN ------------------------------------------------------------------------------------------
 def main(argv=None):

@@ -232,8 +232,8 @@ def split(labels, config):
     place, twenty = place_in_class(labels), config.dataset == "imagenet20"
     part = place // 260 if twenty else place % 10 // 9 * config.validate  # 0, 1 or unused
     rows, held = ((part == i).nonzero()[:, 0] for i in (0, 1))
-    check(len(held) or not twenty and not config.validate, "no class has enough images to hold "
-          "some out: imagenet20 takes more than 260 of a class, --validate of others 10")
+    check(len(held) or not config.validate, "no class has enough images to hold some out: "
+          "imagenet20 takes more than 260 of a class, others 10")
     return rows[first_of(config.limit, len(rows))], held
 
 def read_picture(path):
@@ -252,7 +252,7 @@ def read_picture(path):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as problem:  # a damaged file can raise nearly anything
-        raise OSError(f"cannot read the image {path} ({problem}): mend or replace it") from None
+        raise OSError(f"cannot read the image {path} ({problem})") from None
 
 class Folder(datasets.ImageFolder):
     """Image files. self[epoch, i] is a list of uint8 crops (3, S, S) of image i, and its label."""
@@ -380,8 +380,8 @@ def augment(images, size, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), flip=0.
     n, _, height, width = images.shape
 
     def uniform(low, high, *shape):  # drawn for the images of all processes
-        drawn = torch.empty(WORLD, n // share, *shape, device=images.device).uniform_(low, high)
-        return drawn[RANK].repeat_interleave(share, dim=0)
+        drawn = torch.empty(WORLD * n // share, *shape, device=images.device).uniform_(low, high)
+        return drawn.repeat_interleave(share, dim=0).unflatten(0, (WORLD, n))[RANK]
 
     chosen = lambda probability: uniform(0, 1, 1, 1, 1) < probability  # (N, 1, 1, 1)
     x = images.float() / 255 if images.dtype == torch.uint8 else images
@@ -933,7 +933,8 @@ def evaluate(method, data, config, log):
         classes, tests = int(labels.max()) + 1, {"": (test, test_labels)}
         if config.dataset == "imagenet20" and not config.validate:
             held = Folder(Path(config.data_root).expanduser() / "train", config, held=True)
-            tests["held_"] = extract(method, held), held.labels.to(test.device)
+            if len(held):
+                tests["held_"] = extract(method, held), held.labels.to(test.device)
         for name, (x, y) in tests.items():
             for k in (10, 20, 100, 200):
                 results[f"{name}knn_top1_k{k}"] = knn_accuracy(
@@ -950,7 +951,7 @@ def evaluate(method, data, config, log):
             results["svm_top1"], cost = svm_accuracy(bank, labels, test, test_labels)
             results["svm_protocol"] = f"one against the rest, cost {cost}"
         results["tested_on"] = "held-out training images" if config.validate else "the test images"
-    return {name: round(x, 2) if isinstance(x, float) else x for name, x in results.items()}
+    return {k: float(f"{x:.4g}") if isinstance(x, float) else x for k, x in results.items()}
 
 # %% MAIN ------------------------------------------------------------------------------------------
 def main(argv=None):
@@ -978,7 +979,7 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         check(False, "the GPU's memory is full: use a smaller --batch-size", 1, alike=False)
     except OSError as problem:  # a full disk, or an image, of which a loader sends a traceback
-        text = str(problem).splitlines()[-1]
+        text = str(problem).splitlines()[-1].removeprefix("OSError: ")
         check(False, f"{text}. Mend this, then the same command continues", 1, alike=False)
     except RuntimeError as problem:
         text = str(problem)

@@ -214,7 +214,7 @@ def read_picture(path):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as problem:  # a damaged file can raise nearly anything
-        raise OSError(f"cannot read the image {path} ({problem}): mend or replace it") from None
+        raise OSError(f"cannot read the image {path} ({problem})") from None
 
 class Folder(datasets.ImageFolder):
     """Image files. self[epoch, i] is a list of uint8 crops (3, S, S) of image i, and its label."""
@@ -333,8 +333,8 @@ def augment(images, size, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), flip=0.
     n, _, height, width = images.shape
 
     def uniform(low, high, *shape):  # drawn for the images of all processes
-        drawn = torch.empty(WORLD, n // share, *shape, device=images.device).uniform_(low, high)
-        return drawn[RANK].repeat_interleave(share, dim=0)
+        drawn = torch.empty(WORLD * n // share, *shape, device=images.device).uniform_(low, high)
+        return drawn.repeat_interleave(share, dim=0).unflatten(0, (WORLD, n))[RANK]
 
     chosen = lambda probability: uniform(0, 1, 1, 1, 1) < probability  # (N, 1, 1, 1)
     x = images.float() / 255 if images.dtype == torch.uint8 else images
@@ -811,9 +811,9 @@ def evaluate(method, data, config, log):
         results["knn_protocol"] = f"k {min(KNN_K, len(bank))}, temperature {KNN_TEMPERATURE}"
         draw_neighbours(Path(config.out) / "neighbours.png", data, bank, test)
         results["linear_top1"], results["linear_top1_std"] = probe(method, data, config, bank, test)
-        results["linear_protocol"] = ("5 probes, cached features" if config.quick else
-                                      "5 probes, fresh crops and flips (authors' code)")
-    return {name: round(x, 2) if isinstance(x, float) else x for name, x in results.items()}
+        results["linear_protocol"] = "5 probes, " + (
+            "cached features" if config.quick else "fresh crops and flips")
+    return {k: float(f"{x:.4g}") if isinstance(x, float) else x for k, x in results.items()}
 
 # %% MAIN ------------------------------------------------------------------------------------------
 def main(argv=None):
@@ -841,7 +841,7 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         check(False, "the GPU's memory is full: use a smaller --batch-size", 1, alike=False)
     except OSError as problem:  # a full disk, or an image, of which a loader sends a traceback
-        text = str(problem).splitlines()[-1]
+        text = str(problem).splitlines()[-1].removeprefix("OSError: ")
         check(False, f"{text}. Mend this, then the same command continues", 1, alike=False)
     except RuntimeError as problem:
         text = str(problem)

@@ -40,8 +40,8 @@ What changes a number, against the paper [P], the authors' code [C] and other Si
      mix both sizes.
   6. ImageNet: all is [C]'s ([P] has rate 0.08), its probe by LARS too, but rates follow the step,
      not the epoch, and an epoch's ragged last batch is left out ([C]: kept).
-Ours: folders, CIFAR-100, patterns, --arch small. Left out: the variants of Table 1, augmentations
-(6), split representation (7), relative rotation, Figure 4 (few labels).
+Ours: folders, CIFAR-100, patterns, --arch small. Left out: the variants of Table 1, Table 4,
+augmentations (6), split representation (7), relative rotation, Figure 4 (few labels).
 """
 import argparse
 import io
@@ -101,7 +101,7 @@ class Config:
     size: int = option("data", 32, "side of the large views in pixels")
     arch: str = option("training", "resnet18", "backbone", ("resnet18", "resnet50", "small"))
     epochs: int = option("training", 800, "passes over the training images (paper: 800)")
-    batch_size: int = option("training", 512, "images per step of all processes (paper: 512)")
+    batch_size: int = option("training", 512, "images per step (paper: 512; SimSiam 1024)")
     lr: float = option("training", 0.06, "rate per 256 images (paper: 0.06; SimSiam 0.03)")
     final_lr: float = option("training", 0.0, "share of the rate left at the end (code: 0)")
     warmup_epochs: int = option("training", 10, "of linear warm-up (paper: 10; of few, a quarter)")
@@ -212,7 +212,7 @@ def read_picture(path):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as problem:  # a damaged file can raise nearly anything
-        raise OSError(f"cannot read the image {path} ({problem}): mend or replace it") from None
+        raise OSError(f"cannot read the image {path} ({problem})") from None
 
 class Folder(datasets.ImageFolder):
     """Image files. self[epoch, i] is a list of uint8 crops (3, S, S) of image i, and its label."""
@@ -327,8 +327,8 @@ def augment(images, size, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), flip=0.
     n, _, height, width = images.shape
 
     def uniform(low, high, *shape):  # drawn for the images of all processes
-        drawn = torch.empty(WORLD, n // share, *shape, device=images.device).uniform_(low, high)
-        return drawn[RANK].repeat_interleave(share, dim=0)
+        drawn = torch.empty(WORLD * n // share, *shape, device=images.device).uniform_(low, high)
+        return drawn.repeat_interleave(share, dim=0).unflatten(0, (WORLD, n))[RANK]
 
     chosen = lambda probability: uniform(0, 1, 1, 1, 1) < probability  # (N, 1, 1, 1)
     x = images.float() / 255 if images.dtype == torch.uint8 else images
@@ -761,7 +761,7 @@ def evaluate(method, data, config, log):
     results |= {**log[0], **log[-1], "epochs": config.epochs, "seed": config.seed,
                 "peak_memory_gb": torch.cuda.max_memory_allocated() / 2 ** 30 or None}
     if data[1]:
-        print("evaluating: kNN, and a linear probe of 100 epochs", flush=True)
+        print("evaluating: kNN, and a linear probe", flush=True)
         torch.manual_seed(config.seed)
         untrained = Method(config).to(method.mean_std.device)
         results["random_init_knn_top1"], *_ = knn(untrained, data)
@@ -769,9 +769,10 @@ def evaluate(method, data, config, log):
         results["knn_protocol"] = f"k {min(KNN_K, len(bank))}, temperature {KNN_TEMPERATURE}"
         draw_neighbours(Path(config.out) / "neighbours.png", data, bank, test)
         results["linear_top1"], results["linear_top1_std"] = probe(method, data, config, bank, test)
-        results["linear_protocol"] = ("5 probes, cached features" if config.quick else
-                                      "5 probes, fresh crops and flips (authors' code)")
-    return {name: round(x, 2) if isinstance(x, float) else x for name, x in results.items()}
+        probes = "1 probe by LARS" if config.dataset == "imagenet" else "5 probes"
+        results["linear_protocol"] = probes + (
+            ", cached features" if config.quick else ", fresh crops and flips")
+    return {k: float(f"{x:.4g}") if isinstance(x, float) else x for k, x in results.items()}
 
 # %% MAIN ------------------------------------------------------------------------------------------
 def main(argv=None):
@@ -799,7 +800,7 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         check(False, "the GPU's memory is full: use a smaller --batch-size", 1, alike=False)
     except OSError as problem:  # a full disk, or an image, of which a loader sends a traceback
-        text = str(problem).splitlines()[-1]
+        text = str(problem).splitlines()[-1].removeprefix("OSError: ")
         check(False, f"{text}. Mend this, then the same command continues", 1, alike=False)
     except RuntimeError as problem:
         text = str(problem)
