@@ -394,7 +394,7 @@ def draw_r2(path, rows):
     axis.set_xticks(range(len(names)), names)
     axis.set_ylabel("R^2 of the parameters of T in [f(x), f(T x)]\n(bar: MLP, red line: ridge)")
     axis.set_ylim(0, 1)
-    axis.legend(fontsize=7, ncols=min(4, len(rows)))
+    axis.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     finish(figure, path)
 
 def draw_cosines(path, cosines):
@@ -539,8 +539,7 @@ def main(argv=None):
         rows.append(measure(run.name, run.method, data, size))
         cosines[run.name] = positive_cosines(run.method, score[:SHIFTED], change)
         key = sum(p.double().sum().item() for p in run.untrained.encoder.parameters())
-        label = f"random {run.config.arch}, seed {run.config.seed}"
-        encoders.setdefault(key, (label, run.untrained))
+        encoders.setdefault(key, (f"untrained, as {run.name}", run.untrained))
     for label, untrained in encoders.values():
         print(f"measuring {label}", flush=True)
         rows.append(measure(label, untrained, data, size))

@@ -779,7 +779,8 @@ def test_every_step_draws_anew_and_every_epoch_follows_from_its_number(tmp_path,
     monkeypatch.setattr(simclr_essl, "crop", spy)
     line = tiny(simclr_essl, tmp_path / "run")
     simclr_essl.main(line)
-    assert len(boxes) == 36 and len(set(boxes)) == 36
+    simclr_essl.main(tiny(simclr_essl, tmp_path / "other", "--seed", "3"))
+    assert len(boxes) == 72 and len(set(boxes)) == 72
     config, orders = simclr_essl.parse_args(line), []
     for epoch in (1, 2, 1):
         torch.manual_seed(epoch)
@@ -1892,7 +1893,7 @@ def test_the_svm_solves_its_problem(monkeypatch):
     spy = lambda x, *rest, **how: seen.append(x) or solve(x, *rest, **how)
     monkeypatch.setattr(sfrik, "linear_svm", spy)
     accuracy, cost = sfrik.svm_accuracy(train, labels, train[:30] + 0.1, labels[:30])
-    assert accuracy > 90 and cost in (0.1, 0.3, 0.5)
+    assert accuracy > 90 and accuracy * 0.3 == pytest.approx(round(accuracy * 0.3)) and cost in (0.1, 0.3, 0.5)
     assert [len(x) for x in seen] == [60] * 27 + [90] and (seen[0][:, -1] == 1).all()
     assert torch.allclose(seen[0][:, :-1].norm(dim=1), torch.ones(60).double())
     near = [set((x[:, :-1] @ F.normalize(train).double().T).argmax(1).tolist()) for x in seen[:27:9]]
@@ -2886,7 +2887,7 @@ def test_retrieval(monkeypatch):
 
 def test_r2_says_how_much_is_known():
     """1 of the parameters themselves, 0 of constant features, and of a written-out sum."""
-    t = torch.randn(500, 3)
+    t = torch.randn(500, 3) * torch.tensor([1.0, 3, 10])
     fit, score = compare.standardised(t[:400], t[400:])
     for readout, least in ((compare.ridge_r2, 0.9999), (compare.mlp_r2, 0.97)):
         assert readout(fit, fit, score, score) > least
@@ -2936,7 +2937,7 @@ def test_compare_from_end_to_end(runs, tmp_path, monkeypatch, capsys):
     assert text[4:-5] in capsys.readouterr().out and max(map(len, text.splitlines())) <= 120
     rows = json.loads((tmp_path / "all" / "compare.json").read_text())["rows"]
     names = [row["name"] for row in rows]
-    assert names == ["care", "homomorphic", "random small, seed 0", "random small, seed 0"]
+    assert names == ["care", "homomorphic", "untrained, as care", "untrained, as homomorphic"]
     assert all(f"{row['knn']:.1f}" in text and f"{row['r2']['hue']['mlp']:.2f}" in text for row in rows)
     assert all(0 < row["knn"] <= 100 and len(row["r2"]) == 8 for row in rows) and len(rows[1]["layers"]) == 3
     assert [row["geometry"]["width"] for row in rows] == [16, 32, 16, 32]
