@@ -228,6 +228,7 @@ STEPS = [
         "--transform inversion", "--transform blur", "--role invariant --transform vflip")),
     (simclr_essl, "--dataset folder --arch small --size 32 --small-size 16", PICTURES * 3),
     *((simsiam_essl, f"--dataset patterns {flags}", PICTURES) for flags in ("", "--lam 0")),
+    (simsiam_essl, "--dataset folder --arch small --size 32 --small-size 16", PICTURES * 3),
     *((care, f"--dataset patterns --batch-size 8 --chunks 2 {flags}", PICTURES) for flags in (
         "", "--lam 0", "--base moco --queue 16", "--share-pair --equivariance-batch 4",
         "--contrast uniformity", "--contrast invariance", "--contrast none")),
@@ -816,8 +817,8 @@ for argv, name, at in json.loads(sys.argv[2]):
 @every
 def test_a_killed_run_ends_as_an_uninterrupted_one(script, tmp_path, runs):
     """Killed in a step, before a file is renamed, while it evaluates."""
-    todo, points = [], ["learning_rate 9", "replace 2"]
-    points += ["dos_error 2" if script is photonics_reg else "knn_accuracy 2"]
+    todo, points = [], ["learning_rate 9", "dos_error 2" if script is photonics_reg else "knn_accuracy 2"]
+    points += ["replace 2"] * (script is simclr_essl)
     for point in points:
         name, at = point.split()
         argv = tiny(script, tmp_path / point, "--save-every", "0")
@@ -833,7 +834,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(script, tmp_path, runs):
         names = {name for name in names if not name.rpartition(".")[2].isdecimal()}
         assert names == {path.name for path in runs(script).iterdir()}
 
-@every
+@of_scripts([simclr_essl, photonics_reg])
 def test_what_is_not_finite_is_never_saved(script, tmp_path, monkeypatch, capsys):
     """A loss, and a finite loss's gradient, in the second epoch; and Ctrl-C in the first."""
     forward, rate, calls = script.Method.forward, script.learning_rate, []
@@ -1087,7 +1088,7 @@ FOLDERS = {
 }
 on_folder = lambda script, root: [*FOLDER, *FOLDERS[script.__name__].split(), "--data-root", str(root)]
 
-@streaming
+@of_scripts([simclr_essl, care])
 def test_a_streamed_folder(script, tmp_path, monkeypatch, capsys):
     """From end to end; stopped and continued; probed on fresh crops."""
     tree, probe = tmp_path / "tree", script.linear_probe
@@ -1249,19 +1250,15 @@ def test_a_killed_reader_ends_the_run_in_one_line(tmp_path, monkeypatch, capsys)
 
 # several processes
 
-@of_scripts([simclr_essl, photonics_reg])
-def test_world_size_left_over_in_the_environment(script, tmp_path):
+def test_world_size_left_over_in_the_environment(tmp_path):
     """Alone: one line. Empty: no processes. With the rest: it says for whom it waits, and Ctrl-C works."""
-    line = [sys.executable, f"{script.__name__}.py", *tiny(script, tmp_path / "run")]
+    line = [sys.executable, "simclr_essl.py", *tiny(simclr_essl, tmp_path / "run")]
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     launch = lambda **env: subprocess.Popen(line, cwd=HERE, env=clean | env, stdout=subprocess.PIPE,
                                             stderr=subprocess.PIPE, text=True, bufsize=1)
     alone = launch(WORLD_SIZE="2")
     _, problem = alone.communicate(timeout=60)
-    assert alone.returncode == 2 and problem.startswith("error: ") and problem.count("\n") == 1
-    assert "one device" in problem if script is photonics_reg else "WORLD_SIZE is 2" in problem
-    if script is not simclr_essl:
-        return
+    assert alone.returncode == 2 and problem.startswith("error: WORLD_SIZE is 2") and problem.count("\n") == 1
     port = str(23_000 + os.getpid() % 20_000)
     waits = launch(WORLD_SIZE="2", RANK="0", MASTER_ADDR="localhost", MASTER_PORT=port)
     assert waits.stdout.readline() == "waiting for 2 processes\n"
@@ -3056,7 +3053,7 @@ for line in sys.stdin:
     print(json.dumps([code, passed, *(open(sys.argv[2] + x).read() for x in ("out", "err"))]), flush=True)
 """
 
-@pytest.fixture(scope="module", params=SCRIPTS if CAMPAIGN > 1 else [simclr_essl, photonics_reg],
+@pytest.fixture(scope="module", params=SCRIPTS if CAMPAIGN > 1 else [simclr_essl],
                 ids=lambda script: script.__name__)
 def arena(request, tmp_path_factory):
     """What the tests of a campaign need: run(out, blow, size), and a run that was not disturbed."""
