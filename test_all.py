@@ -17,6 +17,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -1250,6 +1251,11 @@ def test_a_killed_reader_ends_the_run_in_one_line(tmp_path, monkeypatch, capsys)
 
 # several processes
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return str(probe.getsockname()[1])
+
 def test_world_size_left_over_in_the_environment(tmp_path):
     """Alone: one line. Empty: no processes. With the rest: it says for whom it waits, and Ctrl-C works."""
     line = [sys.executable, "simclr_essl.py", *tiny(simclr_essl, tmp_path / "run")]
@@ -1259,8 +1265,7 @@ def test_world_size_left_over_in_the_environment(tmp_path):
     alone = launch(WORLD_SIZE="2")
     _, problem = alone.communicate(timeout=60)
     assert alone.returncode == 2 and problem.startswith("error: WORLD_SIZE is 2") and problem.count("\n") == 1
-    port = str(23_000 + os.getpid() % 20_000)
-    waits = launch(WORLD_SIZE="2", RANK="0", MASTER_ADDR="localhost", MASTER_PORT=port)
+    waits = launch(WORLD_SIZE="2", RANK="0", MASTER_ADDR="localhost", MASTER_PORT=free_port())
     assert waits.stdout.readline() == "waiting for 2 processes\n"
     time.sleep(1)
     waits.send_signal(signal.SIGINT)
@@ -1314,7 +1319,7 @@ def test_two_processes_compute_what_one_computes(tmp_path):
         line = [sys.executable, "-c", TWO, str(tmp_path / name), json.dumps(TOGETHER)]
         return subprocess.Popen(line, cwd=HERE, env=os.environ | env, stderr=subprocess.PIPE)
 
-    there = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(20_000 + os.getpid() % 20_000))
+    there = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     processes = [launch("two", RANK=str(rank), **there) for rank in range(2)] + [launch("one")]
     for process in processes:
         assert process.wait(300) == 0, process.stderr.read().decode()
@@ -3167,10 +3172,10 @@ def children(pid):
 @of_scripts(IMAGES if CAMPAIGN > 1 else [simclr_essl])
 def test_campaign_of_lost_processes(script, tmp_path):
     """torchrun trains and writes once; one of two is killed: the other ends, too; then the run goes on."""
-    port, draw, name = 22_000 + os.getpid() % 20_000, random.Random(script.__name__), f"{script.__name__}.py"
+    draw, name = random.Random(script.__name__), f"{script.__name__}.py"
 
     def launch(out):
-        line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+        line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
         line += [name, *tiny(script, out, "--save-every", "0")]
         pipe = subprocess.PIPE
         return subprocess.Popen(line, cwd=HERE, stdout=pipe, stderr=pipe, text=True)
