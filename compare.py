@@ -392,7 +392,7 @@ def draw_r2(path, rows):
         axis.hlines([max(0, row["r2"][name]["ridge"]) for name in names],
                     [place - width / 2 for place in x], [place + width / 2 for place in x], "red")
     axis.set_xticks(range(len(names)), names)
-    axis.set_ylabel("R^2 of the parameters of T in [f(x), f(T x)]\n(bar: MLP, red line: ridge)")
+    axis.set_ylabel("R^2 of the parameters of T in [f(x), f(T x)]\n(bar: MLP, red line: ridge; < 0 as 0)")
     axis.set_ylim(0, 1)
     axis.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     finish(figure, path)
