@@ -888,9 +888,12 @@ def main(argv=None):
             write(results, json.dumps(evaluate(method, data, config, log), indent=1))
         if RANK == 0:
             print(f"{out} is finished, with encoder.pt and results.json; in percent or degrees:")
-            for name, value in json.loads(results.read_text()).items():
+            measured = json.loads(results.read_text())
+            for name, value in measured.items():
                 if ("top1" in name or "angle" in name) and value is not None:
                     print(f"  {name:42}{value}")
+            if measured["knn_top1"] is not None:
+                print(f"beside other runs: python compare.py {out} OTHERS")
     except KeyboardInterrupt:
         check(False, "stopped; the same command continues from the last checkpoint", 130)
     except torch.OutOfMemoryError:

@@ -3,8 +3,9 @@
   python compare.py runs/A runs/B ...     image runs on one dataset
   python compare.py RUN                   one run; of photonics_reg.py: spectra, of proteins: paths
 
-Writes a table (compare.md), all numbers (compare.json) and pictures to --out. The protocol: up to
-10,000 training images to learn from, 5,000 test images to score, in a fixed random order, float32.
+Writes a table (compare.md), all numbers (compare.json) and pictures to --out. Runs named alike but
+for seedN or seed=N are one row of the table: mean±standard deviation. The protocol: up to 10,000
+training images to learn from, 5,000 test images to score, in a fixed random order, float32.
   accuracy   of features: kNN (k 200, T 0.1), and a linear probe on standardised features, its rate
              of three chosen on a fifth of the training images; beside it the untrained encoder's.
   R^2        of the parameters of T, read from the frozen pair [f(x), f(T x)], one transformation
@@ -23,10 +24,11 @@ import argparse
 import importlib
 import json
 import math
+import re
 import sys
 from copy import deepcopy
 from dataclasses import replace
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,6 +82,10 @@ def load_run(folder, data_root, device):
         check(False, f"cannot load the run in {folder} ({type(problem).__name__})")
     return SimpleNamespace(name=path.resolve().name, script=script, config=config, log=saved["log"],
                            method=method, untrained=untrained, classes=saved["data"].get("classes"))
+
+def without_seed(name):
+    """A run's name without its seedN or seed=N."""
+    return re.sub("-?seed=?[0-9]+", "", name)
 
 def pick(images, n):
     """The first n images of a fixed random order: uint8 (n, C, S, S), also of a Folder."""
@@ -370,10 +376,14 @@ def finish(figure, path):
 def draw_curves(path, runs):
     """Loss and, where it was measured, kNN accuracy of all runs over epochs."""
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
-    for run, (color, dash) in zip(runs, STYLES):
-        for axis, name in zip(axes, ("loss", "knn_top1")):
-            points = [(line["epoch"], line[name]) for line in run.log if name in line]
-            axis.plot(*zip(*points) if points else ([], []), dash, color=color, label=run.name)
+    styles = dict(zip(dict.fromkeys(without_seed(run.name) for run in runs), cycle(STYLES)))
+    for name, (color, dash) in styles.items():
+        axes[0].plot([], [], dash, color=color, label=name)
+    for run in runs:
+        color, dash = styles[without_seed(run.name)]
+        for axis, key in zip(axes, ("loss", "knn_top1")):
+            points = [(line["epoch"], line[key]) for line in run.log if key in line]
+            axis.plot(*zip(*points) if points else ([], []), dash, color=color)
     for axis, label in zip(axes, ("loss (each method its own)", "kNN accuracy, percent")):
         axis.set_xlabel("epoch")
         axis.set_ylabel(label)
@@ -381,18 +391,23 @@ def draw_curves(path, runs):
     finish(figure, path)
 
 def draw_r2(path, rows):
-    """Grouped bars of R^2 by the MLP, and of ridge regression as a line across each bar."""
+    """Grouped bars of R^2 by the MLP, and of ridge regression as a line across each bar.
+
+    rows: as over_seeds returns them; a bar's whisker is the standard deviation over seeds.
+    """
     names = [*rows[0]["r2"]]
     figure, axis = pyplot.subplots(figsize=(10, 4))
     width, shades = 0.8 / len(rows), pyplot.cm.viridis(torch.linspace(0, 0.9, len(rows)).tolist())
     for i, (row, shade) in enumerate(zip(rows, shades)):
         x = [place - 0.4 + (i + 0.5) * width for place in range(len(names))]
-        axis.bar(x, [max(0, row["r2"][name]["mlp"]) for name in names], width, color=shade,
-                 edgecolor="black", linewidth=0.5, label=row["name"])
-        axis.hlines([max(0, row["r2"][name]["ridge"]) for name in names],
+        mlp, ridge = ([row["r2"][name][key] for name in names] for key in ("mlp", "ridge"))
+        axis.bar(x, [max(0, mean) for mean, _ in mlp], width, yerr=[std for _, std in mlp],
+                 color=shade, edgecolor="black", linewidth=0.5, label=row["name"])
+        axis.hlines([max(0, mean) for mean, _ in ridge],
                     [place - width / 2 for place in x], [place + width / 2 for place in x], "red")
     axis.set_xticks(range(len(names)), names)
-    axis.set_ylabel("R^2 of the parameters of T in [f(x), f(T x)]\n(bar: MLP, red line: ridge; < 0 as 0)")
+    axis.set_ylabel("R^2 of the parameters of T in [f(x), f(T x)]\n"
+                    "(bar: MLP, red line: ridge; < 0 as 0)")
     axis.set_ylim(0, 1)
     axis.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     finish(figure, path)
@@ -400,7 +415,7 @@ def draw_r2(path, rows):
 def draw_cosines(path, cosines):
     """Histograms of the cosine of two views of an image, {name: (N,)}."""
     figure, axis = pyplot.subplots(figsize=(7, 4))
-    for (name, values), (color, dash) in zip(cosines.items(), STYLES):
+    for (name, values), (color, dash) in zip(cosines.items(), cycle(STYLES)):
         counts, edges = torch.histogram(values.cpu(), 40, range=(-1.0, 1.0))
         axis.stairs((100 * counts / len(values)).tolist(), edges.tolist(), color=color,
                     linestyle=dash, label=name)
@@ -450,10 +465,9 @@ def draw_spectra(path, run, device):
     finish(figure, path)
 
 # %% MAIN ------------------------------------------------------------------------------------------
-def measure(name, method, data, size):
-    """All numbers of one encoder, and what its pictures need."""
+def measure(name, method, data, change):
+    """All numbers of one encoder."""
     (fit, labels), (score, score_labels) = data
-    change = lambda x, share: augment(x.expand(-1, 3, -1, -1), size, share=share)[:, :x.shape[1]]
     row = {"name": name, "geometry": geometry(method, score[:SHIFTED], change)}
     row |= accuracy(outputs(method, fit), labels, outputs(method, score), score_labels)
     row["r2"] = what_is_known(method, fit, score)
@@ -463,29 +477,45 @@ def measure(name, method, data, size):
         row["layers"], row["layers_unmoved"] = layer_errors(method, score[:64])
     return row
 
+def over_seeds(values):
+    """Rows of measure as one: (mean, standard deviation) of numbers, None if one is undefined."""
+    if isinstance(values[0], dict):
+        return {key: over_seeds([value[key] for value in values]) for key in values[0]}
+    if isinstance(values[0], list):
+        return [over_seeds(column) for column in zip(*values)]
+    if isinstance(values[0], str):
+        return without_seed(values[0])
+    if None in values:
+        return None
+    spread = torch.tensor(values, dtype=torch.float64)
+    return spread.mean().item(), spread.std(correction=0).item()
+
 def table(rows):
-    """Blocks of text, at most 120 columns wide."""
-    number = lambda x, digits: f"{x:.{digits}f}" if x is not None else "-"
-    lines = ["accuracy, percent, and geometry", f"{'':40}" + "".join(f"{head:>9}" for head in (
-        "kNN", "linear", "D", "Wahba SO", "Wahba O", "gamma_f", "moved", "overlap"))]
-    for row in rows:
-        g = row["geometry"]
-        values = [number(row["knn"], 1), number(row["linear"], 1), str(g["width"])]
-        values += [number(g[key], 3) for key in ("wahba_so", "wahba_o", "gamma_f", "moved")]
-        values.append(number(g.get("overlap_at_5"), 1))
-        lines.append(f"{row['name'][:40]:40}" + "".join(f"{value:>9}" for value in values))
+    """Blocks of text, at most 120 columns wide, of rows as over_seeds returns them."""
+    def number(pair, digits):
+        if pair is None:
+            return "-"
+        return "±".join(f"{x:.{digits}f}" for x in (pair if pair[1] else pair[:1]))
+
+    def block(title, heads, values):
+        line = lambda name, cells: f"{name:32}" + "".join(f"{cell:>11}" for cell in cells)
+        short = lambda name: name if len(name) <= 32 else f"{name[:12]}...{name[-17:]}"
+        return [title, line("", heads), *(line(short(row["name"]), values(row)) for row in rows), ""]
+
+    shares = {"kNN": "knn", "linear": "linear", "overlap": "overlap_at_5"}
+    lengths = {"Wahba SO": "wahba_so", "Wahba O": "wahba_o", "gamma_f": "gamma_f", "moved": "moved"}
+    lines = block("accuracy, percent, and geometry", [*shares, *lengths, "D"], lambda row: [
+        *(number((row | row["geometry"]).get(key), 1) for key in shares.values()),
+        *(number(row["geometry"][key], 2) for key in lengths.values()),
+        number(row["geometry"]["width"], 0)])
     for readout in ("mlp", "ridge"):
-        names = [*rows[0]["r2"]]
-        lines += ["", f"R^2 of the parameters of a transformation, by {readout}",
-                  f"{'':32}" + "".join(f"{name:>11}" for name in names)]
-        for row in rows:
-            values = [number(row["r2"][name][readout], 2) for name in names]
-            lines.append(f"{row['name'][:32]:32}" + "".join(f"{value:>11}" for value in values))
+        lines += block(f"R^2 of the parameters of a transformation, by {readout}", rows[0]["r2"],
+                       lambda row: [number(r2[readout], 2) for r2 in row["r2"].values()])
     for row in rows:
         if "layers" in row:
             both = zip(row["layers"], row["layers_unmoved"])
-            lines += ["", f"{row['name']}: equivariance error of each layer (of doing nothing)",
-                      " ".join(f"{error:.2g} ({nothing:.2g})" for error, nothing in both)]
+            lines += [f"{row['name']}: equivariance error of each layer (of doing nothing)",
+                      " ".join(f"{error:.2g} ({nothing:.2g})" for (error, _), (nothing, _) in both)]
     return "\n".join(lines)
 
 def main(argv=None):
@@ -502,13 +532,12 @@ def main(argv=None):
     check(name in here[:None if len(here) > 2 else 1], f"there is no device {name}")
     device, out = torch.device(name), Path(args.out)
     runs = [load_run(folder, args.data_root, device) for folder in args.runs]
-    first, kinds = runs[0], []
+    first = runs[0]
+    kind = lambda run: (run.config.dataset, getattr(run.config, "size", 32), run.classes,
+                        isinstance(run.classes, list) and run.config.data_root)  # of image files
     check(len({run.name for run in runs}) == len(runs), "two runs have the same folder name")
-    for run in runs:
-        folder = run.config.data_root if isinstance(run.classes, list) else ""  # streamed images
-        kinds.append((run.config.dataset, getattr(run.config, "size", 32), run.classes, folder))
-    check(all(kind == kinds[0] for kind in kinds), "these runs are of different data or sizes: "
-          + ", ".join(f"{run.name} {run.config.dataset}" for run in runs))
+    check(all(kind(run) == kind(first) for run in runs), "these runs are of different data or "
+          "sizes: " + ", ".join(f"{run.name} {run.config.dataset}" for run in runs))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
@@ -533,23 +562,25 @@ def main(argv=None):
     (fit, _), (score, _) = data
     size = fit.shape[3]
     change = lambda x, share: augment(x.expand(-1, 3, -1, -1), size, share=share)[:, :x.shape[1]]
-    rows, cosines, encoders = [], {}, {}
+    encoders, starts, cosines = [(run.name, run.method) for run in runs], {}, {}
     for run in runs:
-        print(f"measuring {run.name}", flush=True)
-        rows.append(measure(run.name, run.method, data, size))
-        cosines[run.name] = positive_cosines(run.method, score[:SHIFTED], change)
-        key = sum(p.double().sum().item() for p in run.untrained.encoder.parameters())
-        encoders.setdefault(key, (f"untrained, as {run.name}", run.untrained))
-    for label, untrained in encoders.values():
-        print(f"measuring {label}", flush=True)
-        rows.append(measure(label, untrained, data, size))
-    text = table(rows)
+        weights = sum(p.double().sum().item() for p in run.untrained.encoder.parameters())
+        starts.setdefault(weights, (f"untrained, as {run.name}", run.untrained))
+        if (name := without_seed(run.name)) not in cosines:
+            cosines[name] = positive_cosines(run.method, score[:SHIFTED], change)
+    rows, groups = [], {}
+    for name, method in (*encoders, *starts.values()):
+        print(f"measuring {name}", flush=True)
+        rows.append(measure(name, method, data, change))
+        groups.setdefault(without_seed(name), []).append(rows[-1])
+    merged = [over_seeds(group) for group in groups.values()]
+    text = table(merged)
     protocol = {"protocol": __doc__, "dataset": first.config.dataset, "fit": len(fit),
                 "score": len(score), "torch": str(torch.__version__), "rows": rows}
     (out / "compare.json").write_text(json.dumps(protocol, indent=1))
     (out / "compare.md").write_text(f"```\n{text}\n```\n")
     draw_curves(out / "curves.png", runs)
-    draw_r2(out / "r2.png", rows)
+    draw_r2(out / "r2.png", merged)
     draw_cosines(out / "cosines.png", cosines)
     if fit.shape[1] == 3:
         _, *found = retrieve(first.method, fit, score[:RETRIEVED])

@@ -640,6 +640,8 @@ def main(argv=None):
         for name, value in json.loads(results.read_text()).items():
             if name.startswith("dos_error") and "protocol" not in name:
                 print(f"  {name:32}{value}")
+        if config.mode != "all":
+            print(f"its spectra: python compare.py {out}")
     except KeyboardInterrupt:
         check(False, "stopped; the same command continues from the last checkpoint", 130)
     except torch.OutOfMemoryError:

@@ -917,7 +917,7 @@ def test_a_finished_run_says_so_at_once(script, runs, tmp_path, monkeypatch, cap
     script.main(line)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     printed = capsys.readouterr().out
-    assert "is finished" in printed and "{" not in printed
+    assert "is finished" in printed and "{" not in printed and f"compare.py {tmp_path}/run" in printed
     name = "dos_error" if script is photonics_reg else "random_init_knn_top1"
     assert re.search(rf"{name}\s+{results[name]}", printed)
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
@@ -2742,7 +2742,7 @@ def test_a_run_of_all_modes(four_modes, capsys):
     photonics_reg.main(tiny_photonics(four_modes, "--mode", "all", "--splits", "2"))  # finished, at once
     assert times == {path: path.stat().st_mtime_ns for path in four_modes.glob("*/*")}
     printed = capsys.readouterr().out
-    assert printed.count("is finished") == 5 and read(four_modes) == whole
+    assert printed.count("is finished") == 5 and printed.count("compare.py") == 4 and read(four_modes) == whole
     assert f"dos_error_supervised            {whole['dos_error_supervised']}\n" in printed
 
 def test_fine_tuning_starts_from_the_pretrained_encoder(four_modes, tmp_path, monkeypatch):
@@ -2926,6 +2926,17 @@ def test_transformations_and_what_pixels_know_of_them():
     method.features = lambda V: V.mean((2, 3))
     known = compare.what_is_known(method, x[:200], x[200:])
     assert known["brightness"]["mlp"] > 0.5 and known["flip"]["mlp"] < 0.1 and set(known) == set(compare.COLOUR)
+
+def test_means_over_seeds():
+    """Runs that differ in their seed are one row of the table; one that is alone shows no deviation."""
+    geometry = {"width": 8, "wahba_so": 0.5, "wahba_o": 0.5, "gamma_f": None, "moved": 1.0, "overlap_at_5": 10.0}
+    rows = [{"name": f"a-seed={n}-lam=0", "knn": 40.0 + n, "linear": 50.0, "layers": [n, 1.0], "layers_unmoved": [1.0, 1.0],
+             "r2": {"flip": {"mlp": 0.25 * n, "ridge": 0.0}}, "geometry": geometry} for n in (0, 2)]
+    merged = compare.over_seeds(rows)
+    assert merged["name"] == "a-lam=0" == compare.without_seed("a-seed1-lam=0") and merged["knn"] == (41, 1)
+    assert merged["layers"] == [(1, 1), (1, 0)] and merged["geometry"]["gamma_f"] is None
+    text = compare.table([merged, compare.over_seeds(rows[:1])])
+    assert "41.0±1.0       50.0" in text and "0.25±0.25" in text and "40.0       50.0" in text
 
 def test_compare_from_end_to_end(runs, tmp_path, monkeypatch, capsys):
     """Runs of several scripts, one alone, and what cannot be compared."""
