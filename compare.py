@@ -5,7 +5,7 @@
 
 Writes a table (compare.md), all numbers (compare.json) and pictures to --out. Runs named alike but
 for seedN or seed=N are one row of the table: mean±standard deviation. The protocol: up to 10,000
-training images to learn from, 5,000 test images to score, in a fixed random order, float32.
+training images to learn from, 5,000 test images to score, in a fixed random order, float32 or TF32.
   accuracy   of features: kNN (k 200, T 0.1), and a linear probe on standardised features, its rate
              of three chosen on a fifth of the training images; beside it the untrained encoder's.
   R^2        of the parameters of T, read from the frozen pair [f(x), f(T x)], one transformation
@@ -25,7 +25,6 @@ import importlib
 import json
 import math
 import re
-import sys
 from copy import deepcopy
 from dataclasses import replace
 from itertools import cycle, pairwise
@@ -42,8 +41,8 @@ import care
 import photonics_reg
 import simclr_essl
 from homomorphic import PLANES, SCALES, act, transform
-from simclr_essl import augment, blur, brightness, contrast, crop, draw_box, first_of, saturation
-from simclr_essl import shift_hue
+from simclr_essl import augment, blur, brightness, check, contrast, crop, draw_box, first_of
+from simclr_essl import saturation, shift_hue, start
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -57,12 +56,6 @@ GRAY = ("crop", "flip", "rotation", "brightness", "contrast", "blur")
 COLOUR = (*GRAY, "saturation", "hue")
 
 # %% RUNS ------------------------------------------------------------------------------------------
-def check(condition, message):
-    """Ends the program with one line unless the condition holds."""
-    if not condition:
-        print("error:", *message.split(), file=sys.stderr)
-        raise SystemExit(2)
-
 def load_run(folder, data_root, device):
     """Name, script, config, log, results, trained and untrained method of a finished run."""
     path = Path(folder)
@@ -498,16 +491,18 @@ def table(rows):
         return "±".join(f"{x:.{digits}f}" for x in (pair if pair[1] else pair[:1]))
 
     def block(title, heads, values):
-        line = lambda name, cells: f"{name:32}" + "".join(f"{cell:>11}" for cell in cells)
-        short = lambda name: name if len(name) <= 32 else f"{name[:12]}...{name[-17:]}"
-        return [title, line("", heads), *(line(short(row["name"]), values(row)) for row in rows), ""]
+        lines = [title, " " * 32 + "".join(f"{head:>11}" for head in heads)]
+        for row in rows:
+            name = row["name"]
+            name = f"{name[:12]}...{name[-17:]}" if len(name) > 32 else name
+            lines.append(f"{name:32}" + "".join(f"{value:>11}" for value in values(row)))
+        return [*lines, ""]
 
-    shares = {"kNN": "knn", "linear": "linear", "overlap": "overlap_at_5"}
-    lengths = {"Wahba SO": "wahba_so", "Wahba O": "wahba_o", "gamma_f": "gamma_f", "moved": "moved"}
-    lines = block("accuracy, percent, and geometry", [*shares, *lengths, "D"], lambda row: [
-        *(number((row | row["geometry"]).get(key), 1) for key in shares.values()),
-        *(number(row["geometry"][key], 2) for key in lengths.values()),
-        number(row["geometry"]["width"], 0)])
+    columns = {"kNN": ("knn", 1), "linear": ("linear", 1), "overlap": ("overlap_at_5", 1),
+               "Wahba SO": ("wahba_so", 2), "Wahba O": ("wahba_o", 2), "gamma_f": ("gamma_f", 2),
+               "moved": ("moved", 2), "D": ("width", 0)}
+    lines = block("accuracy, percent, and geometry", columns, lambda row: [
+        number((row | row["geometry"]).get(key), digits) for key, digits in columns.values()])
     for readout in ("mlp", "ridge"):
         lines += block(f"R^2 of the parameters of a transformation, by {readout}", rows[0]["r2"],
                        lambda row: [number(r2[readout], 2) for r2 in row["r2"].values()])
@@ -527,10 +522,7 @@ def main(argv=None):
     parser.add_argument("--data-root", default="", help="where the data are [as in the runs]")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 [cuda if there is one]")
     args = parser.parse_args(argv)
-    name = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    here = ["cpu", "cuda"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    check(name in here[:None if len(here) > 2 else 1], f"there is no device {name}")
-    device, out = torch.device(name), Path(args.out)
+    device, out = start(args), Path(args.out)
     runs = [load_run(folder, args.data_root, device) for folder in args.runs]
     first = runs[0]
     kind = lambda run: (run.config.dataset, getattr(run.config, "size", 32), run.classes,
