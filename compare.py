@@ -3,22 +3,24 @@
   python compare.py runs/A runs/B ...     image runs on one dataset
   python compare.py RUN                   one run; of photonics_reg.py: spectra, of proteins: paths
 
-Writes a table (compare.md), all numbers (compare.json) and pictures to --out. Runs named alike but
-for seedN or seed=N are one row of the table: mean±standard deviation. The protocol: up to 10,000
+Writes a table (compare.md), all numbers (compare.json) and pictures to --out. Runs that differ in
+their seed alone are one row of the table, mean±standard deviation. The protocol: up to 10,000
 training images to learn from, 5,000 test images to score, in a fixed random order, float32 or TF32.
   accuracy   of features: kNN (k 200, T 0.1), and a linear probe on standardised features, its rate
-             of three chosen on a fifth of the training images; beside it the untrained encoder's.
+             (of 0.01, 0.1, 1) chosen on a fifth of the training images.
   R^2        of the parameters of T, read from the frozen pair [f(x), f(T x)], one transformation
-             at a time, always applied: by ridge regression (penalty chosen on a fifth) and an MLP
-             (512 hidden, AdamW 1e-3, 40 epochs): 1 - sum of squares left over that about the mean,
-             for each parameter, then their mean (published definitions differ). Draws are the same
-             for all. Crop: centre and log area; rotation: one of four turns.
-  geometry   of embeddings on the sphere (features where there is no projector): 2,000 test images
-             and 10 augmentations, each for all images alike. Wahba's error: the rotation (SO,
-             or O with reflections) fitted on half, per image, on the other half (no ranking across
-             D); gamma_f of CARE, of 1,000 images; the mean distance moved. Of 200 test images, how
-             many of five neighbours stay when the hue is shifted, in percent.
+             at a time, always applied, drawn alike for all encoders: by ridge regression (penalty
+             chosen on a fifth) and an MLP (512 hidden, AdamW 1e-3, 40 epochs). 1 - squares left /
+             squares about the mean, for each parameter, then their mean (SIE pools the parameters).
+             Crop: centre and log area; rotation: one of four turns.
+  geometry   of embeddings on the sphere (features where there is no projector) under 10
+             augmentations, each of all 2,000 test images alike. Wahba: the rotation (SO, or O with
+             reflections) fitted on half of them, its error per image on the other half; none if
+             the width D is more than that half. gamma_f of CARE, of 1,000 images: 0 for rotations.
+             moved: mean distance. overlap: percent of five neighbours of 200 images that stay when
+             the hue is shifted.
   layers     of homomorphic.py: relative error of equivariance, and that of doing nothing.
+Neither R^2 nor geometry ranks encoders of different widths.
 """
 import argparse
 import importlib
@@ -31,41 +33,41 @@ from itertools import cycle, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.utils import make_grid, save_image
+from matplotlib import pyplot
+from torchvision.ops import MLP
+from torchvision.utils import save_image
 
 import care
 import photonics_reg
 import simclr_essl
-from homomorphic import PLANES, SCALES, act, transform
+from homomorphic import PLANES, SCALES, act, extract, transform
 from simclr_essl import augment, blur, brightness, check, contrast, crop, draw_box, first_of
 from simclr_essl import saturation, shift_hue, start
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+pyplot.rcParams.update({"backend": "Agg", "figure.autolayout": True, "savefig.dpi": 120})
 
 FIT, SCORE, SHIFTED, DRAWS, RETRIEVED = 10_000, 5_000, 2_000, 10, 200
-RANGES = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.6, 1.4),
-          "hue": (-0.1, 0.1), "blur": (0.1, 2.0)}
-OPERATIONS = {"brightness": brightness, "contrast": contrast, "saturation": saturation,
-              "hue": shift_hue, "blur": blur}
-GRAY = ("crop", "flip", "rotation", "brightness", "contrast", "blur")
-COLOUR = (*GRAY, "saturation", "hue")
+RANGES = {"flip": (0.0, 1.0), "hue": (-0.1, 0.1), "blur": (0.1, 2.0)}  # of the others 0.6 to 1.4
+OPERATIONS = {"crop": lambda x, box: crop(x, box, x.shape[3]),
+              "flip": lambda x, flipped: torch.where(flipped, x.flip(3), x),
+              "rotation": lambda x, turns: transform(x, turns, "rotation"),
+              "brightness": brightness, "contrast": contrast, "blur": blur,
+              "saturation": saturation, "hue": shift_hue}
+COLOUR = tuple(OPERATIONS)
+GRAY = COLOUR[:6]  # those that change gray images
 
 # %% RUNS ------------------------------------------------------------------------------------------
 def load_run(folder, data_root, device):
     """Name, script, config, log, results, trained and untrained method of a finished run."""
     path = Path(folder)
-    finished = (path / "results.json").is_file() and (path / "checkpoint.pt").is_file()
-    check(finished, f"{folder} is not the folder of a finished run: it has no results.json")
+    check((path / "results.json").is_file(), f"{folder} has no results.json of a finished run")
     try:
         saved = torch.load(path / "checkpoint.pt", map_location=device, weights_only=True)
         script = importlib.import_module(saved["script"])
         config = script.Config(**saved["config"])
-        config = replace(config, data_root=data_root or config.data_root)
+        config = replace(config, data_root=data_root or config.data_root, precision="fp32")
         stage = (config.splits,) if script is photonics_reg else ()
         torch.manual_seed(config.seed)
         untrained = script.Method(config, *stage).to(device)
@@ -76,41 +78,25 @@ def load_run(folder, data_root, device):
     return SimpleNamespace(name=path.resolve().name, script=script, config=config, log=saved["log"],
                            method=method, untrained=untrained, classes=saved["data"].get("classes"))
 
-def without_seed(name):
-    """A run's name without its seedN or seed=N."""
-    return re.sub("-?seed=?[0-9]+", "", name)
-
 def pick(images, n):
     """The first n images of a fixed random order: uint8 (n, C, S, S), also of a Folder."""
-    rows = first_of(n, len(images))[:n]
+    rows = first_of(n, len(images))
     if isinstance(images, torch.Tensor):
         return images[rows.to(images.device)]
-    return torch.stack([images[0, row][0][0] for row in rows.tolist()])
+    return torch.stack([view for [view], _ in (images[0, row] for row in rows.tolist())])
 
 def load_images(run, device):
-    """(images, labels) to learn from and to score, as the run's own script reads them."""
-    config = replace(run.config, limit=0)
-    if hasattr(config, "validate"):  # sfrik's held-out images were trained on by the others
-        config.validate = False
+    """(images, labels) to learn from and to score, read by the run's script, without its limits."""
+    config = SimpleNamespace(**vars(run.config) | {"limit": 0, "validate": False})
     data = run.script.load_data(config, device)
     check(data[1], f"the data of {run.name} have no classes in train/ and val/ to compare by")
-    return [(pick(images, n).to(device), labels[first_of(n, len(labels))[:n].to(device)])
+    return [(pick(images, n).to(device), pick(labels, n))
             for (images, labels), n in zip(data[1:], (FIT, SCORE))]
 
-@torch.no_grad()
-def outputs(method, images, prepare=lambda x: x.float() / 255, name="features"):
-    """Features (N, D), or another output, of prepare(images), in eval mode, without bf16."""
-    config, method.config = method.config, replace(method.config, precision="fp32")
-    method.eval()
-    parts = [getattr(method, name)(prepare(part)) for part in images.split(256)]
-    method.train()
-    method.config = config
-    return torch.cat(parts)
-
-def embed(method, images, prepare=lambda x: x.float() / 255):
-    """Embeddings (N, D) on the sphere; features where the method has no projector."""
+def embed(method, x, prepare=lambda x: x / 255 if x.dtype == torch.uint8 else x):
+    """Embeddings (N, D) of images or clouds, on the sphere; features if there is no projector."""
     name = "embed" if hasattr(method, "embed") else "features"
-    return F.normalize(outputs(method, images, prepare, name))
+    return F.normalize(extract(method, x, prepare, name))
 
 # %% ACCURACY --------------------------------------------------------------------------------------
 def standardised(fit, *others):
@@ -118,17 +104,17 @@ def standardised(fit, *others):
     mean, std = fit.mean(0), fit.std(0)
     return [torch.where(std > 1e-6, (x - mean) / std.clamp(min=1e-6), 0) for x in (fit, *others)]
 
-def accuracy(z, labels, test, test_labels):
-    """kNN and linear accuracy, percent, of features to learn from (N, D) and to score (M, D)."""
-    k, classes = min(200, len(z)), int(labels.max()) + 1
-    knn = simclr_essl.knn_accuracy(z, labels, test, test_labels, k, 0.1, classes)
-    z, test = standardised(z, test)
+def accuracy(method, data):
+    """kNN and linear accuracy, percent, of (images, labels) to learn from and to score."""
+    (_, labels), (_, test_labels) = data
+    knn, *features = simclr_essl.knn(method, (None, *data))  # k 200, T 0.1
+    z, test = standardised(*features)
     held = len(z) // 5
 
     def probe(rows, x, y, rate, probes):
         torch.manual_seed(0)
-        draw = lambda: z[rows]
-        return simclr_essl.linear_probe(draw, labels[rows], x, y, rate, epochs=50, probes=probes)[0]
+        return simclr_essl.linear_probe(lambda: z[rows], labels[rows], x, y, rate, epochs=50,
+                                        probes=probes)[0]
 
     rates = (0.01, 0.1, 1.0)
     best = max(rates, key=lambda rate: probe(slice(held, None), z[:held], labels[:held], rate, 1))
@@ -146,28 +132,16 @@ def draw_transformation(name, n, size, seed=0):
         box = draw_box(uniform, size, size, (0.2, 1.0))
         top, left, height, width = box.T
         return box, torch.stack([top + height / 2, left + width / 2, (height * width).log()], 1)
-    if name == "flip":
-        flipped = uniform(0, 1, 1, 1, 1) < 0.5
-        return flipped, flipped.float().flatten(1)
     if name == "rotation":
         turns = torch.randint(4, (n,), generator=generator)
         return turns, F.one_hot(turns, 4).float()
-    values = uniform(*RANGES[name], 1, 1, 1)
-    return values, values.flatten(1)
+    values = uniform(*RANGES.get(name, (0.6, 1.4)), 1, 1, 1)
+    values = values < 0.5 if name == "flip" else values
+    return values, values.float().flatten(1)
 
 def transformed(name, x, argument):
     """Images (N, C, S, S) in [0, 1], transformed each by its argument."""
-    channels, x = x.shape[1], x.expand(-1, 3, -1, -1)
-    if name == "crop":
-        x = crop(x, argument, x.shape[3])
-    elif name == "flip":
-        x = torch.where(argument, x.flip(3), x)
-    elif name == "rotation":
-        turned = torch.stack([x.rot90(k, (2, 3)) for k in range(4)])
-        x = turned[argument, torch.arange(len(x), device=x.device)]
-    else:
-        x = OPERATIONS[name](x, argument)
-    return x[:, :channels]
+    return OPERATIONS[name](x.expand(-1, 3, -1, -1), argument)[:, :x.shape[1]]
 
 def r2_score(prediction, target):
     """1 - squares left / squares about the mean, a mean over parameters; NaN if one is constant."""
@@ -190,8 +164,7 @@ def ridge_r2(x, t, test, test_t):
 def mlp_r2(x, t, test, test_t):
     """R^2 of an MLP with one hidden layer, from and to the same."""
     torch.manual_seed(0)
-    mlp = nn.Sequential(nn.Linear(x.shape[1], 512), nn.ReLU(), nn.Linear(512, t.shape[1]))
-    mlp.to(x.device)
+    mlp = MLP(x.shape[1], [512, t.shape[1]]).to(x.device)
     optimizer = torch.optim.AdamW(mlp.parameters(), 1e-3, weight_decay=1e-2)
     for _ in range(40):
         for rows in torch.randperm(len(x), device=x.device).split(256):
@@ -204,13 +177,13 @@ def mlp_r2(x, t, test, test_t):
 
 def what_is_known(method, fit, score):
     """R^2 by both readouts of every transformation of images (N, C, S, S) to fit and to score."""
-    known, plain = {}, [outputs(method, x) for x in (fit, score)]
+    known, plain = {}, [extract(method, x) for x in (fit, score)]
     for name in COLOUR if fit.shape[1] == 3 else GRAY:
         pairs, parameters = [], []
         for seed, (images, z) in enumerate(zip((fit, score), plain)):
             argument, parameter = draw_transformation(name, len(images), images.shape[3], seed)
             remaining = iter(argument.to(images.device).split(256))
-            after = outputs(method, images, lambda x: transformed(name, x / 255, next(remaining)))
+            after = extract(method, images, lambda x: transformed(name, x / 255, next(remaining)))
             pairs.append(torch.cat([z, after], dim=1))
             parameters.append(parameter.to(images.device))
         (x, test), (t, test_t) = standardised(*pairs), standardised(*parameters)
@@ -224,15 +197,14 @@ def wahba_rotation(f, f_a, reflections=False):
     Section 4 of the paper, by the singular value decomposition; with reflections, R in O(D).
     """
     u, _, vt = torch.linalg.svd(f_a.double().T @ f.double())
-    signs = u.new_ones(len(u))
     if not reflections:
-        signs[-1] = torch.sign(torch.det(u) * torch.det(vt))
-    return u * signs @ vt
+        u[:, -1] *= torch.det(u @ vt).sign()
+    return u @ vt
 
-def wahba_error(f, f_a, reflections=False):
-    """Frobenius norm of f R^T - f_a, both (N, D), for the best rotation R."""
-    rotated = f.double() @ wahba_rotation(f, f_a, reflections).T
-    return torch.linalg.norm(rotated - f_a.double()).item()
+def wahba_error(f, f_a, reflections=False, fit=None):
+    """Frobenius norm of f R^T - f_a, both (N, D), for the R that is best for them, or for fit."""
+    rotation = wahba_rotation(*(fit or (f, f_a)), reflections)
+    return torch.linalg.norm(f.double() @ rotation.T - f_a.double()).item()
 
 def relative_equivariance(f, f_a):
     """gamma_f of section 5.2 for one augmentation, of embeddings before and after it, (N, D).
@@ -241,33 +213,28 @@ def relative_equivariance(f, f_a):
     the two moved. 0 for a rotation; pairs that did not move are left out, nan if none did.
     """
     f, f_a = f.double(), f_a.double()
-    exact = dict(compute_mode="donot_use_mm_for_euclid_dist")
-    change = torch.cdist(f_a, f_a, **exact).square() - torch.cdist(f, f, **exact).square()  # (N, N)
+    change = F.pdist(f_a).square() - F.pdist(f).square()  # of all pairs i < j
     moved = (f_a - f).square().sum(1)
-    both = (moved[:, None] + moved).square()
-    pairs = torch.ones_like(both, dtype=torch.bool).triu(1) & (both >= 1e-12)
+    both = torch.combinations(moved).sum(1).square()
+    pairs = both >= 1e-12
     return (change.square()[pairs] / both[pairs]).mean().item()
 
-def geometry(method, images, change, draws=DRAWS):
+def geometry(method, images, change, draws):
     """What augmentations, each applied to all images alike, do to embeddings: means over draws.
 
-    change(x, share): x augmented, so many consecutive images alike. wahba_so, wahba_o: error per
-    image of the rotation fitted on the first half, on the second; gamma_f: of 1,000 images, None
-    where it is undefined; moved: mean distance.
+    change(x, share): x augmented, so many consecutive images alike. What is undefined is None.
     """
     z, rows = embed(method, images), []
-    half = len(z) // 2
     for seed in range(draws):
         def alike(x):
             torch.manual_seed(seed)  # the same augmentation for every part, and for every encoder
             return change(x, len(x))
 
         z_a = embed(method, images, alike)
-        errors = []
-        for reflections in (False, True):
-            rotation = wahba_rotation(z[:half], z_a[:half], reflections)
-            left = z[half:].double() @ rotation.T - z_a[half:].double()
-            errors.append(left.norm().item() / (len(z) - half) ** 0.5)
+        fit, rest = zip(z.chunk(2), z_a.chunk(2))  # before and after, of half of the images each
+        errors = [math.nan, math.nan]
+        if z.shape[1] <= len(fit[0]):
+            errors = [wahba_error(*rest, free, fit) / len(rest[0]) ** 0.5 for free in (False, True)]
         rows.append([*errors, relative_equivariance(z[:1000], z_a[:1000]),
                      (z - z_a).norm(dim=1).mean().item()])
     means = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
@@ -292,7 +259,7 @@ def retrieve(method, bank, queries):
     recoloured = shift_hue(queries.float() / 255, shift)
     known = embed(method, bank)
     before = (embed(method, queries) @ known.T).topk(5).indices
-    after = (embed(method, recoloured, lambda x: x) @ known.T).topk(5).indices
+    after = (embed(method, recoloured) @ known.T).topk(5).indices
     overlap = 100 * (before[:, :, None] == after[:, None]).any(2).float().mean().item()
     found = mean_hue(bank[after.flatten()].float() / 255).view_as(after)
     off = (found - mean_hue(recoloured)[:, None] + 0.5).remainder(1) - 0.5
@@ -321,22 +288,17 @@ def layer_errors(method, images):
     errors, unmoved = torch.zeros(2, len(layers))
     for g in elements:
         factor = SCALES[g[1]] / SCALES[g[0]] if group == "scale" else g
-        maps, moved_maps = (x - mean) / std, (transform(x, factor, group) - mean) / std
-        left = stride
+        maps = (torch.cat([x, transform(x, factor, group)]) - mean) / std
         for depth, layer in enumerate(layers):
-            maps, moved_maps = layer(maps), layer(moved_maps)
-            left //= strides[depth]
-            z, w = (y if y.ndim == 5 else y.unflatten(1, (-1, PLANES[group]))
-                    for y in (maps, moved_maps))
+            maps = layer(maps)
+            z, w = maps.reshape(2, len(x), -1, PLANES[group], *maps.shape[-2:])
             if group == "rotation":
                 moved, known = act(z, g, group), torch.ones_like(z)
             else:
-                cells = torch.full_like(g, left) if group == "translation" else g
+                cells = g // math.prod(strides[:depth + 1]) if group == "translation" else g
                 moved, known = act(z, cells, group)
-                inner = torch.zeros_like(known)
                 rows, columns = (slice(side // 4, side - side // 4) for side in z.shape[3:])
-                inner[..., rows, columns] = True
-                known = known & inner
+                z, w, moved, known = (y[..., rows, columns] for y in (z, w, moved, known))
             size = (w * known).norm()
             errors[depth] += ((moved - w) * known).norm().item() / size.item()
             unmoved[depth] += ((z - w) * known).norm().item() / size.item()
@@ -347,41 +309,31 @@ def turned_paths(method, cloud):
 
     In the first two principal components of all three paths; the paper's ideal is a circle each.
     """
-    angle = torch.linspace(0, 2 * math.pi, 101, device=cloud.device)
-    zero, one = torch.zeros_like(angle), torch.ones_like(angle)
-    turn = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero,
-                        zero, zero, one], 1).view(-1, 3, 3)  # about z
-    turns = [turn[:, order][:, :, order] for order in ((2, 0, 1), (1, 2, 0), (0, 1, 2))]
-    z = torch.cat([embed(method, care.rotate(cloud.expand(101, -1, -1), turn), lambda x: x)
-                   for turn in turns])
+    angle = torch.linspace(0, 2 * math.pi, 101, device=cloud.device)[:, None, None]
+    axes = torch.eye(3, device=cloud.device)
+    spins = torch.linalg.cross(axes[None], axes[:, None])  # of shape (3, 3, 3)
+    turns = torch.matrix_exp(angle * spins[:, None]).flatten(0, 1)  # (303, 3, 3)
+    z = embed(method, care.rotate(cloud.expand(303, -1, -1), turns))
     z = z - z.mean(0)
     return (z @ torch.linalg.svd(z, full_matrices=False).Vh[:2].T).view(3, 101, 2).cpu()
 
 # %% PICTURES --------------------------------------------------------------------------------------
-STYLES = [(color, dash) for dash in ("-", "--", ":", "-.") for color in
-          ("black", "tab:blue", "tab:orange", "tab:green", "tab:red")]
+COLORS, DASHES = ("black", "tab:blue", "tab:orange", "tab:green", "tab:red"), ("-", "--", ":", "-.")
+STYLES = [*zip(4 * COLORS, 5 * DASHES)]
 
-def finish(figure, path):
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-def draw_curves(path, runs):
-    """Loss and, where it was measured, kNN accuracy of all runs over epochs."""
+def draw_curves(path, groups):
+    """Loss and, where it was measured, kNN accuracy over epochs, {name: runs}."""
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
-    styles = dict(zip(dict.fromkeys(without_seed(run.name) for run in runs), cycle(STYLES)))
-    for name, (color, dash) in styles.items():
+    for (name, runs), (color, dash) in zip(groups.items(), cycle(STYLES)):
         axes[0].plot([], [], dash, color=color, label=name)
-    for run in runs:
-        color, dash = styles[without_seed(run.name)]
-        for axis, key in zip(axes, ("loss", "knn_top1")):
-            points = [(line["epoch"], line[key]) for line in run.log if key in line]
-            axis.plot(*zip(*points) if points else ([], []), dash, color=color)
+        for run in runs:
+            for axis, key in zip(axes, ("loss", "knn_top1")):
+                points = [(line["epoch"], line[key]) for line in run.log if key in line]
+                axis.plot(*zip(*points) if points else ([], []), dash, color=color)
     for axis, label in zip(axes, ("loss (each method its own)", "kNN accuracy, percent")):
-        axis.set_xlabel("epoch")
-        axis.set_ylabel(label)
+        axis.set(xlabel="epoch", ylabel=label)
     axes[0].legend(fontsize=7)
-    finish(figure, path)
+    figure.savefig(path)
 
 def draw_r2(path, rows):
     """Grouped bars of R^2 by the MLP, and of ridge regression as a line across each bar.
@@ -396,45 +348,42 @@ def draw_r2(path, rows):
         mlp, ridge = ([row["r2"][name][key] for name in names] for key in ("mlp", "ridge"))
         axis.bar(x, [max(0, mean) for mean, _ in mlp], width, yerr=[std for _, std in mlp],
                  color=shade, edgecolor="black", linewidth=0.5, label=row["name"])
-        axis.hlines([max(0, mean) for mean, _ in ridge],
-                    [place - width / 2 for place in x], [place + width / 2 for place in x], "red")
+        axis.errorbar(x, [max(0, r2) for r2, _ in ridge], xerr=width / 2, fmt="none", ecolor="r")
     axis.set_xticks(range(len(names)), names)
-    axis.set_ylabel("R^2 of the parameters of T in [f(x), f(T x)]\n"
-                    "(bar: MLP, red line: ridge; < 0 as 0)")
-    axis.set_ylim(0, 1)
+    axis.set(ylim=(0, 1), ylabel="R^2 of the parameters of T in [f(x), f(T x)]\n"
+                                 "(bar: MLP, red line: ridge; < 0 as 0)")
     axis.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    finish(figure, path)
+    figure.savefig(path)
 
 def draw_cosines(path, cosines):
     """Histograms of the cosine of two views of an image, {name: (N,)}."""
     figure, axis = pyplot.subplots(figsize=(7, 4))
     for (name, values), (color, dash) in zip(cosines.items(), cycle(STYLES)):
-        counts, edges = torch.histogram(values.cpu(), 40, range=(-1.0, 1.0))
+        counts, edges = torch.histogram(values.clamp(-1, 1).cpu(), 40, range=(-1.0, 1.0))
         axis.stairs((100 * counts / len(values)).tolist(), edges.tolist(), color=color,
                     linestyle=dash, label=name)
-    axis.set_xlabel("cosine of the embeddings of two views of a test image")
-    axis.set_ylabel("percent of images")
+    axis.set(xlabel="cosine of the embeddings of two views of a test image (one seed)",
+             ylabel="percent of images")
     axis.legend(fontsize=7)
-    finish(figure, path)
+    figure.savefig(path)
 
 def draw_retrieval(path, bank, queries, before, after, recoloured):
     """Five queries with their five nearest images and, below, the same recoloured."""
     shown = torch.linspace(0, len(queries) - 1, 5).long().tolist()
     rows = [torch.cat([image[i:i + 1], bank[near[i]] / 255]).cpu() for i in shown
             for image, near in ((queries / 255, before), (recoloured, after))]
-    grid = make_grid(torch.cat(rows), nrow=6, pad_value=1.0)
-    save_image(F.interpolate(grid[None], scale_factor=2), path)
+    tiles = F.interpolate(torch.cat(rows), scale_factor=2)
+    save_image(tiles, path, nrow=6, padding=4, pad_value=1.0)
 
 def draw_paths(path, paths):
     """Paths (3, 101, 2) of a turned cloud's embeddings, to equal scale."""
     figure, axis = pyplot.subplots(figsize=(5, 5))
     for name, dash, points in zip("xyz", ("-", "--", ":"), paths):
         axis.plot(*points.T.tolist(), f"k{dash}", label=f"turned about {name}")
-    axis.set_aspect("equal")
-    axis.set_xlabel("first principal component")
-    axis.set_ylabel("second principal component")
+    axis.set(aspect="equal", xlabel="first principal component",
+             ylabel="second principal component")
     axis.legend()
-    finish(figure, path)
+    figure.savefig(path)
 
 def draw_spectra(path, run, device):
     """Four test cells, from weak to strong contrast, with true and predicted density of states."""
@@ -443,27 +392,26 @@ def draw_spectra(path, run, device):
     rows = ratio.argsort()[[len(cells) * share // 20 for share in (7, 11, 15, 19)]]
     predicted = run.script.predict(run.method, cells[rows])
     figure, axes = pyplot.subplots(4, 2, figsize=(8, 9), width_ratios=(1, 3))
-    x = photonics_reg.STEP * torch.arange(photonics_reg.POINTS)
+    x = [i * photonics_reg.STEP for i in range(photonics_reg.POINTS)]
     for (left, right), cell, true, guess in zip(axes, cells[rows], labels[rows], predicted):
         left.imshow(cell.T.tolist(), cmap="gray_r", origin="lower")
         left.set_title(f"permittivity {cell.min():.1f} and {cell.max():.1f}", fontsize=8)
         left.set_axis_off()
-        empty = (2 * math.pi * x).tolist()
-        right.plot(x.tolist(), empty, ":", color="gray", label="empty lattice, 2 pi x")
-        right.plot(x.tolist(), true.tolist(), "k-", label="solved")
-        right.plot(x.tolist(), guess.tolist(), "--", color="tab:red", label="predicted")
+        right.axline((0, 0), slope=2 * math.pi, ls=":", color="gray", label="empty lattice, 2 pi x")
+        right.plot(x, true.tolist(), "k-", label="solved")
+        right.plot(x, guess.tolist(), "--", color="tab:red", label="predicted")
         right.set_ylabel("states per cell and x", fontsize=8)
     axes[0][1].legend(fontsize=8)
     axes[-1][1].set_xlabel("x: frequency times the root of the mean permittivity, in 2 pi c / a")
-    finish(figure, path)
+    figure.savefig(path)
 
 # %% MAIN ------------------------------------------------------------------------------------------
 def measure(name, method, data, change):
     """All numbers of one encoder."""
-    (fit, labels), (score, score_labels) = data
-    row = {"name": name, "geometry": geometry(method, score[:SHIFTED], change)}
-    row |= accuracy(outputs(method, fit), labels, outputs(method, score), score_labels)
-    row["r2"] = what_is_known(method, fit, score)
+    print(f"measuring {name}", flush=True)
+    (fit, _), (score, _) = data
+    row = {"name": name, "r2": what_is_known(method, fit, score),
+           "geometry": geometry(method, score[:SHIFTED], change, DRAWS)} | accuracy(method, data)
     if fit.shape[1] == 3:
         row["geometry"] |= retrieve(method, fit, score[:RETRIEVED])[0]
     if hasattr(method.encoder, "strides"):
@@ -477,7 +425,7 @@ def over_seeds(values):
     if isinstance(values[0], list):
         return [over_seeds(column) for column in zip(*values)]
     if isinstance(values[0], str):
-        return without_seed(values[0])
+        return re.sub("-?seed=?[0-9]+", "", values[0]) if len(values) > 1 else values[0]
     if None in values:
         return None
     spread = torch.tensor(values, dtype=torch.float64)
@@ -490,14 +438,15 @@ def table(rows):
             return "-"
         return "±".join(f"{x:.{digits}f}" for x in (pair if pair[1] else pair[:1]))
 
-    def block(title, heads, values):
-        lines = [title, " " * 32 + "".join(f"{head:>11}" for head in heads)]
-        for row in rows:
-            name = row["name"]
-            name = f"{name[:12]}...{name[-17:]}" if len(name) > 32 else name
-            lines.append(f"{name:32}" + "".join(f"{value:>11}" for value in values(row)))
-        return [*lines, ""]
+    def line(name, values):
+        flags = "-".join(flag for flag in name.split("-") if flag not in shared) or name
+        flags = f"{flags[:10]}...{flags[-17:]}" if len(flags) > 30 else flags
+        return f"{flags:30}" + "".join(f" {value:>9}" for value in values)
 
+    def block(title, heads, values):
+        return [title, line("", heads), *(line(row["name"], values(row)) for row in rows), ""]
+
+    shared = set.intersection(*(set(row["name"].split("-")) for row in rows))
     columns = {"kNN": ("knn", 1), "linear": ("linear", 1), "overlap": ("overlap_at_5", 1),
                "Wahba SO": ("wahba_so", 2), "Wahba O": ("wahba_o", 2), "gamma_f": ("gamma_f", 2),
                "moved": ("moved", 2), "D": ("width", 0)}
@@ -525,11 +474,12 @@ def main(argv=None):
     device, out = start(args), Path(args.out)
     runs = [load_run(folder, args.data_root, device) for folder in args.runs]
     first = runs[0]
+    streamed = lambda run: isinstance(run.classes, list)  # the names of class folders
     kind = lambda run: (run.config.dataset, getattr(run.config, "size", 32), run.classes,
-                        isinstance(run.classes, list) and run.config.data_root)  # of image files
+                        streamed(run) and Path(run.config.data_root).resolve())
     check(len({run.name for run in runs}) == len(runs), "two runs have the same folder name")
     check(all(kind(run) == kind(first) for run in runs), "these runs are of different data or "
-          "sizes: " + ", ".join(f"{run.name} {run.config.dataset}" for run in runs))
+          "sizes: " + ", ".join(f"{run.name} {kind(run)[:2]}" for run in runs))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
@@ -541,9 +491,9 @@ def main(argv=None):
         print(f"{out}/spectra.png: four test cells of {first.name}")
         return
     if alone:
-        clouds = first.script.load_data(first.config, device)[2][0]
+        *_, (clouds, _) = first.script.load_data(first.config, device)
         rotated = lambda x, share: first.method.a(x, share=share)
-        rows = [{"name": name} | geometry(method, clouds[:SHIFTED], rotated)
+        rows = [{"name": name} | geometry(method, clouds[:SHIFTED], rotated, DRAWS)
                 for name, method in ((first.name, first.method), ("untrained", first.untrained))]
         draw_paths(out / "paths.png", turned_paths(first.method, clouds[0]))
         (out / "compare.json").write_text(json.dumps(rows, indent=1))
@@ -554,30 +504,34 @@ def main(argv=None):
     (fit, _), (score, _) = data
     size = fit.shape[3]
     change = lambda x, share: augment(x.expand(-1, 3, -1, -1), size, share=share)[:, :x.shape[1]]
-    encoders, starts, cosines = [(run.name, run.method) for run in runs], {}, {}
+    groups, untrained = {}, {}
     for run in runs:
-        weights = sum(p.double().sum().item() for p in run.untrained.encoder.parameters())
-        starts.setdefault(weights, (f"untrained, as {run.name}", run.untrained))
-        if (name := without_seed(run.name)) not in cosines:
-            cosines[name] = positive_cosines(run.method, score[:SHIFTED], change)
-    rows, groups = [], {}
-    for name, method in (*encoders, *starts.values()):
-        print(f"measuring {name}", flush=True)
-        rows.append(measure(name, method, data, change))
-        groups.setdefault(without_seed(name), []).append(rows[-1])
-    merged = [over_seeds(group) for group in groups.values()]
-    text = table(merged)
-    protocol = {"protocol": __doc__, "dataset": first.config.dataset, "fit": len(fit),
-                "score": len(score), "torch": str(torch.__version__), "rows": rows}
-    (out / "compare.json").write_text(json.dumps(protocol, indent=1))
+        flags = {k: v for k, v in vars(run.config).items() if k not in ("seed", *run.script.FREE)}
+        groups.setdefault((run.script.SCRIPT, *flags.items()), []).append(run)
+        weights = (*run.untrained.encoder.parameters(), run.untrained.mean_std)
+        untrained.setdefault(sum(x.double().sum().item() for x in weights), run)  # each once
+    encoders = [[(run.name, run.method) for run in group] for group in groups.values()]
+    for group in groups.values():
+        encoders.append([(f"untrained, as {run.name}", run.untrained) for run in group
+                         if run in untrained.values()])
+    rows = [[measure(*encoder, data, change) for encoder in group] for group in encoders if group]
+    means = [over_seeds(group) for group in rows]
+    groups = {row["name"]: group for row, group in zip(means, groups.values())}
+    text = table(means)
     (out / "compare.md").write_text(f"```\n{text}\n```\n")
-    draw_curves(out / "curves.png", runs)
-    draw_r2(out / "r2.png", merged)
-    draw_cosines(out / "cosines.png", cosines)
+    (out / "compare.json").write_text(json.dumps({
+        "protocol": __doc__, "fit": len(fit), "score": len(score), "device": str(device),
+        "torch": str(torch.__version__), "configs": {run.name: vars(run.config) for run in runs},
+        "means": means, "rows": sum(rows, [])}, indent=1))
+    draw_curves(out / "curves.png", groups)
+    draw_r2(out / "r2.png", means)
+    draw_cosines(out / "cosines.png", {
+        name: positive_cosines(group[0].method, score[:SHIFTED], change)
+        for name, group in groups.items()})
     if fit.shape[1] == 3:
         _, *found = retrieve(first.method, fit, score[:RETRIEVED])
         draw_retrieval(out / "retrieval.png", fit, score[:RETRIEVED], *found)
-    print(f"{text}\n\n{out}: compare.md, compare.json and pictures")
+    print(f"{text}\n\n{out}: compare.md, compare.json and pictures, retrieval of {first.name}")
 
 if __name__ == "__main__":
     main()

@@ -2852,13 +2852,14 @@ def test_geometry_measures_what_it_says(monkeypatch):
     assert got["wahba_so"] == pytest.approx(want) and want > 0.01
     moved = [(f - f @ m).norm(dim=1).mean().item() for m in (turn, mirror)]
     assert got["moved"] == pytest.approx(sum(moved) / 2) and got["width"] == 5
-    monkeypatch.setattr(compare, "embed", lambda *args: torch.ones(40, 5))
-    assert compare.geometry(method, images, change, 2)["gamma_f"] is None  # undefined
+    monkeypatch.setattr(compare, "embed", lambda *args: torch.ones(40, 21))
+    got = compare.geometry(method, images, change, 2)
+    assert got["gamma_f"] is None and got["wahba_so"] is None  # none moves; 20 rows fit any rotation of 21
 
-def test_embeddings_are_of_the_head_in_eval_mode_and_float32():
-    method, images, _ = care_method("--precision", "bf16")
+def test_embeddings_are_of_the_head_in_eval_mode():
+    method, images, _ = care_method()
     z = compare.embed(method, images)
-    assert method.training and method.config.precision == "bf16"
+    assert method.training
     mean, std = torch.tensor(care.MEAN_STD["patterns"])[..., None, None]
     method.eval()
     want = F.normalize(method.projector(method.encoder((images / 255 - mean) / std)))
@@ -2933,10 +2934,11 @@ def test_means_over_seeds():
     rows = [{"name": f"a-seed={n}-lam=0", "knn": 40.0 + n, "linear": 50.0, "layers": [n, 1.0], "layers_unmoved": [1.0, 1.0],
              "r2": {"flip": {"mlp": 0.25 * n, "ridge": 0.0}}, "geometry": geometry} for n in (0, 2)]
     merged = compare.over_seeds(rows)
-    assert merged["name"] == "a-lam=0" == compare.without_seed("a-seed1-lam=0") and merged["knn"] == (41, 1)
+    assert merged["name"] == "a-lam=0" and merged["knn"] == (41, 1)
     assert merged["layers"] == [(1, 1), (1, 0)] and merged["geometry"]["gamma_f"] is None
     text = compare.table([merged, compare.over_seeds(rows[:1])])
-    assert "41.0±1.0       50.0" in text and "0.25±0.25" in text and "40.0       50.0" in text
+    assert "41.0±1.0      50.0" in text and "0.25±0.25" in text and "40.0      50.0" in text
+    assert "\na-lam=0 " in text and "\nseed=0 " in text  # what all names share is left out, if anything is left
 
 def test_compare_from_end_to_end(runs, tmp_path, monkeypatch, capsys):
     """Runs of several scripts, one alone, and what cannot be compared."""
@@ -2945,15 +2947,24 @@ def test_compare_from_end_to_end(runs, tmp_path, monkeypatch, capsys):
     probe = simclr_essl.linear_probe
     monkeypatch.setattr(simclr_essl, "linear_probe", lambda *args, **how: probe(*args, **how | {"epochs": 2}))
     folders = [str(runs(script)) for script in (care, homomorphic)]
+    folders.append(str(shutil.copytree(folders[0], tmp_path / "care-seed1")))
+    saved = torch.load(tmp_path / "care-seed1" / "checkpoint.pt")
+    saved["config"] |= {"seed": 1, "precision": "bf16"}
+    torch.save(saved, tmp_path / "care-seed1" / "checkpoint.pt")
+    assert compare.load_run(folders[2], "", CPU).method.config.precision == "fp32"
     compare.main([*folders, "--out", str(tmp_path / "all")])
     text = (tmp_path / "all" / "compare.md").read_text()
     assert text[4:-5] in capsys.readouterr().out and max(map(len, text.splitlines())) <= 120
-    rows = json.loads((tmp_path / "all" / "compare.json").read_text())["rows"]
-    names = [row["name"] for row in rows]
-    assert names == ["care", "homomorphic", "untrained, as care", "untrained, as homomorphic"]
-    assert all(f"{row['knn']:.1f}" in text and f"{row['r2']['hue']['mlp']:.2f}" in text for row in rows)
-    assert all(0 < row["knn"] <= 100 and len(row["r2"]) == 8 for row in rows) and len(rows[1]["layers"]) == 3
-    assert [row["geometry"]["width"] for row in rows] == [16, 32, 16, 32]
+    saved = json.loads((tmp_path / "all" / "compare.json").read_text())
+    rows, means = saved["rows"], saved["means"]
+    trained = ["care", "care-seed1", "homomorphic"]
+    assert [row["name"] for row in rows] == [*trained, *(f"untrained, as {name}" for name in trained)]
+    assert [mean["name"] for mean in means] == ["care", "homomorphic", "untrained, as care", "untrained, as homomorphic"]
+    assert means[0]["r2"]["hue"]["mlp"] == [rows[0]["r2"]["hue"]["mlp"], 0]  # the copy's weights are the same
+    assert means[2]["knn"][1] == abs(rows[3]["knn"] - rows[4]["knn"]) / 2 > 0
+    assert all(f"{mean['knn'][0]:.1f}" in text and f"{mean['r2']['hue']['mlp'][0]:.2f}" in text for mean in means)
+    assert all(0 < row["knn"] <= 100 and len(row["r2"]) == 8 for row in rows) and len(rows[2]["layers"]) == 3
+    assert [row["geometry"]["width"] for row in rows] == [16, 16, 32, 16, 16, 32]
     pictures = ["cosines.png", "curves.png", "r2.png", "retrieval.png"]
     assert sorted(path.name for path in (tmp_path / "all").glob("*.png")) == pictures
     compare.main([str(runs(photonics_reg)), "--out", str(tmp_path / "cells")])
@@ -2976,6 +2987,8 @@ def test_pictures_and_paths(tmp_path):
     assert torch.equal(compare.pick(images, 5), images[rows]) and len(compare.pick(images, 99)) == 20
     method, cloud = care.Method(care.parse_args(["--dataset", "chains"])), care.draw_chains(1, 0)[0]
     cloud = F.pad(cloud - cloud.mean(0), (0, 1), value=1.0)
+    still = compare.geometry(method, cloud.expand(40, -1, -1), lambda x, share: x, 1)
+    assert still["moved"] == 0
     paths = compare.turned_paths(method, cloud)
     assert paths.shape == (3, 101, 2) and torch.allclose(paths[:, 0], paths[:, -1], atol=1e-4)  # circles
     assert (paths[0] - paths[1]).abs().max() > 1e-3 and (paths[1] - paths[2]).abs().max() > 1e-3
