@@ -636,10 +636,10 @@ def main(argv=None):
             measured = json.dumps(evaluate(method, data, config, log), indent=1)
             write(out / "encoder.pt", method.encoder.cpu().state_dict())
             write(results, measured)
-        print(f"{out} is finished, with results.json; errors in percent:")
+        print(f"{out} is finished, with results.json")
         for name, value in json.loads(results.read_text()).items():
             if name.startswith("dos_error") and "protocol" not in name:
-                print(f"  {name:32}{value}")
+                print(f"  {name:32}{value} %")
         if config.mode != "all":
             print(f"its spectra: python compare.py {out}")
     except KeyboardInterrupt:

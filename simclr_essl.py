@@ -832,11 +832,11 @@ def main(argv=None):
             write(out / "encoder.pt", {k: v.cpu() for k, v in method.encoder.state_dict().items()})
             write(results, json.dumps(evaluate(method, data, config, log), indent=1))
         if RANK == 0:
-            print(f"{out} is finished, with encoder.pt and results.json; accuracies in percent:")
+            print(f"{out} is finished, with encoder.pt and results.json")
             measured = json.loads(results.read_text())
             for name, value in measured.items():
                 if "top1" in name and value is not None:
-                    print(f"  {name:22}{value}")
+                    print(f"  {name:22}{value} %")
             if measured["knn_top1"] is not None:
                 print(f"beside other runs: python compare.py {out} OTHERS")
     except KeyboardInterrupt:

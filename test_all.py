@@ -2743,7 +2743,7 @@ def test_a_run_of_all_modes(four_modes, capsys):
     assert times == {path: path.stat().st_mtime_ns for path in four_modes.glob("*/*")}
     printed = capsys.readouterr().out
     assert printed.count("is finished") == 5 and printed.count("compare.py") == 4 and read(four_modes) == whole
-    assert f"dos_error_supervised            {whole['dos_error_supervised']}\n" in printed
+    assert f"dos_error_supervised            {whole['dos_error_supervised']} %\n" in printed
 
 def test_fine_tuning_starts_from_the_pretrained_encoder(four_modes, tmp_path, monkeypatch):
     """In every split; also from another run's, single or of all modes; frozen, it stays so, but for
