@@ -38,13 +38,10 @@ What changes a number, against the paper [P] and the authors' code [C]:
   6. ImageNet100: [C] has no crop in the equivariance views and contrasts on each GPU alone; here
      they are cropped, as in [P], and negatives come from all GPUs. lam and its 128 images in chunks
      of 8 are [C]'s ([P], MoCo: lam 0.01, 8 chunks), batch 512, rate 0.8 [P]'s; a cosine per step.
-     The probe's rate is [C]'s 10 ([P]: 30); its last epoch counts ([C]: the best).
-  7. MoCo-v2 on CIFAR: [P] gives the temperature; queue, momentum and SGD are those of FAIR's demo
-     (inferred), which also shuffles keys and splits BatchNorm in eight; here neither.
+  7. MoCo-v2 on CIFAR: [P] gives the temperature; queue, momentum and SGD: FAIR's demo (inferred).
   8. Point clouds: [P]'s are DeepSets, R^16, the turns, the target; settings and probes are ours.
 Ours: folders, patterns, chains. Left out: BYOL, Barlow Twins, EquiMod, 2-dimensional embeddings.
 """
-import argparse
 import io
 import json
 import math
@@ -52,11 +49,11 @@ import os
 import signal
 import sys
 import time
+from argparse import SUPPRESS, ArgumentParser
 from collections import Counter
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
 
@@ -65,10 +62,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision.transforms as T
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageOps
-from torchvision import datasets, models
+from torchvision import datasets, models, transforms as T
 from torchvision.utils import make_grid, save_image
 
 SCRIPT = "care"
@@ -82,8 +78,7 @@ PHOTO = dict(size=224, knn_every=0, optimizer="sgd", final_lr=0.0, weight_decay=
              projector="2048-128")
 CLOUD = dict(lam=1.0, epochs=100, projector="128-16")
 PRESETS = {
-    "cifar10": {},
-    "cifar100": dict(lam=0.001, chunks=4),
+    "cifar10": {}, "cifar100": dict(lam=0.001, chunks=4),
     "stl10": dict(chunks=8, optimizer="sgd", lr=0.06, final_lr=0.0, warmup_epochs=10,
                   weight_decay=5e-4),
     "imagenet100": dict(PHOTO, equivariance_batch=128, epochs=200, batch_size=512, lr=0.8,
@@ -146,17 +141,16 @@ def check(condition, message, code=2, alike=True):
 
 def parse_args(argv=None):
     """Config of a command line: defaults < preset of the dataset < --quick < explicit flags."""
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0],
-                                     Config.__doc__, allow_abbrev=False)
+    parser = ArgumentParser(f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0],
+                            Config.__doc__, argument_default=SUPPRESS, allow_abbrev=False)
     parser.error = lambda message: check(False, f"{message} (see --help)")
     groups = {g: parser.add_argument_group(g) for g in ("data", "training", "run", "method")}
     for f in fields(Config):
         group, words, choices = f.metadata.values()
         words += f": {', '.join(choices)}" if choices else ""
         kind = {"type": f.type, "choices": choices, "metavar": f.type.__name__.upper()}
-        groups[group].add_argument(
-            f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS,
-            help=f"{words} [{f.default}]", **{"action": "store_true"} if f.type is bool else kind)
+        groups[group].add_argument(f"--{f.name.replace('_', '-')}", help=f"{words} [{f.default}]",
+                                   **{"action": "store_true"} if f.type is bool else kind)
     given = vars(parser.parse_args(argv))
     quick = QUICK if "quick" in given else {}
     dataset = given.get("dataset", "patterns" if quick else Config.dataset)
@@ -179,7 +173,6 @@ def parse_args(argv=None):
           f"parts of 2 or more, and be a multiple of the number of processes, {WORLD}")
     check(config.base == "simclr" or config.contrast == "infonce", "--base moco needs InfoNCE")
     check(config.base == "simclr" or config.queue >= n, "--queue must hold a batch or more")
-    check(config.lam or config.contrast != "none", "--contrast none needs --lam")
     check(not config.classes or dataset in STREAMED, "--classes is for folders")
     name = SCRIPT
     for flag, value in vars(config).items():
@@ -190,21 +183,17 @@ def parse_args(argv=None):
     return config
 
 # %% DATA ------------------------------------------------------------------------------------------
-PHOTOS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 MEAN_STD = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # authors' code
             "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
             "stl10": ((0.4406, 0.4273, 0.3858), (0.2312, 0.2265, 0.2237)),
-            "imagenet100": PHOTOS, "folder": PHOTOS,
             "patterns": ((0.4, 0.4, 0.4), (0.25, 0.25, 0.25)),
             "proteins": ((0.0,), (1.0,)), "chains": ((0.0,), (1.0,))}
+MEAN_STD |= dict.fromkeys(STREAMED, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 NO_PICTURES = "BUFR EPS FITS FLI GRIB HDF5 IPTC MPEG PALM PDF WMF".split()  # but PIL knows them
 LEFTOVERS = (".", "__MACOSX")  # how names begin that systems leave beside one's own
 
 def draw_patterns(n, seed):
-    """The built-in data: uint8 images (n, 3, 32, 32) and labels (n,) of ten two-tone patterns.
-
-    A class is a level set of a fixed Fourier sum; shift, zoom, tilt and light are of each image.
-    """
+    """Built-in data: uint8 (n, 3, 32, 32), labels (n,); a class is a level set of a Fourier sum."""
     waves = [(i, j) for i in range(-2, 3) for j in range(3) if (j, i) > (0, 0)]
     phases = 2 * math.pi * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
@@ -254,8 +243,9 @@ class Folder(datasets.ImageFolder):
         rows = first_of(config.limit if path.name == "train" else 0, len(self.samples))
         self.samples = [self.samples[row] for row in rows.tolist()]
         self.labels = torch.tensor([label for _, label in self.samples])
-        self.center = T.Compose([T.Resize(config.size * 8 // 7), T.CenterCrop(config.size)])
-        self.view = T.RandomResizedCrop(config.size, view_policy(config)["scale"])
+        view = T.RandomResizedCrop(config.size, view_policy(config)["scale"])
+        center = T.Compose([T.Resize(config.size * 8 // 7), T.CenterCrop(config.size)])
+        self.views = [view, view, center]  # the last is for L_equi, which crops chunks alike
         ignored = ", ".join(f"{kind} {n}" for kind, n in self.ignored.most_common(5))
         print(f"{path}: {len(self)} images, {len(self.classes)} classes" + (
             f"; {self.ignored.total()} other files ignored ({ignored})" if ignored else ""))
@@ -263,39 +253,31 @@ class Folder(datasets.ImageFolder):
     def find_classes(self, directory):
         names = sorted(entry.name for entry in os.scandir(directory)
                        if entry.is_dir() and not entry.name.startswith(LEFTOVERS)) or ["."]
-        if self.config.classes:
-            lines = map(str.strip, Path(self.config.classes).read_text().splitlines())
-            listed = sorted(line for line in lines if line)
-            missing = sorted(set(listed) - set(names))
-            check(listed and not missing, f"{directory} lacks {len(missing)} of {len(listed)} "
-                  f"classes in {self.config.classes}: {', '.join(missing[:3])}")
-            names = listed
+        if self.config.classes:  # ImageFolder refuses one that has no folder or no image
+            lines = Path(self.config.classes).read_text().splitlines()
+            names = sorted({line.strip() for line in lines} - {""})
         return names, {name: label for label, name in enumerate(names)}
 
     def is_picture(self, path):
-        if any(name.startswith(LEFTOVERS) for name in Path(path).relative_to(self.root).parts):
-            return False
+        hidden = any(name.startswith(LEFTOVERS) for name in Path(path).relative_to(self.root).parts)
         kind = Path(path).suffix.lower()
-        if Image.registered_extensions().get(kind) in [None, *NO_PICTURES]:
+        known = Image.registered_extensions().get(kind) not in [None, *NO_PICTURES]
+        if not (hidden or known):
             self.ignored[kind or "no extension"] += 1
-            return False
-        return True
+        return known and not hidden
 
     def __getitem__(self, key):
         epoch, i = key
         path, label = self.samples[i]
-        image = read_picture(path)
+        image, size = read_picture(path), self.config.size
         if epoch == 0:  # for kNN
-            crops = [self.center]
-        elif epoch <= self.config.epochs:  # the last is for L_equi, which crops chunks alike
-            crops = [self.view, self.view, self.center]
-        else:  # for the probe
-            crops = [T.RandomResizedCrop(self.config.size)]
+            crops = [T.Compose([T.Resize(size * 8 // 7), T.CenterCrop(size)])]
+        else:  # for training, then for the probe
+            crops = self.views if epoch <= self.config.epochs else [T.RandomResizedCrop(size)]
         torch.manual_seed(hash((self.config.seed, epoch, i)))  # in any worker or process
         return [TF.pil_to_tensor(crop(image)) for crop in crops], label
 
     def load(self, epoch, rows, batch_size):
-        """Batches of crops and labels of these rows."""
         cores = getattr(os, "process_cpu_count", os.cpu_count)()
         return torch.utils.data.DataLoader(
             self, batch_size, sampler=[(epoch, row) for row in rows], prefetch_factor=1,
@@ -303,11 +285,10 @@ class Folder(datasets.ImageFolder):
             pin_memory=torch.cuda.is_available())
 
 def load_data(config, device):
-    """(images, labels) to train on, to learn kNN from, to test (last: or None); uint8, Folder or
-    clouds (N, P, 4), which have none to learn kNN from.
-    """
+    """(images, labels) to train on, to learn kNN from, to test (last: or None); uint8 or Folder."""
     root, name = Path(config.data_root).expanduser(), config.dataset
-    needs = "a folder train/CLASS/ of images"
+    kind = getattr(datasets, name.upper(), None)  # CIFAR10, CIFAR100, STL10
+    needs = f"{kind.filename}, or try --quick" if kind else "a folder train/CLASS/ of images"
     if name in ("proteins", "chains"):
         return load_chains(config, device)
     try:
@@ -317,8 +298,6 @@ def load_data(config, device):
         elif name == "patterns":
             splits = [draw_patterns(4000, 1), draw_patterns(1000, 2)]
         else:
-            kind = getattr(datasets, name.upper())
-            needs = f"{kind.filename}, or try --quick"
             parts = ("train+unlabeled", "train", "test") if name == "stl10" else (True, False)
             splits = [kind(root, part, download=True) for part in parts]
             splits = [(x.data, x.labels if name == "stl10" else x.targets) for x in splits]
@@ -334,10 +313,9 @@ def load_data(config, device):
         crops = tuple(x.to(device) for x in splits[0])  # STL-10's are cut out of its 96 pixels
         return crops if name == "stl10" else train, train, test
     train, *val = ((folder, folder.labels.to(device)) for folder in splits)
-    names = splits[0].classes
-    check(name == "folder" or len(names) in (1, 100),
-          f"imagenet100 has 100 classes, {root} has {len(names)}: use --classes")
-    if not val or names == ["."]:
+    check(name == "folder" or len(splits[0].classes) in (1, 100),
+          f"imagenet100 has 100 classes, {root} has {len(splits[0].classes)}: use --classes")
+    if not val or splits[0].classes == ["."]:
         print(f"no evaluation: it needs class folders in train/ and val/ of {root}")
         return train, None, None
     differ = ", ".join(sorted(set(splits[0].classes) ^ set(splits[1].classes))[:9])
@@ -380,8 +358,7 @@ def augment(images, size, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), flip=0.
 
     chosen = lambda probability: uniform(0, 1, 1, 1, 1) < probability  # (N, 1, 1, 1)
     x = images.float() / 255 if images.dtype == torch.uint8 else images
-    if scale:
-        x = crop(x, draw_box(uniform, height, width, scale), size)
+    x = crop(x, draw_box(uniform, height, width, scale), size) if scale else x
     x = torch.where(chosen(flip), x.flip(3), x)
     if jitter:
         jittered = chosen(jitter_p)
@@ -389,12 +366,10 @@ def augment(images, size, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), flip=0.
             change, none = ((brightness, 1), (contrast, 1), (saturation, 1), (shift_hue, 0))[i]
             amount = uniform(max(none - jitter[i], none - 1), none + jitter[i], 1, 1, 1)
             x = change(x, torch.where(jittered, amount, none))
-    if gray:
-        x = torch.where(chosen(gray), TF.rgb_to_grayscale(x), x)
+    x = torch.where(chosen(gray), TF.rgb_to_grayscale(x), x) if gray else x
     if blur:
         x = gaussian_blur(x, torch.where(chosen(blur), uniform(0.1, 2.0, 1, 1, 1), 1e-3), radius)
-    if solarize:
-        x = torch.where(chosen(solarize) & (x >= 128 / 255), 1 - x, x)
+    x = torch.where(chosen(solarize) & (x >= 128 / 255), 1 - x, x) if solarize else x
     return x
 
 def draw_box(uniform, height, width, scale):
@@ -553,14 +528,13 @@ class Method(nn.Module):
 
     def contrast(self, z1, z2):
         """InfoNCE, or what --contrast puts in its place, of all embeddings (N, D) of two views."""
-        config = self.config
         ablation = {"uniformity": uniformity_loss, "invariance": invariance_loss,
                     "none": lambda z1, z2: 0 * z1.sum()}
-        if config.contrast in ablation:
-            return ablation[config.contrast](z1, z2)
-        if config.base == "simclr":
-            return nt_xent(z1, z2, config.temperature)
-        loss = moco_loss(z1, z2, self.queue.clone(), config.temperature)
+        if self.config.contrast in ablation:
+            return ablation[self.config.contrast](z1, z2)
+        if self.config.base == "simclr":
+            return nt_xent(z1, z2, self.config.temperature)
+        loss = moco_loss(z1, z2, self.queue.clone(), self.config.temperature)
         places = (self.oldest + torch.arange(len(z2), device=z2.device)) % len(self.queue)
         self.queue[places] = sphere(z2)
         self.oldest.add_(len(z2)).remainder_(len(self.queue))
@@ -653,11 +627,10 @@ def open_run(config, data):
     except Exception as problem:  # a damaged file can raise nearly anything
         check(False, f"{path} is damaged ({type(problem).__name__}): remove it or change --out")
     check(script == SCRIPT, f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
-    differ = [f"{name.replace('_', '-')} {then.get(name)} then, {value} now"
-              for name, value in (asdict(config) | data).items()
-              if name not in FREE and then.get(name) != value]
-    check(not differ, f"{config.out} holds another run (--{'; --'.join(differ)}): to continue it, "
-                      "use its flags and this --out; or choose another --out")
+    differ = "; --".join(f"{name.replace('_', '-')} {then.get(name)} then, {value} now"
+                         for name, value in (asdict(config) | data).items()
+                         if name not in FREE and then.get(name) != value)
+    check(not differ, f"{config.out} holds another run (--{differ}): use its flags or a new --out")
     return saved
 
 def start(config):
@@ -671,17 +644,15 @@ def start(config):
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     if WORLD > 1:
-        check(all(os.environ.get(word) for word in ("RANK", "MASTER_ADDR", "MASTER_PORT")),
-              f"WORLD_SIZE is {WORLD}, but torchrun did not start this: unset it, or use torchrun")
+        check("MASTER_PORT" in os.environ, f"WORLD_SIZE is {WORLD}: unset it, or use torchrun")
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
         print(f"waiting for {WORLD} processes", flush=True)
         ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's would wait with us
         store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
         signal.signal(signal.SIGINT, ctrl_c)
-        hours = timedelta(hours=12)  # for downloads and evaluations by the first process
-        store.set_timeout(hours)
-        dist.init_process_group("gloo" if name == "cpu" else "nccl", store=store, timeout=hours,
-                                rank=RANK, world_size=WORLD)
+        store.set_timeout(timedelta(hours=12))  # for downloads and evaluations by the first process
+        dist.init_process_group("gloo" if name == "cpu" else "nccl", timeout=store.timeout,
+                                world_size=WORLD, rank=RANK, store=store)
     return torch.device(name)
 
 def train(config):
@@ -734,8 +705,7 @@ def train(config):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            for name, value in {"loss": loss.detach(), **terms}.items():
-                sums[name] += value
+            sums.update({"loss": loss.detach(), **terms})  # a Counter adds
             if step == 1:
                 warm = time.time()  # the first step takes longer
             elif terminal or time.time() - warm > 5 and not told:
@@ -744,9 +714,8 @@ def train(config):
                       + " (sooner: --quick, --arch small, fewer --epochs)" * (left > 7200),
                       end="\r" if terminal else "\n", flush=True)
         means = {name: value.item() / steps for name, value in sums.items()}
-        finite = all(p.isfinite().all() for p in method.parameters())
-        check(finite and math.isfinite(means["loss"]), f"loss or weights were not finite in epoch "
-              f"{epoch}, with --lr {config.lr:g}; {out} holds what was saved before", code=1)
+        finite = all(x.isfinite().all() for x in (sums["loss"], *method.parameters()))
+        check(finite, f"loss or weights not finite in epoch {epoch}: lower --lr {config.lr:g}", 1)
         seconds = log[-1]["train_seconds"] + time.time() - began
         means["images_per_second"] = epoch * steps * config.batch_size / seconds
         if data[1] and config.knn_every and epoch % config.knn_every == 0 and RANK == 0:
@@ -757,12 +726,11 @@ def train(config):
               f" {left} left", flush=True)
         if RANK == 0:
             (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        due = epoch == config.epochs or time.time() - saved_at >= 60 * config.save_every
-        if due and RANK == 0:
-            write(out / "checkpoint.pt", {
-                "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
-                "method": method.state_dict(), "optimizer": optimizer.state_dict()})
-            saved_at = time.time()
+            if epoch == config.epochs or time.time() - saved_at >= 60 * config.save_every:
+                write(out / "checkpoint.pt", {
+                    "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
+                    "method": method.state_dict(), "optimizer": optimizer.state_dict()})
+                saved_at = time.time()
     return method, data, log
 
 # %% EVALUATE --------------------------------------------------------------------------------------
@@ -798,13 +766,13 @@ def knn(method, data):
     return accuracy, bank, test
 
 def linear_probe(draw, labels, test, test_labels, rule=torch.optim.Adam, lr=1e-3, weight_decay=1e-6,
-                 batch=512, epochs=100, milestones=(), probes=3):
+                 batch=512, epochs=100, milestones=(), probes=3, **momentum):
     """Mean and std, over probes, of percent right on test (M, D); draw(): (N, D) for an epoch."""
     n, width, classes = len(labels), test.shape[1], int(labels.max()) + 1
     steps, bound = max(1, n // batch), width ** -0.5
     weight = test.new_empty(probes, width, classes).uniform_(-bound, bound).requires_grad_()
     bias = test.new_empty(probes, 1, classes).uniform_(-bound, bound).requires_grad_()
-    optimizer = rule([weight, bias], lr, weight_decay=weight_decay)
+    optimizer = rule([weight, bias], lr, weight_decay=weight_decay, **momentum)
     for step in range(epochs * steps):
         if step % steps == 0:
             features = draw()
@@ -825,7 +793,7 @@ def probe(method, data, config, bank, test):
     _, (images, labels), (_, test_labels) = data
     size, epoch, settings = config.size, count(config.epochs + 1), {}
     if config.dataset == "imagenet100":
-        settings = dict(rule=partial(torch.optim.SGD, momentum=0.9), lr=10.0, weight_decay=1e-4,
+        settings = dict(rule=torch.optim.SGD, momentum=0.9, lr=10.0, weight_decay=1e-4,
                         batch=128, epochs=60, milestones=(30, 40, 50))
     scale = None if config.dataset in STREAMED else (0.08, 1.0)
     fresh = lambda x: augment(x, size, scale, jitter=None, gray=0)
@@ -835,17 +803,14 @@ def probe(method, data, config, bank, test):
 def draw_neighbours(path, data, bank, test):
     """Eight test images, each with its eight nearest training images, green if of its class."""
     _, (images, labels), (queries, query_labels) = data
-    tiles, gray, green, red = [], (0.5, 0.5, 0.5), (0.0, 0.7, 0.0), (0.9, 0.0, 0.0)
+    tiles = []
     for query in first_of(8, len(test)).tolist():
-        s = F.normalize(bank) @ F.normalize(test[query], dim=0)
-        nearest = s.topk(min(8, len(bank))).indices
-        colors = [green if right else red for right in labels[nearest] == query_labels[query]]
+        nearest = F.cosine_similarity(bank, test[query]).topk(min(8, len(bank))).indices
+        colors = ["lime" if right else "red" for right in labels[nearest] == query_labels[query]]
         places = [(queries, query), *((images, row) for row in nearest.tolist())]
-        for (source, row), color in zip(places, [gray, *colors]):
-            image = source[0, row][0][0] if isinstance(source, Folder) else source[row].cpu()
-            frame = torch.tensor(color)[:, None, None].repeat(1, *(s + 4 for s in image.shape[1:]))
-            frame[:, 2:-2, 2:-2] = image / 255
-            tiles.append(frame)
+        for (source, row), color in zip(places, ["gray", *colors]):
+            image = source[0, row][0][0] if isinstance(source, Folder) else source[row]
+            tiles.append(TF.to_tensor(ImageOps.expand(TF.to_pil_image(image), 2, color)))
     save_image(F.interpolate(make_grid(tiles, nrow=len(places))[None], scale_factor=2), path)
 
 def evaluate(method, data, config, log):
@@ -932,10 +897,9 @@ def draw_chains(n, seed):
     return chains
 
 def load_chains(config, device):
-    """Clouds (N, P, 4) and labels (-1) to train on and to test; proteins: data_root/proteins/*.pdb.
+    """Clouds (N, P, 4) and labels, all -1, to train on and to test; none to learn kNN from.
 
-    Chains of 20 atoms or more; train.txt and val.txt list the files of the splits, else one in ten
-    is for validation.
+    data_root/proteins/*.pdb; train.txt and val.txt list the splits, else one in ten is to test.
     """
     if config.dataset == "chains" or config.quick:
         print("data: the built-in random walks, no proteins")
@@ -992,20 +956,17 @@ def principal_axis(clouds):
     return axis[..., 0].float()
 
 def axis_probes(method, data):
-    """How well an MLP on the frozen embedding tells the principal axis of a rotated chain.
+    """How well an MLP, or ridge_: a linear map, tells the axis of turned chains from embeddings.
 
-    axis_mse: squared error of the unit vector; axis_angle_degrees: mean angle to it;
-    axis_free_angle_degrees: to it or its negative; ridge_: the same for a linear map. All of four
-    random rotations of every chain.
+    Mean squared error and angle of unit vectors, of four random rotations of every chain.
     """
     torch.manual_seed(0)
     clouds = [part.repeat(4, 1, 1) for part, _ in (data[0], data[2])]
     clouds = [rotate(part, haar_rotations(len(part), part.device)) for part in clouds]
     axes, test_axes = map(principal_axis, clouds)
-    with torch.no_grad():
-        method.eval()
-        z, test_z = (torch.cat([F.normalize(method.embed(x)) for x in part.split(256)])
-                     for part in clouds)
+    method.eval()
+    z, test_z = (torch.cat([F.normalize(method.embed(x)).detach() for x in part.split(256)])
+                 for part in clouds)
     mean, std = z.mean(0), z.std(0).clamp(min=1e-6)
     z, test_z = (F.pad((part - mean) / std, (0, 1), value=1.0) for part in (z, test_z))
     ridge = torch.linalg.solve(z.T @ z + torch.eye(len(z.T), device=z.device), z.T @ axes)
@@ -1021,7 +982,6 @@ def axis_probes(method, data):
         cosine = F.cosine_similarity(guess, test_axes).clamp(-1, 1)
         results[f"{name}_mse"] = (guess - test_axes).square().sum(1).mean().item()
         results[f"{name}_angle_degrees"] = cosine.acos().rad2deg().mean().item()
-        results[f"{name}_free_angle_degrees"] = cosine.abs().acos().rad2deg().mean().item()
     return results
 
 if __name__ == "__main__":

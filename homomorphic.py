@@ -43,7 +43,6 @@ at hand. [SESN]: the public layers that the paper builds on. The rest is inferre
      replace (a literal reading); 6 times the channels for scale, each with statistics of its own.
 Ours: patterns, --arch small, --width, kNN, probe. A frozen encoder's BatchNorm still sees the data.
 """
-import argparse
 import io
 import json
 import math
@@ -51,6 +50,7 @@ import os
 import signal
 import sys
 import time
+from argparse import SUPPRESS, ArgumentParser
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -62,6 +62,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
+from PIL import ImageOps
 from torchvision import datasets
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.utils import make_grid, save_image
@@ -128,17 +129,16 @@ def check(condition, message, code=2, alike=True):
 
 def parse_args(argv=None):
     """Config of a command line: defaults < preset of the dataset < --quick < explicit flags."""
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0],
-                                     Config.__doc__, allow_abbrev=False)
+    parser = ArgumentParser(f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0],
+                            Config.__doc__, argument_default=SUPPRESS, allow_abbrev=False)
     parser.error = lambda message: check(False, f"{message} (see --help)")
     groups = {g: parser.add_argument_group(g) for g in ("data", "training", "run", "method")}
     for f in fields(Config):
         group, words, choices = f.metadata.values()
         words += f": {', '.join(choices)}" if choices else ""
         kind = {"type": f.type, "choices": choices, "metavar": f.type.__name__.upper()}
-        groups[group].add_argument(
-            f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS,
-            help=f"{words} [{f.default}]", **{"action": "store_true"} if f.type is bool else kind)
+        groups[group].add_argument(f"--{f.name.replace('_', '-')}", help=f"{words} [{f.default}]",
+                                   **{"action": "store_true"} if f.type is bool else kind)
     given = vars(parser.parse_args(argv))
     quick = QUICK if "quick" in given else {}
     dataset = given.get("dataset", "patterns" if quick else Config.dataset)
@@ -171,16 +171,12 @@ MEAN_STD = {"mnist": ((0.1307,), (0.3081,)),
             "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
             "tinyimagenet": ((0.480, 0.448, 0.398), (0.277, 0.269, 0.282)),
             "patterns": ((0.4, 0.4, 0.4), (0.25, 0.25, 0.25))}
-FILES = {"mnist": ("MNIST/raw/*.gz", "MNIST"), "patterns": ("", ""),  # to read, and their folder
-         "cifar10": (datasets.CIFAR10.filename, datasets.CIFAR10.base_folder),
-         "tinyimagenet": ("tiny-imagenet-200.zip", "tiny-imagenet-200")}
+FILES = {"mnist": "MNIST/raw/*.gz (delete MNIST if it is incomplete)",
+         "cifar10": datasets.CIFAR10.filename, "tinyimagenet": "tiny-imagenet-200.zip"}
 TINY_IMAGENET = (100_000, 10_000)  # images of train and val
 
 def draw_patterns(n, seed):
-    """The built-in data: uint8 images (n, 3, 32, 32) and labels (n,) of ten two-tone patterns.
-
-    A class is a level set of a fixed Fourier sum; shift, zoom, tilt and light are of each image.
-    """
+    """Built-in data: uint8 (n, 3, 32, 32), labels (n,); a class is a level set of a Fourier sum."""
     waves = [(i, j) for i in range(-2, 3) for j in range(3) if (j, i) > (0, 0)]
     phases = 2 * math.pi * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
@@ -225,7 +221,6 @@ def load_tiny_imagenet(root):
 def load_data(config, device):
     """(images, labels) to train on, to learn kNN from, to test; uint8 (N, 1 or 3, H, W)."""
     root, name = Path(config.data_root).expanduser(), config.dataset
-    file, folder = FILES[name]
     try:
         if name == "patterns":
             splits = [draw_patterns(4000, 1), draw_patterns(1000, 2)]
@@ -237,10 +232,9 @@ def load_data(config, device):
             splits = [(torch.as_tensor(x.data), torch.as_tensor(x.targets)) for x in splits]
             splits = [(x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2), y) for x, y in splits]
     except (OSError, RuntimeError, ValueError) as problem:
-        check(False, f"cannot read {name} in {root} ({problem}): it needs {file} (delete "
-                     f"{root / folder} if that is incomplete), or try --quick")
-    rows = first_of(config.limit, len(splits[0][1]))
-    splits[0] = [x[rows] for x in splits[0]]
+        check(False, f"cannot read {name} in {root} ({problem}): it needs {FILES[name]}, or try "
+                     "--quick")
+    splits[0] = [x[first_of(config.limit, len(x))] for x in splits[0]]
     train, test = ((x.to(device), y.to(device)) for x, y in splits)
     return train, train, test
 
@@ -262,21 +256,19 @@ def transform(x, g, group):
     an int or (B,), of square images. scale: factors, a float or (B,), about the center, bilinear.
     """
     n, _, height, width = x.shape
-    image = torch.arange(n, device=x.device)
     if group == "rotation":
+        image = torch.arange(n, device=x.device)
         return torch.stack([x.rot90(k, (-2, -1)) for k in range(4)])[g % 4, image]
+    theta = x.new_zeros(n, 2, 3)  # where a pixel comes from; images reach from -1 to 1
     if group == "translation":
-        rows = torch.arange(height, device=x.device) - g[:, :1]  # (B, H): where each comes from
-        columns = torch.arange(width, device=x.device) - g[:, 1:]  # (B, W)
-        inside = ((rows >= 0) & (rows < height))[:, None, :, None]
-        inside = inside & ((columns >= 0) & (columns < width))[:, None, None]
-        rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
-        moved = x[image[:, None, None], :, rows[:, :, None], columns[:, None]]  # (B, H, W, C)
-        return moved.permute(0, 3, 1, 2) * inside
-    theta = x.new_zeros(n, 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = 1 / g
+        theta[:, 0, 0] = theta[:, 1, 1] = 1
+        theta[:, 0, 2] = -2 * g[:, 1] / width
+        theta[:, 1, 2] = -2 * g[:, 0] / height
+    else:
+        theta[:, 0, 0] = theta[:, 1, 1] = 1 / g
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, align_corners=False)
+    mode = "nearest" if group == "translation" else "bilinear"
+    return F.grid_sample(x, grid, mode, align_corners=False)
 
 def draw_group(x, group):
     """A random g for each image of A-SSL: 20 % of the side, a quarter turn, a factor 0.57 to 1."""
@@ -291,21 +283,17 @@ def draw_group(x, group):
 def hermite_gaussians(size, orders, scale):
     """SESN's basis (orders^2, size, size), float64, on the centered grid of whole pixels.
 
-    He_n(y / s) He_m(x / s) exp(-(x^2 + y^2) / (2 s^2)) / s^2 for n, m < orders and the scale s,
-    with the probabilists' polynomials He_(n+1)(x) = x He_n(x) - n He_(n-1)(x).
+    He_n(y / s) He_m(x / s) exp(-(x^2 + y^2) / (2 s^2)) / s^2 for n, m < orders and the scale s.
     """
     x = (torch.arange(size, dtype=torch.float64) - size // 2) / scale
-    hermite = [torch.ones_like(x), x]
-    for n in range(1, orders):
-        hermite.append(x * hermite[n] - n * hermite[n - 1])
-    f = torch.stack(hermite[:orders]) * (-x * x / 2).exp() / scale  # (orders, size)
+    hermite = torch.special.hermite_polynomial_he(x, torch.arange(orders)[:, None])
+    f = hermite * (-x * x / 2).exp() / scale  # (orders, size)
     return (f[:, None, :, None] * f[None, :, None, :]).flatten(0, 1)
 
 def make_basis(group, size, orders):
     """Basis (L, orders^2, size, size) of the kernels of all L planes.
 
-    scale: smaller scales have smaller grids (SESN's basis A), and norms are those of the smallest
-    scale; rotation: quarter turns of one basis.
+    Smaller scales have smaller grids (SESN's basis A); norms are those of the smallest scale.
     """
     scales = SCALES if group == "scale" else (1.0,)
     grids = [int(size * scale / max(scales)) // 2 * 2 + 1 for scale in scales]
@@ -369,8 +357,7 @@ class GroupEncoder(nn.Module):
     """f: images (B, I, H, W) to z (B, C, L, H', W'), L planes: 1, 4 rotations or 6 scales.
 
     Without structure (Table 2), scale is a plain network of L times the channels, and translation
-    an MLP, whose 16 rows of C outputs are a map of 4 x 4. Rotation needs odd H = W and odd maps
-    wherever a stride of 2 follows, or it is not equivariant: ValueError.
+    an MLP, whose 16 rows of C outputs are a map of 4 x 4. ValueError where rotation would break.
     """
 
     def __init__(self, group, in_channels=3, arch="small", width=1.0, structure="equivariant",
@@ -413,11 +400,10 @@ class GroupEncoder(nn.Module):
         self.layers, self.channels = nn.Sequential(*layers), outputs // copies
 
     def forward(self, x):
-        if self.group == "rotation" and (x.shape[2] % 2 == 0 or x.shape[2] != x.shape[3]):
-            raise ValueError(f"rotation needs an odd, square canvas, not {tuple(x.shape[2:])}: pad")
         for layer, stride in zip(self.layers, self.strides):
-            if self.group == "rotation" and stride > 1 and x.shape[-1] % 2 == 0:
-                raise ValueError(f"a stride on a map of {x.shape[-1]} breaks equivariance")
+            height, width = x.shape[-2:]
+            if self.group == "rotation" and stride > 1 and (height % 2 == 0 or height != width):
+                raise ValueError(f"a stride on {height} x {width}: rotation needs odd, square maps")
             x = layer(x)
         return x if x.ndim == 5 else x.unflatten(1, (-1, PLANES[self.group]))
 
@@ -451,8 +437,7 @@ class Classifier(nn.Module):
 def nce_loss(v1, v2, temperature):
     """Equation 2 of the paper, of two projections (N, D), normalised here.
 
-    4 (N - 1) negatives for each image; its own positive is not among them, so the loss can be
-    negative.
+    4 (N - 1) negatives of an image, its positive not among them: the loss can be negative.
     """
     v = F.normalize(torch.cat([v1, v2]).to(torch.promote_types(v1.dtype, torch.float32)))
     s, n = v @ v.T / temperature, len(v1)  # (2N, 2N)
@@ -508,7 +493,7 @@ class Method(nn.Module):
             self.encoder.requires_grad_(False)
 
     def forward(self, images, labels):
-        config, h, x = self.config, self.h, self.canvas(images.float() / 255)  # (N, I, H, W)
+        config, x = self.config, self.canvas(images.float() / 255)  # (N, I, H, W)
         if config.ssl == "homomorphic":
             g1, g2 = self.draw_fibers(len(x))
             v1, v2, z = self.homomorphic(x, g1, g2)
@@ -549,15 +534,12 @@ class Method(nn.Module):
             return self.encoder((x - mean) / std).float()
 
     def read(self, z, g):
-        """Fibers (N, b C) of z at elements g (N, 3) and their b - 1 right neighbours on the axis.
-
-        g holds plane, row and column. Rotation and scale: the plane's mean over space.
-        """
+        """Fibers (N, b C) of z at g (N, 3: plane, row, column) and b - 1 neighbours on the axis."""
         image, base = torch.arange(len(z), device=z.device), range(self.config.base_size)
         plane, row, column = g.T
         if self.config.group == "translation":
             return torch.cat([z[image, :, 0, row, column + i] for i in base], dim=1)
-        planes = z.mean((3, 4))  # (N, C, L)
+        planes = z.mean((3, 4))  # (N, C, L), over space
         return torch.cat([planes[image, :, plane + i] for i in base], dim=1)
 
     def draw_fibers(self, n):
@@ -581,18 +563,15 @@ class Method(nn.Module):
 def fiber_pairs(shape, config):
     """All pairs (P, 2, 3) of base spaces of features of shape (L, H, W) within --distance.
 
-    An element is plane, row and column: a place for translation, else a plane. Wherever a base
-    starts, it must end on the axis.
+    An element is plane, row and column: a place for translation, else a plane.
     """
     base, (planes, height, width) = config.base_size, shape
     axis = width if config.group == "translation" else planes
-    starts = max(0, axis - base + 1)
+    starts = max(0, axis - base + 1)  # of bases that end on the axis
     sizes = (1, height, starts) if config.group == "translation" else (starts, 1, 1)
     elements = torch.cartesian_prod(*map(torch.arange, sizes))  # (E, 3)
-    every = torch.arange(len(elements))
-    pairs = elements[torch.cartesian_prod(every, every)]  # (E^2, 2, 3)
-    apart = (pairs[:, 0] - pairs[:, 1]).float().norm(dim=1)
-    pairs = pairs[apart <= (config.distance or math.inf)]
+    apart = (elements[:, None] - elements).float().norm(dim=2)  # (E, E)
+    pairs = elements[(apart <= (config.distance or math.inf)).nonzero()]
     check(len(pairs) > len(elements), f"--base-size {base} and --distance {config.distance:g} "
           f"leave no two different fibers of the {axis} on the axis")
     return pairs
@@ -671,11 +650,10 @@ def open_run(config, data):
     except Exception as problem:  # a damaged file can raise nearly anything
         check(False, f"{path} is damaged ({type(problem).__name__}): remove it or change --out")
     check(script == SCRIPT, f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
-    differ = [f"{name.replace('_', '-')} {then.get(name)} then, {value} now"
-              for name, value in (asdict(config) | data).items()
-              if name not in FREE and then.get(name) != value]
-    check(not differ, f"{config.out} holds another run (--{'; --'.join(differ)}): to continue it, "
-                      "use its flags and this --out; or choose another --out")
+    differ = "; --".join(f"{name.replace('_', '-')} {then.get(name)} then, {value} now"
+                         for name, value in (asdict(config) | data).items()
+                         if name not in FREE and then.get(name) != value)
+    check(not differ, f"{config.out} holds another run (--{differ}): use its flags or a new --out")
     return saved
 
 def start(config):
@@ -689,17 +667,15 @@ def start(config):
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     if WORLD > 1:
-        check(all(os.environ.get(word) for word in ("RANK", "MASTER_ADDR", "MASTER_PORT")),
-              f"WORLD_SIZE is {WORLD}, but torchrun did not start this: unset it, or use torchrun")
+        check("MASTER_PORT" in os.environ, f"WORLD_SIZE is {WORLD}: unset it, or use torchrun")
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
         print(f"waiting for {WORLD} processes", flush=True)
         ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's would wait with us
         store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
         signal.signal(signal.SIGINT, ctrl_c)
-        hours = timedelta(hours=12)  # for downloads and evaluations by the first process
-        store.set_timeout(hours)
-        dist.init_process_group("gloo" if name == "cpu" else "nccl", store=store, timeout=hours,
-                                rank=RANK, world_size=WORLD)
+        store.set_timeout(timedelta(hours=12))  # for downloads and evaluations by the first process
+        dist.init_process_group("gloo" if name == "cpu" else "nccl", timeout=store.timeout,
+                                world_size=WORLD, rank=RANK, store=store)
     return torch.device(name)
 
 def train(config):
@@ -752,8 +728,7 @@ def train(config):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            for name, value in {"loss": loss.detach(), **terms}.items():
-                sums[name] += value
+            sums.update({"loss": loss.detach(), **terms})  # a Counter adds
             if step == 1:
                 warm = time.time()  # the first step takes longer
             elif terminal or time.time() - warm > 5 and not told:
@@ -762,9 +737,8 @@ def train(config):
                       + " (sooner: --quick, --arch small, fewer --epochs)" * (left > 7200),
                       end="\r" if terminal else "\n", flush=True)
         means = {name: value.item() / steps for name, value in sums.items()}
-        finite = all(p.isfinite().all() for p in method.parameters())
-        check(finite and math.isfinite(means["loss"]), f"loss or weights were not finite in epoch "
-              f"{epoch}, with --lr {config.lr:g}; {out} holds what was saved before", code=1)
+        finite = all(x.isfinite().all() for x in (sums["loss"], *method.parameters()))
+        check(finite, f"loss or weights not finite in epoch {epoch}: lower --lr {config.lr:g}", 1)
         seconds = log[-1]["train_seconds"] + time.time() - began
         means["images_per_second"] = epoch * steps * config.batch_size / seconds
         if data[1] and config.knn_every and epoch % config.knn_every == 0 and RANK == 0:
@@ -775,12 +749,11 @@ def train(config):
               f" {left} left", flush=True)
         if RANK == 0:
             (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        due = epoch == config.epochs or time.time() - saved_at >= 60 * config.save_every
-        if due and RANK == 0:
-            write(out / "checkpoint.pt", {
-                "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
-                "method": method.state_dict(), "optimizer": optimizer.state_dict()})
-            saved_at = time.time()
+            if epoch == config.epochs or time.time() - saved_at >= 60 * config.save_every:
+                write(out / "checkpoint.pt", {
+                    "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
+                    "method": method.state_dict(), "optimizer": optimizer.state_dict()})
+                saved_at = time.time()
     return method, data, log
 
 # %% EVALUATE --------------------------------------------------------------------------------------
@@ -838,17 +811,14 @@ def linear_probe(draw, labels, test, test_labels, lr=30.0, final_lr=0.0, weight_
 def draw_neighbours(path, data, bank, test):
     """Eight test images, each with its eight nearest training images, green if of its class."""
     _, (images, labels), (queries, query_labels) = data
-    tiles, gray, green, red = [], (0.5, 0.5, 0.5), (0.0, 0.7, 0.0), (0.9, 0.0, 0.0)
+    tiles = []
     for query in first_of(8, len(test)).tolist():
-        s = F.normalize(bank) @ F.normalize(test[query], dim=0)
-        nearest = s.topk(min(8, len(bank))).indices
-        colors = [green if right else red for right in labels[nearest] == query_labels[query]]
+        nearest = F.cosine_similarity(bank, test[query]).topk(min(8, len(bank))).indices
+        colors = ["lime" if right else "red" for right in labels[nearest] == query_labels[query]]
         places = [(queries, query), *((images, row) for row in nearest.tolist())]
-        for (source, row), color in zip(places, [gray, *colors]):
-            image = source[row].cpu()
-            frame = torch.tensor(color)[:, None, None].repeat(1, *(s + 4 for s in image.shape[1:]))
-            frame[:, 2:-2, 2:-2] = image / 255
-            tiles.append(frame)
+        for (source, row), color in zip(places, ["gray", *colors]):
+            image = TF.to_pil_image(source[row].expand(3, -1, -1))
+            tiles.append(TF.to_tensor(ImageOps.expand(image, 2, color)))
     save_image(F.interpolate(make_grid(tiles, nrow=len(places))[None], scale_factor=2), path)
 
 def evaluate(method, data, config, log):
@@ -889,12 +859,10 @@ def main(argv=None):
             write(results, json.dumps(evaluate(method, data, config, log), indent=1))
         if RANK == 0:
             print(f"{out} is finished, with encoder.pt and results.json")
-            measured = json.loads(results.read_text())
-            for name, value in measured.items():
-                if "top1" in name and value is not None:
+            for name, value in json.loads(results.read_text()).items():
+                if "top1" in name:
                     print(f"  {name:22}{value} %")
-            if measured["knn_top1"] is not None:
-                print(f"beside other runs: python compare.py {out} OTHERS")
+            print(f"beside other runs: python compare.py {out} OTHERS")
     except KeyboardInterrupt:
         check(False, "stopped; the same command continues from the last checkpoint", 130)
     except torch.OutOfMemoryError:

@@ -43,13 +43,13 @@ What changes a number, against the paper [P] and the authors' code [C]:
      are shuffled, ragged batches left out, the cosine ends with the run ([C]: none of these).
 Ours: --arch small; bf16 and TF32 on GPUs. Left out: [C]'s grid and classes (results/README.md).
 """
-import argparse
 import io
 import json
 import math
 import os
 import sys
 import time
+from argparse import SUPPRESS, ArgumentParser
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -120,17 +120,16 @@ def check(condition, message, code=2, alike=True):
 
 def parse_args(argv=None):
     """Config of a command line: defaults < preset of the dataset < --quick < explicit flags."""
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0],
-                                     Config.__doc__, allow_abbrev=False)
+    parser = ArgumentParser(f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0],
+                            Config.__doc__, argument_default=SUPPRESS, allow_abbrev=False)
     parser.error = lambda message: check(False, f"{message} (see --help)")
     groups = {g: parser.add_argument_group(g) for g in ("data", "training", "run", "method")}
     for f in fields(Config):
         group, words, choices = f.metadata.values()
         words += f": {', '.join(choices)}" if choices else ""
         kind = {"type": f.type, "choices": choices, "metavar": f.type.__name__.upper()}
-        groups[group].add_argument(
-            f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS,
-            help=f"{words} [{f.default}]", **{"action": "store_true"} if f.type is bool else kind)
+        groups[group].add_argument(f"--{f.name.replace('_', '-')}", help=f"{words} [{f.default}]",
+                                   **{"action": "store_true"} if f.type is bool else kind)
     given = vars(parser.parse_args(argv))
     quick = QUICK if "quick" in given else {}
     dataset = given.get("dataset", Config.dataset)
@@ -458,11 +457,10 @@ def open_run(config, data):
     except Exception as problem:  # a damaged file can raise nearly anything
         check(False, f"{path} is damaged ({type(problem).__name__}): remove it or change --out")
     check(script == SCRIPT, f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
-    differ = [f"{name.replace('_', '-')} {then.get(name)} then, {value} now"
-              for name, value in (asdict(config) | data).items()
-              if name not in FREE and then.get(name) != value]
-    check(not differ, f"{config.out} holds another run (--{'; --'.join(differ)}): to continue it, "
-                      "use its flags and this --out; or choose another --out")
+    differ = "; --".join(f"{name.replace('_', '-')} {then.get(name)} then, {value} now"
+                         for name, value in (asdict(config) | data).items()
+                         if name not in FREE and then.get(name) != value)
+    check(not differ, f"{config.out} holds another run (--{differ}): use its flags or a new --out")
     return saved
 
 def pretrained_encoder(config):
@@ -555,8 +553,7 @@ def train(config):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            for name, value in {"loss": loss.detach(), **terms}.items():
-                sums[name] += value
+            sums.update({"loss": loss.detach(), **terms})  # a Counter adds
             if step == 1:
                 warm = time.time()  # the first step takes longer
             elif terminal or time.time() - warm > 5 and not told:
@@ -565,10 +562,9 @@ def train(config):
                       + " (sooner: --quick, --arch small, fewer --epochs)" * (left > 7200),
                       end="\r" if terminal else "\n", flush=True)
         means = {name: value.item() / steps for name, value in sums.items()}
-        finite = all(p.isfinite().all() for p in method.parameters())
-        check(finite and math.isfinite(means["loss"]), f"loss or weights were not finite in epoch "
-              f"{epoch}, with --{'tune-' * bool(split)}lr {peak:g}; {out} holds what was saved "
-              "before", code=1)
+        finite = all(x.isfinite().all() for x in (sums["loss"], *method.parameters()))
+        check(finite, f"loss or weights not finite in epoch {epoch}: lower "
+              f"--{'tune-' * bool(split)}lr {peak:g}", 1)
         seconds = time.time() - began
         means["images_per_second"] = steps * settings.batch_size / seconds
         if split and (number % config.eval_every == 0 or number == settings.epochs):

@@ -41,7 +41,6 @@ What changes a number, against the paper [P], the authors' code [C] and other Si
 Ours: folders, CIFAR-100, patterns, --arch small, one drawn jigsaw. Left out: Barlow Twins (Table
 2), Table 4, augmentations (6), split representation (7), relative rotation, Figure 4 (few labels).
 """
-import argparse
 import io
 import json
 import math
@@ -49,6 +48,7 @@ import os
 import signal
 import sys
 import time
+from argparse import SUPPRESS, ArgumentParser
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -60,10 +60,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision.transforms as T
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageOps
-from torchvision import datasets, models
+from torchvision import datasets, models, transforms as T
 from torchvision.utils import make_grid, save_image
 
 SCRIPT = "simclr_essl"
@@ -131,17 +130,16 @@ def check(condition, message, code=2, alike=True):
 
 def parse_args(argv=None):
     """Config of a command line: defaults < preset of the dataset < --quick < explicit flags."""
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0],
-                                     Config.__doc__, allow_abbrev=False)
+    parser = ArgumentParser(f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0],
+                            Config.__doc__, argument_default=SUPPRESS, allow_abbrev=False)
     parser.error = lambda message: check(False, f"{message} (see --help)")
     groups = {g: parser.add_argument_group(g) for g in ("data", "training", "run", "method")}
     for f in fields(Config):
         group, words, choices = f.metadata.values()
         words += f": {', '.join(choices)}" if choices else ""
         kind = {"type": f.type, "choices": choices, "metavar": f.type.__name__.upper()}
-        groups[group].add_argument(
-            f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS,
-            help=f"{words} [{f.default}]", **{"action": "store_true"} if f.type is bool else kind)
+        groups[group].add_argument(f"--{f.name.replace('_', '-')}", help=f"{words} [{f.default}]",
+                                   **{"action": "store_true"} if f.type is bool else kind)
     given = vars(parser.parse_args(argv))
     quick = QUICK if "quick" in given else {}
     dataset = given.get("dataset", "patterns" if quick else Config.dataset)
@@ -165,17 +163,13 @@ def parse_args(argv=None):
 
 # %% DATA ------------------------------------------------------------------------------------------
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # authors' code
-PHOTOS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-MEAN_STD = {"cifar10": CIFAR, "cifar100": CIFAR, "folder": PHOTOS, "imagenet": PHOTOS,
-            "patterns": ((0.4, 0.4, 0.4), (0.25, 0.25, 0.25))}
+MEAN_STD = {"cifar10": CIFAR, "cifar100": CIFAR, "patterns": ((0.4, 0.4, 0.4), (0.25, 0.25, 0.25))}
+MEAN_STD |= dict.fromkeys(STREAMED, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 NO_PICTURES = "BUFR EPS FITS FLI GRIB HDF5 IPTC MPEG PALM PDF WMF".split()  # but PIL knows them
 LEFTOVERS = (".", "__MACOSX")  # how names begin that systems leave beside one's own
 
 def draw_patterns(n, seed):
-    """The built-in data: uint8 images (n, 3, 32, 32) and labels (n,) of ten two-tone patterns.
-
-    A class is a level set of a fixed Fourier sum; shift, zoom, tilt and light are of each image.
-    """
+    """Built-in data: uint8 (n, 3, 32, 32), labels (n,); a class is a level set of a Fourier sum."""
     waves = [(i, j) for i in range(-2, 3) for j in range(3) if (j, i) > (0, 0)]
     phases = 2 * math.pi * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
@@ -236,27 +230,24 @@ class Folder(datasets.ImageFolder):
         return names, {name: label for label, name in enumerate(names)}
 
     def is_picture(self, path):
-        if any(name.startswith(LEFTOVERS) for name in Path(path).relative_to(self.root).parts):
-            return False
+        hidden = any(name.startswith(LEFTOVERS) for name in Path(path).relative_to(self.root).parts)
         kind = Path(path).suffix.lower()
-        if Image.registered_extensions().get(kind) in [None, *NO_PICTURES]:
+        known = Image.registered_extensions().get(kind) not in [None, *NO_PICTURES]
+        if not (hidden or known):
             self.ignored[kind or "no extension"] += 1
-            return False
-        return True
+        return known and not hidden
 
     def __getitem__(self, key):
         epoch, i = key
         path, label = self.samples[i]
         image, size = read_picture(path), self.config.size
+        crops = self.views if epoch <= self.config.epochs else [T.RandomResizedCrop(size)]  # probe
         if epoch == 0:  # for kNN
             crops = [T.Compose([T.Resize(size * 8 // 7), T.CenterCrop(size)])]
-        else:  # for training, then for the probe
-            crops = self.views if epoch <= self.config.epochs else [T.RandomResizedCrop(size)]
         torch.manual_seed(hash((self.config.seed, epoch, i)))  # in any worker or process
         return [TF.pil_to_tensor(crop(image)) for crop in crops], label
 
     def load(self, epoch, rows, batch_size):
-        """Batches of crops and labels of these rows."""
         cores = getattr(os, "process_cpu_count", os.cpu_count)()
         return torch.utils.data.DataLoader(
             self, batch_size, sampler=[(epoch, row) for row in rows], prefetch_factor=1,
@@ -276,13 +267,11 @@ def load_data(config, device):
             splits = [draw_patterns(4000, 1), draw_patterns(1000, 2)]
         else:
             splits = [kind(root, train, download=True) for train in (True, False)]
-            splits = [(torch.tensor(x.data).permute(0, 3, 1, 2), torch.tensor(x.targets))
-                      for x in splits]
+            splits = [(torch.tensor(x.data).movedim(3, 1), torch.tensor(x.targets)) for x in splits]
     except (OSError, RuntimeError) as problem:
         check(False, f"cannot read {name} in {root} ({problem}): it needs {needs}")
     if name not in STREAMED:
-        rows = first_of(config.limit, len(splits[0][1]))
-        splits[0] = [x[rows] for x in splits[0]]
+        splits[0] = [x[first_of(config.limit, len(x))] for x in splits[0]]
         train, test = ((TF.resize(x, config.size).to(device), y.to(device)) for x, y in splits)
         return train, train, test
     train, *val = ((folder, folder.labels.to(device)) for folder in splits)
@@ -317,9 +306,8 @@ def view_policies(config):
         views = [large | {"blur": 1.0}, large | {"blur": 0.1, "solarize": 0.2}, small]
     if config.crop_only:
         views = 3 * [large | {"jitter": None, "flip": 0, "gray": 0}]
-    if config.role == "invariant" or config.lam == 0:
-        return views[:2]
-    return [*views[:2], views[2] | TRANSFORMS[config.transform][2]]
+    views[2] = views[2] | TRANSFORMS[config.transform][2]
+    return views[:2] if config.role == "invariant" or config.lam == 0 else views
 
 @torch.no_grad()
 def augment(images, size, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), flip=0.5, gray=0.2, blur=0,
@@ -338,8 +326,7 @@ def augment(images, size, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), flip=0.
 
     chosen = lambda probability: uniform(0, 1, 1, 1, 1) < probability  # (N, 1, 1, 1)
     x = images.float() / 255 if images.dtype == torch.uint8 else images
-    if scale:
-        x = crop(x, draw_box(uniform, height, width, scale), size)
+    x = crop(x, draw_box(uniform, height, width, scale), size) if scale else x
     x = torch.where(chosen(flip), x.flip(3), x)
     if jitter:
         jittered = chosen(jitter_p)
@@ -347,12 +334,10 @@ def augment(images, size, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), flip=0.
             change, none = ((brightness, 1), (contrast, 1), (saturation, 1), (shift_hue, 0))[i]
             amount = uniform(max(none - jitter[i], none - 1), none + jitter[i], 1, 1, 1)
             x = change(x, torch.where(jittered, amount, none))
-    if gray:
-        x = torch.where(chosen(gray), TF.rgb_to_grayscale(x), x)
+    x = torch.where(chosen(gray), TF.rgb_to_grayscale(x), x) if gray else x
     if blur:
         x = gaussian_blur(x, torch.where(chosen(blur), uniform(0.1, 2.0, 1, 1, 1), 1e-3), radius)
-    if solarize:
-        x = torch.where(chosen(solarize) & (x >= 128 / 255), 1 - x, x)
+    x = torch.where(chosen(solarize) & (x >= 128 / 255), 1 - x, x) if solarize else x
     return x
 
 def draw_box(uniform, height, width, scale):
@@ -602,11 +587,10 @@ def open_run(config, data):
     except Exception as problem:  # a damaged file can raise nearly anything
         check(False, f"{path} is damaged ({type(problem).__name__}): remove it or change --out")
     check(script == SCRIPT, f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
-    differ = [f"{name.replace('_', '-')} {then.get(name)} then, {value} now"
-              for name, value in (asdict(config) | data).items()
-              if name not in FREE and then.get(name) != value]
-    check(not differ, f"{config.out} holds another run (--{'; --'.join(differ)}): to continue it, "
-                      "use its flags and this --out; or choose another --out")
+    differ = "; --".join(f"{name.replace('_', '-')} {then.get(name)} then, {value} now"
+                         for name, value in (asdict(config) | data).items()
+                         if name not in FREE and then.get(name) != value)
+    check(not differ, f"{config.out} holds another run (--{differ}): use its flags or a new --out")
     return saved
 
 def start(config):
@@ -620,17 +604,15 @@ def start(config):
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     if WORLD > 1:
-        check(all(os.environ.get(word) for word in ("RANK", "MASTER_ADDR", "MASTER_PORT")),
-              f"WORLD_SIZE is {WORLD}, but torchrun did not start this: unset it, or use torchrun")
+        check("MASTER_PORT" in os.environ, f"WORLD_SIZE is {WORLD}: unset it, or use torchrun")
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
         print(f"waiting for {WORLD} processes", flush=True)
         ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's would wait with us
         store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
         signal.signal(signal.SIGINT, ctrl_c)
-        hours = timedelta(hours=12)  # for downloads and evaluations by the first process
-        store.set_timeout(hours)
-        dist.init_process_group("gloo" if name == "cpu" else "nccl", store=store, timeout=hours,
-                                rank=RANK, world_size=WORLD)
+        store.set_timeout(timedelta(hours=12))  # for downloads and evaluations by the first process
+        dist.init_process_group("gloo" if name == "cpu" else "nccl", timeout=store.timeout,
+                                world_size=WORLD, rank=RANK, store=store)
     return torch.device(name)
 
 def train(config):
@@ -683,8 +665,7 @@ def train(config):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            for name, value in {"loss": loss.detach(), **terms}.items():
-                sums[name] += value
+            sums.update({"loss": loss.detach(), **terms})  # a Counter adds
             if step == 1:
                 warm = time.time()  # the first step takes longer
             elif terminal or time.time() - warm > 5 and not told:
@@ -693,9 +674,8 @@ def train(config):
                       + " (sooner: --quick, --arch small, fewer --epochs)" * (left > 7200),
                       end="\r" if terminal else "\n", flush=True)
         means = {name: value.item() / steps for name, value in sums.items()}
-        finite = all(p.isfinite().all() for p in method.parameters())
-        check(finite and math.isfinite(means["loss"]), f"loss or weights were not finite in epoch "
-              f"{epoch}, with --lr {config.lr:g}; {out} holds what was saved before", code=1)
+        finite = all(x.isfinite().all() for x in (sums["loss"], *method.parameters()))
+        check(finite, f"loss or weights not finite in epoch {epoch}: lower --lr {config.lr:g}", 1)
         seconds = log[-1]["train_seconds"] + time.time() - began
         means["images_per_second"] = epoch * steps * config.batch_size / seconds
         if data[1] and config.knn_every and epoch % config.knn_every == 0 and RANK == 0:
@@ -706,12 +686,11 @@ def train(config):
               f" {left} left", flush=True)
         if RANK == 0:
             (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        due = epoch == config.epochs or time.time() - saved_at >= 60 * config.save_every
-        if due and RANK == 0:
-            write(out / "checkpoint.pt", {
-                "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
-                "method": method.state_dict(), "optimizer": optimizer.state_dict()})
-            saved_at = time.time()
+            if epoch == config.epochs or time.time() - saved_at >= 60 * config.save_every:
+                write(out / "checkpoint.pt", {
+                    "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
+                    "method": method.state_dict(), "optimizer": optimizer.state_dict()})
+                saved_at = time.time()
     return method, data, log
 
 # %% EVALUATE --------------------------------------------------------------------------------------
@@ -784,17 +763,14 @@ def probe(method, data, config, bank, test):
 def draw_neighbours(path, data, bank, test):
     """Eight test images, each with its eight nearest training images, green if of its class."""
     _, (images, labels), (queries, query_labels) = data
-    tiles, gray, green, red = [], (0.5, 0.5, 0.5), (0.0, 0.7, 0.0), (0.9, 0.0, 0.0)
+    tiles = []
     for query in first_of(8, len(test)).tolist():
-        s = F.normalize(bank) @ F.normalize(test[query], dim=0)
-        nearest = s.topk(min(8, len(bank))).indices
-        colors = [green if right else red for right in labels[nearest] == query_labels[query]]
+        nearest = F.cosine_similarity(bank, test[query]).topk(min(8, len(bank))).indices
+        colors = ["lime" if right else "red" for right in labels[nearest] == query_labels[query]]
         places = [(queries, query), *((images, row) for row in nearest.tolist())]
-        for (source, row), color in zip(places, [gray, *colors]):
-            image = source[0, row][0][0] if isinstance(source, Folder) else source[row].cpu()
-            frame = torch.tensor(color)[:, None, None].repeat(1, *(s + 4 for s in image.shape[1:]))
-            frame[:, 2:-2, 2:-2] = image / 255
-            tiles.append(frame)
+        for (source, row), color in zip(places, ["gray", *colors]):
+            image = source[0, row][0][0] if isinstance(source, Folder) else source[row]
+            tiles.append(TF.to_tensor(ImageOps.expand(TF.to_pil_image(image), 2, color)))
     save_image(F.interpolate(make_grid(tiles, nrow=len(places))[None], scale_factor=2), path)
 
 def evaluate(method, data, config, log):

@@ -5,7 +5,7 @@ With a GPU, `-k cuda` is its share; CAMPAIGN=20 with `-s -k campaign` is the lon
 """
 import ast
 import base64
-import importlib
+import functools
 import inspect
 import itertools
 import json
@@ -20,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -56,6 +57,11 @@ IMAGES = [simclr_essl, simsiam_essl, care, sfrik, homomorphic]
 SCRIPTS, STREAMING = [*IMAGES, photonics_reg], IMAGES[:4]
 of_scripts = lambda which: pytest.mark.parametrize("script", which, ids=lambda script: script.__name__)
 every, images_only, streaming = of_scripts(SCRIPTS), of_scripts(IMAGES), of_scripts(STREAMING)
+# drawn and computed once for all tests: a second for patterns, five for chains, three for labels of cells
+drawn, LABELS = functools.cache(simclr_essl.draw_patterns), tempfile.TemporaryDirectory()
+for module in IMAGES:
+    module.draw_patterns = drawn
+care.draw_chains = functools.cache(lambda n, seed, draw=care.draw_chains: draw(min(n, 500), seed))
 # name: why it differs between scripts. What is not named is the same text wherever it occurs, so
 # that one script is enough to test it.
 MAY_DIFFER = {
@@ -113,26 +119,49 @@ def fails(capsys, code, *argv, script=simclr_essl):
     assert stop.value.code == code and len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
 
-SMALL = "--quick --limit 256 --epochs 3 --batch-size 64 --knn-every 0 --lr 0.2 --warmup-epochs 1".split()
-OF_METHOD = {
-    "simclr_essl": "--projector 32-32 --predictor 32-32",
-    "simsiam_essl": "--projector 32-32 --predictor 32-32",
-    "care": "--base moco --queue 100 --chunks 4 --lr 0.01 --projector 32-16",
-    "sfrik": "--projector 32-32",
-    "homomorphic": "--width 0.5",
+def interrupt(script, step, line, monkeypatch, capsys):
+    """Runs the line, with Ctrl-C at a step, counted from where the run begins or goes on."""
+    rate, calls = script.learning_rate, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return rate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "learning_rate", interrupted)
+        assert "same command" in fails(capsys, 130, *line, script=script)
+
+def spied_rates(script, monkeypatch):
+    """A list that gets the rates of the optimiser's groups at every step."""
+    rates, make = [], script.make_optimizer
+
+    def spied(method, config):
+        optimizer = make(method, config)
+        step = optimizer.step
+        optimizer.step = lambda: (rates.append([group["lr"] for group in optimizer.param_groups]), step())
+        return optimizer
+
+    monkeypatch.setattr(script, "make_optimizer", spied)
+    return rates
+
+SMALL = "--limit 128 --epochs 3 --batch-size 32 --knn-every 0 --lr 0.2 --warmup-epochs 1"
+TINY = {
+    "simclr_essl": f"{SMALL} --projector 32-32 --predictor 32-32",
+    "simsiam_essl": f"{SMALL} --projector 32-32 --predictor 32-32",
+    "care": f"{SMALL} --base moco --queue 100 --chunks 4 --lr 0.01 --projector 32-16",
+    "sfrik": f"{SMALL} --projector 32-32",
+    "homomorphic": f"{SMALL} --width 0.5",
+    "photonics_reg": "--mode essl --cutoff 1 --limit 32 --test 8 --unlabelled 64 --batch-size 32 --epochs 2 "
+                     f"--tune-batch-size 16 --tune-epochs 3 --eval-every 1 --data-root {LABELS.name}",
 }
 
 def tiny(script, out, *flags):
-    """A command line that trains for 12 steps of 3 epochs in a second."""
-    if script is photonics_reg:
-        return tiny_photonics(out, *flags)
-    return [*SMALL, *OF_METHOD[script.__name__].split(), "--out", str(out), *map(str, flags)]
+    """A second's command line: 12 steps of 3 epochs; photonics_reg: 4 steps, then 6 on each split."""
+    return ["--quick", *TINY[script.__name__].split(), "--out", str(out), *map(str, flags)]
 
-def tiny_photonics(out, *flags):
-    """4 steps of pre-training, then 6 of fine-tuning on each split; labels are kept beside out."""
-    line = "--quick --mode essl --cutoff 1 --limit 32 --test 8 --unlabelled 64 --batch-size 32 --epochs 2"
-    line += " --tune-batch-size 16 --tune-epochs 3 --eval-every 1"
-    return [*line.split(), "--data-root", str(Path(out).parent), "--out", str(out), *map(str, flags)]
+tiny_photonics = functools.partial(tiny, photonics_reg)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -164,13 +193,21 @@ def image_tree(root, **counts):
             save_image(F.interpolate(image[None], (60 + j % 7, 90)), path / f"{j}.jpg")
 
 def same_end(a, b):
-    """Tensors, optimiser and log of two runs agree bit for bit, but for times and folders."""
+    """Tensors, their names, optimiser and log of two runs agree bit for bit, but for times and folders."""
     one, two = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (a, b))
+    assert [*one["method"]] == [*two["method"]]
     states = [[x for state in saved["optimizer"]["state"].values() for x in state.values()] for saved in (one, two)]
     logs = [[{k: v for k, v in line.items() if "second" not in k and k != "command"} for line in saved["log"]]
             for saved in (one, two)]
     tensors = all(map(torch.equal, one["method"].values(), two["method"].values()))
     return tensors and all(map(torch.equal, *states)) and logs[0] == logs[1]
+
+def unharmed(out, whole):
+    """The run's tensors are those of the undisturbed one, and its files are there and whole."""
+    json.loads((out / "results.json").read_text())
+    names = [{path.name for path in run.iterdir()} for run in (out, whole)]
+    leftovers = {name for name in names[0] if re.search(r"\.\d+$", name)}  # of a kill while writing
+    return same_end(out, whole) and names[0] - leftovers == names[1]
 
 # ------------------------------------------------------------------------------------ all scripts
 
@@ -259,19 +296,22 @@ class OnTheGpu(TorchDispatchMode):
 def test_a_step_on_a_gpu_mixes_no_devices_and_never_waits(script, flags, shapes, tmp_path, monkeypatch):
     """On torch's tensors without numbers, which can be "on a GPU" on any machine.
 
-    They refuse to mix devices, and to give the host a number. They cannot go backward.
+    They refuse to mix devices, and to give the host a number. They cannot go backward. bf16 is for
+    the backbone only, sfrik's projector apart, which is 8,192 wide.
     """
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *how: True)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch, "randperm", np.random.permutation)  # an order drawn on the CPU
     config, labels = script.parse_args([*flags.split(), "--out", str(tmp_path)]), (8,)
-    stage, numbers, widths = (), torch.uint8 if shapes[0][1] < 4 else torch.float32, []
+    stage, numbers, seen, entered = (), torch.uint8 if shapes[0][1] < 4 else torch.float32, {}, set()
     if "--mode supervised" in flags:
         stage, labels = (1,), (8, 400)
     method = script.Method(config, *stage)
-    for module in method.encoder.modules():
-        module.register_forward_hook(lambda module, x, y: widths.append(y.dtype))
+    for name, network in method.named_children():
+        network.register_forward_pre_hook(lambda module, x: entered.add(x[0].dtype))
+        last = [*network.modules()][-1]
+        last.register_forward_hook(lambda module, x, y, name=name: seen.update({name: y.dtype}))
     with FakeTensorMode():
         for module in method.modules():
             for tensors in (module._parameters, module._buffers):
@@ -283,7 +323,10 @@ def test_a_step_on_a_gpu_mixes_no_devices_and_never_waits(script, flags, shapes,
         with OnTheGpu():
             loss, terms = method(batch if len(batch) > 1 else batch[0], labels)
     assert {x.device.type for x in (loss, *terms.values())} == {"cuda"}
-    assert loss.dtype == torch.float32 and torch.bfloat16 in widths
+    narrow = {name for name, dtype in seen.items() if dtype == torch.bfloat16}
+    wide = {"encoder", "key_encoder"} | ({"projector"} if script is sfrik else set())
+    assert narrow == wide & seen.keys() >= {"encoder"}
+    assert {loss.dtype, *entered} == {torch.float32}
 
 # ------------------------------------------------------------------- simclr_essl, and the frame of all
 
@@ -331,7 +374,7 @@ def test_lars_equals_the_authors():
 def test_patterns():
     images, labels = simclr_essl.draw_patterns(500, 1)
     assert images.shape == (500, 3, 32, 32) and images.dtype == torch.uint8 and labels.dtype == torch.int64
-    assert torch.equal(images, simclr_essl.draw_patterns(500, 1)[0])
+    assert torch.equal(images, drawn.__wrapped__(500, 1)[0])
     assert not torch.equal(images, simclr_essl.draw_patterns(500, 2)[0])
     assert labels.bincount().min() > 25 and len(labels.unique()) == 10
     tint = images.float().mean((2, 3))
@@ -343,14 +386,10 @@ INFO_NCE = {
     (16, 32, 1.1, 0.2, 1.0, 0.25): (1.360161967104057, 0.06009900317481963, 0.05983954413634611),
 }
 
-def test_info_nce_equals_the_authors_and_the_slow_loop():
+def test_info_nce_equals_the_authors():
     for key, want in INFO_NCE.items():
         golden(lambda z1, z2: simclr_essl.info_nce(z1, z2, 0.5), key, want)
-    z1, z2 = torch.randn(2, 6, 4, dtype=torch.float64)
-    e = [[torch.exp(F.cosine_similarity(a, b, dim=0) / 0.2) for b in z2] for a in z1]
-    want = sum(-torch.log(e[i][i] / sum(e[i])) - torch.log(e[i][i] / sum(row[i] for row in e)) for i in range(6))
-    assert simclr_essl.info_nce(z1, z2, 0.2).item() == pytest.approx(want.item() / 12, rel=1e-12)
-    assert simclr_essl.info_nce(z1.bfloat16(), z2.bfloat16(), 0.2).dtype == torch.float32
+    assert simclr_essl.info_nce(*torch.randn(2, 6, 4).bfloat16(), 0.2).dtype == torch.float32
 
 def test_every_transformation_against_torchvision():
     x = torch.rand(2, 3, 16, 16)
@@ -465,30 +504,33 @@ def test_draws_of_images_chunks_and_processes(monkeypatch):
 
 # the method
 
-def test_e_simclr_is_algorithm_1():
-    method, images, labels = method_of(simclr_essl, "--lam", "0.7")
-    encoder = method.encoder
+def algorithm_1(script):
+    """(method, images), the loss of a step, z1 and z2 of its large views, and the rotation's loss by hand."""
+    method, images, labels = method_of(script, "--lam", "0.7")
     torch.manual_seed(1)
     loss, terms = method(images, labels)
-    assert encoder[1].num_batches_tracked == 3  # three passes, each with statistics of its own
+    assert method.encoder[1].num_batches_tracked == 3  # three passes, each with statistics of its own
     torch.manual_seed(1)
-    mean, std = torch.tensor(simclr_essl.MEAN_STD["patterns"])[..., None, None]
-    views = [simclr_essl.augment(images, **policy) for policy in simclr_essl.view_policies(method.config)]
-    assert [view.shape[2] for view in views] == [32, 32, 16]
-    z1, z2 = (method.projector(encoder((view - mean) / std)) for view in views[:2])
-    turned = torch.cat([torch.rot90(views[2], k, (2, 3)) for k in range(4)])
-    logits = method.predictor(encoder((turned - mean) / std))
-    parts = [-logits.log_softmax(1)[k * 16 + i, k] for k in range(4) for i in range(16)]
-    right = [logits[k * 16 + i].argmax() == k for k in range(4) for i in range(16)]
-    want = simclr_essl.info_nce(z1, z2, 0.5) + 0.7 * sum(parts) / 64
-    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
-    assert terms["equivariance"].item() == pytest.approx(sum(parts).item() / 64, rel=1e-5)
-    assert terms["rotation_top1"].item() == pytest.approx(100 * sum(right).item() / 64)
+    mean, std = torch.tensor(script.MEAN_STD["patterns"])[..., None, None]
+    embed = lambda x, head: head(method.encoder((x - mean) / std))
+    *large, small = (script.augment(images, **policy) for policy in script.view_policies(method.config))
+    assert [view.shape[2] for view in (*large, small)] == [32, 32, 16]
+    z1, z2 = (embed(view, method.projector) for view in large)
+    logits = embed(torch.cat([torch.rot90(small, k, (2, 3)) for k in range(4)]), method.predictor)
+    rotation = -sum(logits.log_softmax(1)[k * 16 + i, k] for k in range(4) for i in range(16)) / 64
+    right = sum(logits[k * 16 + i].argmax().item() == k for k in range(4) for i in range(16))
+    assert terms["equivariance"].item() == pytest.approx(rotation.item(), rel=1e-5)
+    assert terms["rotation_top1"].item() == pytest.approx(100 * right / 64)
+    assert not any(term.requires_grad for term in terms.values())
+    x = images.float() / 255
+    assert torch.equal(method.embed(x), embed(x, method.projector))
+    return method, loss, z1, z2, rotation
+
+def test_e_simclr_is_algorithm_1():
+    method, loss, z1, z2, rotation = algorithm_1(simclr_essl)
+    assert loss.item() == pytest.approx((simclr_essl.info_nce(z1, z2, 0.5) + 0.7 * rotation).item(), rel=1e-5)
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in method.parameters())
-    assert all(not term.requires_grad for term in terms.values())
-    x = images.float() / 255
-    assert torch.equal(method.embed(x), method.projector(encoder((x - mean) / std)))
     method, images, labels = method_of(simclr_essl, "--lam", "0")  # SimCLR
     torch.manual_seed(1)
     loss, terms = method(images, labels)
@@ -592,21 +634,6 @@ def test_simclr_presets():
     warmups = {"": 10, "--epochs 40": 10, "--epochs 5": 1, "--epochs 5 --warmup-epochs 3": 3}
     assert {line: parse(line).warmup_epochs for line in warmups} == warmups
 
-@every
-def test_bf16_is_for_the_backbone_only(script):
-    """sfrik's projector apart, which is 8,192 wide."""
-    method, images, labels = method_of(script, "--precision", "bf16")
-    seen, bf16, fp32 = {}, torch.bfloat16, torch.float32
-    for name, network in method.named_children():
-        last = [*network.modules()][-1 if network is not method.encoder else 0]
-        last.register_forward_hook(lambda module, x, y, name=name: seen.update({name: y.dtype}))
-    loss, terms = method(images, labels)
-    wide = {"encoder", "key_encoder"} | ({"projector"} if script is sfrik else set())
-    assert seen and all((dtype == bf16) == (name in wide) for name, dtype in seen.items()), seen
-    assert loss.dtype == fp32 and method.features(images / 255).dtype == fp32
-    loss.backward()
-    assert {p.grad.dtype for p in method.parameters() if p.grad is not None} == {fp32}
-
 def test_spread_is_one_for_uniform_and_zero_for_equal_embeddings():
     assert simclr_essl.spread(torch.randn(2000, 64)).item() == pytest.approx(1, abs=0.02)
     assert simclr_essl.spread(torch.ones(100, 64)).item() == pytest.approx(0, abs=1e-6)
@@ -625,63 +652,62 @@ def test_features_are_those_of_eval_mode_and_leave_no_trace(script):
     assert torch.allclose(features[:5], alone, atol=1e-5)  # no batch statistics
     assert all(torch.equal(before[name], value) for name, value in method.state_dict().items())
 
-# how each script's probe is called, and what a plain torch.nn.Linear then needs: optimiser, batch, rates
 SGD, ADAM = torch.optim.SGD, torch.optim.Adam
-cosine = lambda step: 0.1 + 0.4 * (1 + math.cos(math.pi * step / 4)) / 2
-PROBES = [
-    (simclr_essl, dict(lr=0.5, final_lr=0.1, weight_decay=0.01), SGD, 256, cosine),
-    (simsiam_essl, dict(lr=0.5, final_lr=0.1, weight_decay=0.01), SGD, 256, cosine),
-    (care, dict(lr=0.5, weight_decay=0.01, batch=256, milestones=(1,), rule=lambda p, lr, weight_decay: SGD(
-        p, lr, momentum=0.9, weight_decay=weight_decay)), SGD, 256, lambda step: 0.5 if step < 2 else 0.05),
-]
 
-@pytest.mark.parametrize("script, settings, rule, batch, rates", PROBES, ids=lambda x: getattr(x, "__name__", ""))
-def test_the_probe_equals_plain_linear_layers(script, settings, rule, batch, rates):
-    """torch.nn.Linear, trained step by step with the same start, order and settings."""
-    features, labels = torch.randn(2, 512, 8), torch.randint(3, (512,))
-    epochs = iter(features)
-    torch.manual_seed(5)
-    mean, std = script.linear_probe(
-        lambda: next(epochs), labels, features[0][:50], labels[:50], probes=2, epochs=2, **settings)
-    torch.manual_seed(5)
-    weights = torch.empty(2, 8, 3).uniform_(-(8**-0.5), 8**-0.5)
-    biases = torch.empty(2, 1, 3).uniform_(-(8**-0.5), 8**-0.5)
+def plain_probes(starts, features, labels, tests, rates, weight_decay):
+    """(mean, std) on each of tests of torch.nn.Linear layers that start so, trained step by step."""
     orders, accuracies = [torch.rand(2, 512).argsort(1) for _ in range(2)], []
-    for i in range(2):
-        layer = torch.nn.Linear(8, 3)
-        layer.weight.data, layer.bias.data = weights[i].T.clone(), biases[i, 0].clone()
-        optimizer = rule(layer.parameters(), 0.5, momentum=0.9, weight_decay=0.01)
+    for i, (weight, bias) in enumerate(starts):
+        layer = torch.nn.Linear(*weight.shape)
+        layer.weight.data, layer.bias.data = weight.T.clone(), bias.flatten()
+        optimizer = SGD(layer.parameters(), 0.5, momentum=0.9, weight_decay=weight_decay)
         for step in range(4):
-            rows = orders[step // 2][i][step % 2 * batch:][:batch]
+            rows = orders[step // 2][i][step % 2 * 256:][:256]
             optimizer.param_groups[0]["lr"] = rates(step)
             optimizer.zero_grad()
             F.cross_entropy(layer(features[step // 2][rows]), labels[rows]).backward()
             optimizer.step()
-        right = layer(features[0][:50]).argmax(1) == labels[:50]
-        accuracies.append(100 * right.float().mean().item())
-    assert mean == pytest.approx(np.mean(accuracies)) and std == pytest.approx(np.std(accuracies))
+        accuracies.append([100 * (layer(x).argmax(1) == y).float().mean().item() for x, y in tests])
+    return np.transpose([np.mean(accuracies, 0), np.std(accuracies, 0)])
+
+# how each script's probe is called, and the rates that it then gives a plain torch.nn.Linear
+cosine = lambda step: 0.1 + 0.4 * (1 + math.cos(math.pi * step / 4)) / 2
+PROBES = [
+    (simclr_essl, dict(final_lr=0.1), cosine), (simsiam_essl, dict(final_lr=0.1), cosine),
+    (care, dict(batch=256, milestones=(1,), rule=functools.partial(SGD, momentum=0.9)),
+     lambda step: 0.5 if step < 2 else 0.05),
+]
+
+@pytest.mark.parametrize("script, settings, rates", PROBES, ids=lambda x: getattr(x, "__name__", ""))
+def test_the_probe_equals_plain_linear_layers(script, settings, rates):
+    features, labels = torch.randn(2, 512, 8), torch.randint(3, (512,))
+    epochs, test = iter(features), (features[0][:50], labels[:50])
+    torch.manual_seed(5)
+    got = script.linear_probe(lambda: next(epochs), labels, *test, probes=2, epochs=2, lr=0.5,
+                              weight_decay=0.01, **settings)
+    torch.manual_seed(5)
+    starts = zip(*(torch.empty(2, n, 3).uniform_(-(8**-0.5), 8**-0.5) for n in (8, 1)))
+    assert np.allclose([got], plain_probes(starts, features, labels, [test], rates, 0.01), atol=1e-4)
     few = torch.randn(60, 8)  # fewer than a batch: every image counts
     labels = (few[:, 0] > 0).long()
     assert script.linear_probe(lambda: few, labels, few, labels, lr=1.0)[0] > 90
 
-# what each paper's probe asks linear_probe for: on CIFAR, on ImageNet (or ImageNet100)
+# what each paper's probe is: on CIFAR (by default), and what else on ImageNet (or ImageNet100)
 ASKED = {
-    "simclr_essl": ({}, dict(lr=0.3, final_lr=0.3, weight_decay=1e-6)),
-    "simsiam_essl": ({}, dict(lr=1.6, epochs=90, probes=1, batch=4096, rule=simsiam_essl.LARS)),
-    "care": ({}, dict(lr=10.0, weight_decay=1e-4, batch=128, epochs=60, milestones=(30, 40, 50))),
-}
-DEFAULTS = {
-    "simclr_essl": dict(lr=30, final_lr=0, weight_decay=0, epochs=100, probes=5),
-    "simsiam_essl": dict(lr=30, final_lr=0, weight_decay=0, epochs=100, probes=5, batch=256, rule=SGD),
-    "care": dict(lr=1e-3, weight_decay=1e-6, epochs=100, probes=3, batch=512, rule=ADAM, milestones=()),
+    "simclr_essl": (dict(lr=30, final_lr=0, weight_decay=0, epochs=100, probes=5),
+                    dict(lr=0.3, final_lr=0.3, weight_decay=1e-6)),
+    "simsiam_essl": (dict(lr=30, final_lr=0, weight_decay=0, epochs=100, probes=5, batch=256, rule=SGD),
+                     dict(lr=1.6, epochs=90, probes=1, batch=4096, rule=simsiam_essl.LARS)),
+    "care": (dict(lr=1e-3, weight_decay=1e-6, epochs=100, probes=3, batch=512, rule=ADAM, milestones=()),
+             dict(lr=10.0, weight_decay=1e-4, batch=128, epochs=60, milestones=(30, 40, 50), rule=SGD, momentum=0.9)),
 }
 
 @of_scripts(IMAGES[:3])
 def test_the_probe_is_the_authors(script, monkeypatch):
     """Fresh crops and flips in every epoch; E-SSL's test images are enlarged by 9/8 and cut."""
-    name, calls = script.__name__, []
+    (cifar, imagenet), calls = ASKED[script.__name__], []
     defaults = inspect.signature(script.linear_probe).parameters
-    assert {key: defaults[key].default for key in DEFAULTS[name]} == DEFAULTS[name]
+    assert {key: defaults[key].default for key in cifar} == cifar
     method, images, _ = method_of(script)
     method.config.quick, labels, seen = False, torch.arange(16) % 3, []
     encode = method.features
@@ -701,9 +727,7 @@ def test_the_probe_is_the_authors(script, monkeypatch):
     method.config.dataset = "imagenet100" if script is care else "imagenet"
     script.probe(method, data, method.config, None, torch.zeros(9, 4))
     assert torch.allclose(seen[-1].amax((1, 2, 3)), images.amax((1, 2, 3)) / 255)  # cropped already
-    rule = calls[1].pop("rule", None) if script is care else None
-    assert rule is None or rule.func is SGD and rule.keywords == {"momentum": 0.9}
-    assert tuple(calls) == ASKED[name]
+    assert calls == [{}, imagenet]
 
 def test_neighbours_are_framed_in_green_and_red(tmp_path):
     """And fewer than eight images are enough."""
@@ -718,7 +742,7 @@ def test_neighbours_are_framed_in_green_and_red(tmp_path):
     for i, query in enumerate(queries):  # tiles of 36 pixels, 2 apart
         nearest = F.cosine_similarity(bank[query], bank).topk(8).indices
         corner = picture[:, 2 + 38 * i, 2:2 + 38 * 9:38].T.tolist()
-        green, red, gray = [0, 179, 0], [230, 0, 0], [128, 128, 128]
+        green, red, gray = [0, 255, 0], [255, 0, 0], [128, 128, 128]
         assert corner == [gray] + [red if labels[j] else green for j in nearest]
 
 # a run, its files, its faults
@@ -743,9 +767,9 @@ def test_outputs(script, runs):
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     config = json.loads((out / "config.json").read_text())
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
-    assert config == saved["config"] and config["batch_size"] == 64
+    assert config == saved["config"] and config["batch_size"] == 32
     assert saved["script"] == script.__name__ and saved["log"] == [start, *lines]
-    assert saved["data"] == {"classes": "patterns", "images": [256, 256, 1000], "precision": "fp32"}
+    assert saved["data"] == {"classes": "patterns", "images": [128, 128, 1000], "precision": "fp32"}
     encoder = torch.load(out / "encoder.pt", weights_only=True)
     assert all(torch.equal(encoder[k], saved["method"][f"encoder.{k}"]) for k in encoder)
     files = "checkpoint.pt config.json encoder.pt metrics.jsonl neighbours.png results.json"
@@ -760,17 +784,9 @@ def test_encoder_pt_is_torchvisions(tmp_path):
 @of_scripts([simclr_essl, simsiam_essl])
 def test_the_rate_follows_the_schedule_step_by_step(script, tmp_path, monkeypatch):
     """That of SimSiam's h apart, which is constant."""
-    rates, make = [], script.make_optimizer
-
-    def spied(method, config):
-        optimizer = make(method, config)
-        step = optimizer.step
-        optimizer.step = lambda: (rates.append([group["lr"] for group in optimizer.param_groups]), step())
-        return optimizer
-
-    monkeypatch.setattr(script, "make_optimizer", spied)
-    script.main(tiny(script, tmp_path / "run", "--final-lr", "0.5"))
-    peak, wave = 0.2 * 64 / 256, [math.cos(math.pi * (step - 4) / 8) for step in range(12)]
+    rates = spied_rates(script, monkeypatch)
+    script.train(script.parse_args(tiny(script, tmp_path / "run", "--final-lr", "0.5")))
+    peak, wave = 0.2 * 32 / 256, [math.cos(math.pi * (step - 4) / 8) for step in range(12)]
     want = [peak * (step / 4 if step < 4 else (3 + wave[step]) / 4) for step in range(12)]
     assert [first for first, *_ in rates] == pytest.approx(want)
     assert [h for _, *others in rates for h in others] == pytest.approx([peak] * 12 * (script is simsiam_essl))
@@ -779,77 +795,101 @@ def test_every_step_draws_anew_and_every_epoch_follows_from_its_number(tmp_path,
     boxes, crop = [], simclr_essl.crop
     spy = lambda x, box, size: boxes.append(tuple(box.flatten().tolist())) or crop(x, box, size)
     monkeypatch.setattr(simclr_essl, "crop", spy)
-    line = tiny(simclr_essl, tmp_path / "run")
-    simclr_essl.main(line)
-    simclr_essl.main(tiny(simclr_essl, tmp_path / "other", "--seed", "3"))
+    config, orders = simclr_essl.parse_args(tiny(simclr_essl, tmp_path / "run")), []
+    other = simclr_essl.parse_args(tiny(simclr_essl, tmp_path / "other", "--seed", "3"))
+    simclr_essl.train(config), simclr_essl.train(other)
     assert len(boxes) == 72 and len(set(boxes)) == 72
-    config, orders = simclr_essl.parse_args(line), []
     for epoch in (1, 2, 1):
         torch.manual_seed(epoch)
-        data = [(torch.arange(300), torch.arange(300))]
+        data = [(torch.arange(150), torch.arange(150))]
         order = [rows.tolist() for rows, _ in simclr_essl.batches(data, config, epoch, CPU)]
-        assert [len(rows) for rows in order] == [64] * 4 and len(set(sum(order, []))) == 256
+        assert [len(rows) for rows in order] == [32] * 4 and len(set(sum(order, []))) == 128
         orders.append(order)
     assert orders[0] == orders[2] != orders[1]
 
-# Runs each command line in a forked child, which dies by SIGKILL at a call of a function.
-KILLER = """
-import importlib, json, os, signal, sys
-import torch
-script = importlib.import_module(sys.argv[1])
-if hasattr(script, "linear_probe"):
-    nothing = [(0.0, 0.0)] if sys.argv[1] == "sfrik" else (0.0, 0.0)
-    script.linear_probe = lambda *args, **how: nothing
-for argv, name, at in json.loads(sys.argv[2]):
-    if os.fork() == 0:
-        owner, calls = os if name == "replace" else script, []
-        original = getattr(owner, name)
-        def dying(*args, **kwargs):
+# Runs command lines of scripts in forked children. A SIGKILL hits one at a call of a function, or after
+# so many seconds; its files cannot grow over a size. Answers with exit code, seconds and output.
+ARENA = """
+import functools, importlib, json, os, resource, signal, sys, time
+from simclr_essl import draw_patterns
+drawn = functools.cache(draw_patterns)
+drawn(4000, 1), drawn(1000, 2)  # children find them drawn
+for line in sys.stdin:
+    script, argv, function, at, blow, size = json.loads(line)
+    script, calls = importlib.import_module(script), []
+    script.draw_patterns = drawn
+    begun, child = time.perf_counter(), os.fork()
+    if child == 0:
+        for name, stream in (("out", 1), ("err", 2)):
+            os.dup2(os.open(sys.argv[1] + name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream)
+        if size:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        owner = os if function == "replace" else script
+        original = getattr(owner, function)
+        def dying(*args, **how):
             calls.append(1)
             if len(calls) == at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-        setattr(owner, name, dying)
+            return original(*args, **how)
+        setattr(owner, function, dying)
         script.main(argv)
-        os._exit(0)
-    print(os.wait()[1])
+        sys.exit()
+    code = None
+    while code is None:
+        done, status = os.waitpid(child, os.WNOHANG)
+        code = os.waitstatus_to_exitcode(status) if done else None
+        passed = time.perf_counter() - begun
+        if blow and passed >= blow and not done:
+            os.kill(child, signal.SIGKILL)
+            blow = 0
+        time.sleep(0.001)
+    print(json.dumps([code, passed, *(open(sys.argv[1] + x).read() for x in ("out", "err"))]), flush=True)
 """
 
-@every
-def test_a_killed_run_ends_as_an_uninterrupted_one(script, tmp_path, runs):
-    """Killed in a step, before a file is renamed, while it evaluates."""
-    todo, points = [], ["learning_rate 9", "dos_error 2" if script is photonics_reg else "knn_accuracy 2"]
-    points += ["replace 2"] * (script is simclr_essl)
-    for point in points:
-        name, at = point.split()
-        argv = tiny(script, tmp_path / point, "--save-every", "0")
-        todo += [(argv, name, int(at)), (argv, "replace", 99)]
-    line = [sys.executable, "-c", KILLER, script.__name__, json.dumps(todo)]
-    done = subprocess.run(line, cwd=HERE, capture_output=True, text=True)
-    codes = [int(word) for word in done.stdout.splitlines() if word.isdecimal()]
-    assert codes == [signal.SIGKILL, 0] * len(points), done.stderr
-    assert re.search(r"\b[12] of \d+ epochs done", done.stdout)
-    for point in points:
-        assert same_end(runs(script), tmp_path / point), point
-        names = {path.name for path in (tmp_path / point).iterdir()}
-        names = {name for name in names if not name.rpartition(".")[2].isdecimal()}
-        assert names == {path.name for path in runs(script).iterdir()}
+@pytest.fixture(scope="module")
+def arena(tmp_path_factory):
+    """arena(script, out, function, at, blow, size): exit code, seconds and output of a run so disturbed."""
+    std, pipe = tmp_path_factory.mktemp("arena") / "std", subprocess.PIPE
+    alone = os.environ | {"WORLD_SIZE": "", "RANK": ""}  # as good as unset
+    process = subprocess.Popen([sys.executable, "-c", ARENA, str(std)], cwd=HERE, env=alone, stdin=pipe,
+                               stdout=pipe, text=True)
 
+    def run(script, out, function="learning_rate", at=0, blow=0, size=0):
+        argv = tiny(script, out, "--save-every", "0")
+        process.stdin.write(json.dumps([script.__name__, argv, function, at, blow, size]) + "\n")
+        process.stdin.flush()
+        code, seconds, printed, problem = json.loads(process.stdout.readline())
+        lines = problem.strip().splitlines()
+        assert len(lines) == (code > 0) and all(line.startswith("error: ") for line in lines), problem
+        return code, seconds, printed
+
+    yield run
+    process.stdin.close()
+    process.wait()
+
+@every
+def test_a_killed_run_ends_as_an_uninterrupted_one(script, arena, runs, tmp_path):
+    """Killed in a step; simclr_essl also before a file is renamed, and while it evaluates."""
+    points = {"learning_rate": 9} | ({"replace": 2, "knn_accuracy": 2} if script is simclr_essl else {})
+    for function, at in points.items():
+        out = tmp_path / function
+        assert arena(script, out, function, at)[0] == -signal.SIGKILL
+        code, _, printed = arena(script, out)
+        assert code == 0 and re.search(r"\b[1-4] of \d epochs done", printed)
+        assert unharmed(out, runs(script)), function
+
+@pytest.mark.parametrize("what", ("loss", "weights"))
 @of_scripts([simclr_essl, photonics_reg])
-def test_what_is_not_finite_is_never_saved(script, tmp_path, monkeypatch, capsys):
-    """A loss, and a finite loss's gradient, in the second epoch; and Ctrl-C in the first."""
-    forward, rate, calls = script.Method.forward, script.learning_rate, []
+def test_what_is_not_finite_is_never_saved(script, what, tmp_path, monkeypatch, capsys):
+    """A loss with a finite gradient, or the reverse, at the second epoch's last step; then Ctrl-C."""
+    forward, calls, last = script.Method.forward, [], 4 if script is photonics_reg else 8
 
     def lost(self, *args):
-        loss, terms = forward(self, *args)
+        (loss, terms), p = forward(self, *args), next(self.parameters())
         calls.append(1)
-        return loss * (float("nan") if len(calls) == last else 1), terms
+        wrong = math.nan if what == "loss" else (p - p.detach()).abs().sqrt().sum()  # 0, its slope is not
+        return loss + wrong if len(calls) == last else loss, terms
 
-    def stopped(*args):
-        raise KeyboardInterrupt
-
-    steps = 2 if script is photonics_reg else 4
-    last = steps + 2
     monkeypatch.setattr(script.Method, "forward", lost)
     line = tiny(script, tmp_path / "run", "--save-every", "0")
     message = fails(capsys, 1, *line, script=script)
@@ -857,22 +897,7 @@ def test_what_is_not_finite_is_never_saved(script, tmp_path, monkeypatch, capsys
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert saved["log"][-1]["epoch"] == 1
     assert all(value.isfinite().all() for value in saved["method"].values())
-    monkeypatch.setattr(script, "learning_rate", stopped)
-    assert "same command" in fails(capsys, 130, *line, script=script)
-
-def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, capsys):
-    step, calls = SGD.step, []
-
-    def poisoned(self, *args):
-        calls.append(1)
-        if len(calls) == 6:
-            self.param_groups[0]["params"][0].grad[:] = float("inf")
-        return step(self, *args)
-
-    monkeypatch.setattr(SGD, "step", poisoned)
-    message = fails(capsys, 1, *tiny(simclr_essl, tmp_path / "run", "--save-every", "0"))
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert "epoch 2" in message and saved["log"][-1]["epoch"] == 1
+    interrupt(script, 1, line, monkeypatch, capsys)
 
 @every
 def test_errors_of_torch_in_one_line(script, tmp_path, monkeypatch, capsys):
@@ -899,15 +924,6 @@ def test_errors_of_torch_in_one_line(script, tmp_path, monkeypatch, capsys):
     with pytest.raises(RuntimeError, match="size"):  # other faults are not hidden
         script.main(tiny(script, tmp_path / "run"))
 
-def test_a_full_disk_ends_in_one_line(tmp_path):
-    """The limit on the size of a file lets config.json pass, but no checkpoint."""
-    code = "import resource, sys, simclr_essl; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000,) * 2); "
-    code += "simclr_essl.main(sys.argv[1:])"
-    line = [sys.executable, "-c", code, *tiny(simclr_essl, tmp_path / "run", "--save-every", "0")]
-    done = subprocess.run(line, cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "File too large" in done.stderr
-    assert [*(tmp_path / "run").glob("checkpoint*")] == []
-
 @every
 def test_a_finished_run_says_so_at_once(script, runs, tmp_path, monkeypatch, capsys):
     shutil.copytree(runs(script), tmp_path / "run")
@@ -923,11 +939,14 @@ def test_a_finished_run_says_so_at_once(script, runs, tmp_path, monkeypatch, cap
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
     monkeypatch.undo()
     (tmp_path / "run" / "results.json").unlink()
+    for name in ("config.json", "encoder.pt", "metrics.jsonl"):  # damaged, which does no harm
+        (tmp_path / "run" / name).write_bytes(b"\xff{")
     thread = threading.Thread(target=script.main, args=(line,))  # as in a notebook
     thread.start()
     thread.join()
     again = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert again == results
+    assert again == results and unharmed(tmp_path / "run", runs(script))
+    assert torch.load(tmp_path / "run" / "encoder.pt").keys() == torch.load(runs(script) / "encoder.pt").keys()
 
 def test_another_run_in_the_folder_is_refused_and_named(runs, tmp_path, monkeypatch, capsys):
     shutil.copytree(runs(simclr_essl), tmp_path / "run")
@@ -941,14 +960,10 @@ def test_another_run_in_the_folder_is_refused_and_named(runs, tmp_path, monkeypa
     monkeypatch.undo()
     patterns = simclr_essl.draw_patterns
     monkeypatch.setattr(simclr_essl, "draw_patterns", lambda n, seed: patterns(n - 10, seed))
-    assert "images [256, 256, 1000] then, [256, 256, 990] now" in fails(capsys, 2, *line)
+    assert "images [128, 128, 1000] then, [128, 128, 990] now" in fails(capsys, 2, *line)
     (tmp_path / "run" / "results.json").write_text("{}")
     (tmp_path / "run" / "checkpoint.pt").unlink()
     assert "checkpoint.pt" in fails(capsys, 2, *line)
-
-def without_data(path):
-    saved = torch.load(path, weights_only=True)
-    return {name: value for name, value in saved.items() if name != "data"}
 
 def test_a_damaged_or_foreign_checkpoint_is_refused(runs, tmp_path, capsys):
     for name, damage in (
@@ -957,13 +972,12 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(runs, tmp_path, capsys):
         ("text", lambda path: path.write_text("no checkpoint")),
         ("list", lambda path: torch.save([1, 2], path)),
         ("foreign", lambda path: torch.save({"script": "x", "config": {}, "data": {}}, path)),
-        ("first form", lambda path: torch.save(without_data(path), path)),
     ):
         (tmp_path / name).mkdir()
         path = tmp_path / name / "checkpoint.pt"
         shutil.copy(runs(simclr_essl) / "checkpoint.pt", path)
         damage(path)
-        if name in ("truncated", "first form"):  # of a finished run, too
+        if name == "truncated":  # of a finished run, too
             shutil.copy(runs(simclr_essl) / "results.json", tmp_path / name)
         message = fails(capsys, 2, *tiny(simclr_essl, tmp_path / name))
         assert str(path) in message and ("x.py" in message) == (name == "foreign")
@@ -972,16 +986,22 @@ BAD = [
     ("--learning-rate 1", "--learning-rate"), ("--epoch 3", "--epoch"), ("cifar10", "cifar10"),
     ("--dataset cifar11", "patterns"), ("--arch vgg", "small"), ("--epochs many", "many"), ("--epochs", "--epochs"),
     ("--epochs 0", "--epochs is 1 to"), ("--weight-decay -1", "--weight-decay is 0 to"), ("--lr nan", "not nan"),
-    ("--lr inf", "not inf"), ("--batch-size 1", "--batch-size"), ("--batch-size 320 --queue 999", "more than the 256 images"),
+    ("--lr inf", "not inf"), ("--batch-size 1", "--batch-size"), ("--batch-size 320 --queue 999", "more than the 128 images"),
     ("--projector 12-x", "12-x"), ("--projector 0", "not like 0"), ("--device tpu", "tpu"),
     (f"--seed {'9' * 20}", "--seed is 0 to"), ("--out /dev/null", "/dev/null"), ("--out /proc/x", "cannot write to /proc/x"),
     ("--dataset folder --data-root nowhere", "nowhere/train"), ("--dataset cifar10 --data-root /dev/null/x", "--quick"),
     ("--dataset cifar10 --data-root /dev/null/x", "cifar-10-python.tar.gz"),
 ]
+BAD_OF = {
+    "care": [("--chunks 5", "--chunks 5"), ("--chunks 64", "parts of 2"), ("--equivariance-batch 100", "100 of 32"),
+             ("--base moco --queue 10", "--queue"), ("--base moco --contrast none", "InfoNCE")],
+    "sfrik": [("--loss rbf", "rbf"), ("--weights 1,x", "1,x"), ("--weights 1,-40", "1,-40"), ("--lam 0", "--lam"),
+              ("--weights 0,0,0", "0,0,0"), ("--scale 0", "--scale"), ("--projector 8-1", "8-1")],
+}
 
 @images_only
 def test_bad_input_is_one_line(script, tmp_path, capsys):
-    for flags, words in BAD:
+    for flags, words in BAD + BAD_OF.get(script.__name__, []):
         streams = "folder" in getattr(script, "STREAMED", ())
         if "folder" in flags and not streams:
             continue
@@ -1012,21 +1032,21 @@ def test_a_folder_is_named_after_the_flags_given_and_help_explains_them(script, 
 def test_time_left_is_told_early_with_what_shortens_it(tmp_path, monkeypatch, capsys):
     clock = itertools.count(step=1000)
     monkeypatch.setattr(simclr_essl.time, "time", lambda: next(clock))
-    line = tiny(simclr_essl, tmp_path / "run", "--limit", "512", "--epochs", "100")
+    line = tiny(simclr_essl, tmp_path / "run", "--limit", "256", "--epochs", "100")
     monkeypatch.setattr(simclr_essl, "write", lambda *args: sys.exit())
     with pytest.raises(SystemExit):
         simclr_essl.main(line)
     [told] = [line for line in capsys.readouterr().out.splitlines() if "step" in line[:5]]
     assert told.startswith(" step 2 of 8, about ") and "day" in told and "--quick" in told
 
-@images_only
+@of_scripts([simclr_essl, simsiam_essl, care, homomorphic])
 def test_compile_changes_neither_names_nor_numbers(script, runs, tmp_path, monkeypatch):
     """With torch's tracer but no compiler behind it: one graph for each network and shape."""
     original = torch.nn.Module.compile
     traced = lambda module, **how: original(module, backend="eager", fullgraph=True, **how)
     torch._dynamo.reset()  # other scripts' networks are of the same code
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
-    script.main(tiny(script, tmp_path / "run", "--save-every", "0", "--compile"))
+    script.train(script.parse_args(tiny(script, tmp_path / "run", "--save-every", "0", "--compile")))
     assert same_end(runs(script), tmp_path / "run")
 
 def test_limit_takes_the_first_of_a_shuffled_split():
@@ -1065,18 +1085,26 @@ def test_files_of_cifar_and_stl10(script, tmp_path, monkeypatch):
     (stl / "fold_indices.txt").write_text("0\n")
     monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
     monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, md5=None: True)
+    # sfrik trains on the unlabelled images, and keeps STL-10's own size
+    stl = ([50, 210, 20], [96] * 3) if script is sfrik else ([260, 210, 20], [96, 32, 32])
     for dataset, counts, sizes in (("cifar10", [300, 300, 40], [32] * 3), ("cifar100", [250, 250, 30], [32] * 3),
-                                   ("stl10", [260, 210, 20], [96, 32, 32])):
-        if dataset not in script.PRESETS or (script, dataset) == (sfrik, "stl10"):
+                                   ("stl10", *stl)):
+        if dataset not in script.PRESETS:
             continue
-        config = script.parse_args(["--dataset", dataset, "--data-root", str(tmp_path)])
-        data = script.load_data(config, CPU)
+        line = ["--dataset", dataset, "--data-root", str(tmp_path)]
+        data = script.load_data(script.parse_args(line), CPU)
         for (images, labels), n, size in zip(data, counts, sizes):
             assert images.shape == (n, 3, size, size) and images.dtype == torch.uint8 and len(labels) == n
-        assert data[2][1].tolist() == [i % 10 for i in range(counts[2])]
+        assert data[2][1].tolist() == [i % 10 for i in range(counts[2])] and data[2][1].dtype == torch.int64
         if dataset == "cifar10":
             image = data[0][0][7].permute(1, 2, 0).numpy()
             assert (image == datasets.CIFAR10(tmp_path).data[7]).all()
+        if dataset == "stl10":
+            train = torch.tensor(datasets.STL10(tmp_path, "train").data)
+            assert torch.equal(data[1][0], TF.resize(train, sizes[1]))
+    if script is sfrik:
+        data = script.load_data(script.parse_args([*line, "--validate", "--limit", "30"]), CPU)
+        assert [len(labels) for _, labels in data] == [30, 30, 20]
 
 # images from a folder
 
@@ -1094,31 +1122,22 @@ def test_a_streamed_folder(script, tmp_path, monkeypatch, capsys):
     """From end to end; stopped and continued; probed on fresh crops."""
     tree, probe = tmp_path / "tree", script.linear_probe
     image_tree(tree, train__cat=80, train__dog=70, val__cat=9, val__dog=8)
-    monkeypatch.setattr(script, "linear_probe", lambda *args, **how: probe(*args, **how | {"epochs": 2}))
+    monkeypatch.setattr(script, "linear_probe", lambda *args, **how: probe(*args, **how | {"epochs": 1}))
     line = on_folder(script, tree)
     script.main([*line, "--out", str(tmp_path / "whole")])
     assert f"{tree}/train: 150 images, 2 classes\n" in capsys.readouterr().out
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert results["knn_top1"] > 0 and results["linear_top1"] > 0
-    rate, calls = script.learning_rate, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 4:  # the second step of the second epoch
-            raise KeyboardInterrupt
-        return rate(*args)
-
     part = [*line, "--out", str(tmp_path / "part")]
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "learning_rate", interrupted)
-        fails(capsys, 130, *part, script=script)
-    script.main(part)
+    interrupt(script, 4, part, monkeypatch, capsys)  # in the second step of the second epoch
+    script.train(script.parse_args(part))
     assert "1 of 2 epochs done" in capsys.readouterr().out
     assert same_end(tmp_path / "whole", tmp_path / "part")
-    script.main(part)
+    line += ["--out", str(tmp_path / "whole")]
+    script.main(line)
     assert "is finished" in capsys.readouterr().out
     image_tree(tree, train__cow=3, val__cow=1)  # the same folder, other images
-    message = fails(capsys, 2, *part, script=script)
+    message = fails(capsys, 2, *line, script=script)
     assert "classes ['cat', 'dog'] then, ['cat', 'cow', 'dog'] now" in message
     assert "images [150, 150, 17] then, [153, 153, 18] now" in message
 
@@ -1256,23 +1275,20 @@ def free_port():
         probe.bind(("localhost", 0))
         return str(probe.getsockname()[1])
 
-def test_world_size_left_over_in_the_environment(tmp_path):
-    """Alone: one line. Empty: no processes. With the rest: it says for whom it waits, and Ctrl-C works."""
-    line = [sys.executable, "simclr_essl.py", *tiny(simclr_essl, tmp_path / "run")]
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    launch = lambda **env: subprocess.Popen(line, cwd=HERE, env=clean | env, stdout=subprocess.PIPE,
-                                            stderr=subprocess.PIPE, text=True, bufsize=1)
-    alone = launch(WORLD_SIZE="2")
-    _, problem = alone.communicate(timeout=60)
-    assert alone.returncode == 2 and problem.startswith("error: WORLD_SIZE is 2") and problem.count("\n") == 1
-    waits = launch(WORLD_SIZE="2", RANK="0", MASTER_ADDR="localhost", MASTER_PORT=free_port())
+def test_world_size_left_over_in_the_environment(tmp_path, monkeypatch, capsys):
+    """Alone: one line. With the rest: it says for whom it waits, and Ctrl-C works. Empty: see arena."""
+    line = tiny(simclr_essl, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(simclr_essl, "WORLD", 2)
+        patch.delenv("RANK", raising=False)
+        assert fails(capsys, 2, *line).startswith("error: WORLD_SIZE is 2")
+    there = dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="localhost", MASTER_PORT=free_port())
+    waits = subprocess.Popen([sys.executable, "simclr_essl.py", *line], cwd=HERE, env=os.environ | there,
+                             stdout=subprocess.PIPE, text=True)
     assert waits.stdout.readline() == "waiting for 2 processes\n"
     time.sleep(1)
     waits.send_signal(signal.SIGINT)
     assert waits.wait(20) in (-signal.SIGINT, 130)
-    line[2:] = ["--epochs", "0"]
-    empty = launch(WORLD_SIZE="", RANK="")
-    assert empty.wait(60) == 2 and "--epochs is 1" in empty.stderr.read()
 
 TWO = """
 import importlib, json, os, sys, torch
@@ -1329,16 +1345,6 @@ def test_two_processes_compute_what_one_computes(tmp_path):
             assert others[name].item() == pytest.approx(terms[name].item(), rel=1e-5, abs=1e-8), (of, name)
         for a, b in zip(gradients, theirs, strict=True):
             assert torch.allclose(a, b, rtol=1e-3, atol=1e-6), of
-
-def test_gather_gives_ones_own_rows_the_whole_gradient(monkeypatch):
-    monkeypatch.setattr(simclr_essl, "RANK", 1)
-    monkeypatch.setattr(simclr_essl, "WORLD", 8)
-    monkeypatch.setattr(simclr_essl.dist, "all_gather", lambda parts, z: [part.copy_(z) for part in parts])
-    z = torch.randn(4, 3, requires_grad=True)
-    gathered = simclr_essl.gather(z)
-    assert torch.equal(gathered, z.detach().repeat(8, 1))
-    gathered.sum().backward()
-    assert (z.grad == 8).all()
 
 # on a real GPU
 
@@ -1410,18 +1416,9 @@ def test_cuda_step_never_synchronises(script):
 @needs_cuda
 @every
 def test_cuda_run_is_saved_continued_and_read_on_the_cpu(script, tmp_path, monkeypatch, capsys):
-    line, rate, calls = tiny(script, tmp_path / "run", "--save-every", "0"), script.learning_rate, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 7:
-            raise KeyboardInterrupt
-        return rate(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "learning_rate", interrupted)
-        fails(capsys, 130, *line, "--device", "cuda", script=script)
-    script.main([*line, "--device", "cuda"])
+    line = tiny(script, tmp_path / "run", "--save-every", "0", "--device", "cuda")
+    interrupt(script, 7, line, monkeypatch, capsys)
+    script.main(line)
     assert re.search(r"[1-3] of \d epochs done", capsys.readouterr().out)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["peak_memory_gb"] > 0 and results["device"] == torch.cuda.get_device_name()
@@ -1451,23 +1448,11 @@ def test_negative_cosine_equals_the_authors_and_stops_at_z():
         assert z.grad is None and torch.allclose(p.grad, -slope / n, atol=1e-12)
 
 def test_e_simsiam_is_algorithm_1():
-    method, images, labels = method_of(simsiam_essl, "--lam", "0.7")
-    torch.manual_seed(1)
-    loss, terms = method(images, labels)
-    assert method.encoder[1].num_batches_tracked == 3 and method.h[1].num_batches_tracked == 2
-    torch.manual_seed(1)
-    mean, std = torch.tensor(simsiam_essl.MEAN_STD["patterns"])[..., None, None]
-    views = [simsiam_essl.augment(images, **policy) for policy in simsiam_essl.view_policies(method.config)]
-    assert [view.shape[2] for view in views] == [32, 32, 16]
-    z1, z2 = (method.projector(method.encoder((view - mean) / std)) for view in views[:2])
+    method, loss, z1, z2, rotation = algorithm_1(simsiam_essl)
+    assert method.h[1].num_batches_tracked == 2
     cosines = [F.cosine_similarity(method.h(a), b.detach()) for a, b in ((z1, z2), (z2, z1))]
-    turned = torch.cat([torch.rot90(views[2], k, (2, 3)) for k in range(4)])
-    logits = method.predictor(method.encoder((turned - mean) / std)).log_softmax(1)
-    rotation_loss = -sum(logits[k * 16 + i, k] for k in range(4) for i in range(16)) / 64
-    want = -sum(cosines).mean() / 2 + 0.7 * rotation_loss
+    want = -sum(cosines).mean() / 2 + 0.7 * rotation
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
-    assert terms["equivariance"].item() == pytest.approx(rotation_loss.item(), rel=1e-5)
-    assert not any(term.requires_grad for term in terms.values())
     parameters = list(method.parameters())
     gradients = (torch.autograd.grad(value, parameters) for value in (loss, want))
     for got, wanted in zip(*gradients, strict=True):
@@ -1513,32 +1498,16 @@ def test_care_losses_equal_the_authors():
             loss = lambda a, b: care.equivariance_loss(a, b, chunks) if chunks else care.nt_xent(a, b, 0.5)
             golden(loss, key, want)
 
-def test_nt_xent_equals_the_slow_loop():
-    z = torch.randn(2, 5, 4, dtype=torch.float64)
-    rows, terms = [F.normalize(row, dim=0) for row in z.flatten(0, 1)], []
-    for i in range(10):
-        s = [math.exp(rows[i] @ rows[j] / 0.3) if j != i else 0 for j in range(10)]
-        terms.append(-math.log(s[(i + 5) % 10] / sum(s)))
-    assert care.nt_xent(*z, 0.3).item() == pytest.approx(sum(terms) / 10, rel=1e-12)
-
 def orthogonal(d):
     return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))[0]
 
 def test_equivariance_loss_of_rotated_embeddings_is_zero():
-    z1, z2 = torch.randn(2, 12, 5, dtype=torch.float64)
-    turned = torch.cat([part @ orthogonal(5) for part in z1.chunk(3)])  # another for each chunk
-    assert care.equivariance_loss(z1, turned, 3).item() == pytest.approx(0, abs=1e-25)
-    assert care.equivariance_loss(z1, turned, 1) > 0.01
-    want, cosine = 0, lambda a, b: F.cosine_similarity(a, b, dim=0)
-    for a, b in zip(z1.chunk(3), z2.chunk(3)):  # 2 (m - 1) times the mean over pairs of a chunk
-        pairs = [(i, j) for i in range(4) for j in range(4) if i != j]
-        want += sum(2 * 3 * (cosine(a[i], a[j]) - cosine(b[i], b[j])) ** 2 / 12 / 3 for i, j in pairs)
-    assert care.equivariance_loss(z1, z2, 3).item() == pytest.approx(want.item(), rel=1e-12)
+    z = torch.randn(12, 5, dtype=torch.float64)
+    turned = torch.cat([part @ orthogonal(5) for part in z.chunk(3)])  # another for each chunk
+    assert care.equivariance_loss(z, turned, 3).item() == pytest.approx(0, abs=1e-25)
+    assert care.equivariance_loss(z, turned, 1) > 0.01
 
-def care_method(*flags, n=16):
-    config = care.parse_args(["--quick", "--batch-size", str(n), "--chunks", "4", *flags])
-    torch.manual_seed(0)
-    return care.Method(config), care.draw_patterns(n, 3)[0], torch.zeros(n).long()
+care_method = lambda *flags, n=16: method_of(care, *"--base simclr --projector 512-128".split(), *flags, n=n)
 
 def test_care_is_algorithm_1():
     method, images, labels = care_method("--lam", "0.3")
@@ -1619,7 +1588,7 @@ def test_moco(monkeypatch):
         method(images, labels)
     assert method.oldest == 16  # of 64: the oldest are replaced
 
-def test_cares_presets(tmp_path, capsys):
+def test_cares_presets():
     parse = lambda line="": care.parse_args(line.split())
     names = ("lam", "chunks", "optimizer", "lr", "final_lr", "weight_decay", "temperature")
     for line, *want in (
@@ -1640,12 +1609,6 @@ def test_cares_presets(tmp_path, capsys):
     assert kinds(care.Method(parse("--quick")).projector) == "LBRL"
     assert kinds(care.Method(parse("--quick --size 96 --projector 64-16")).projector) == "LIRL"
     assert parse("--lam 0 --batch-size 100").batch_size == 100  # a baseline has no chunks
-    for line, word in (
-        ("--chunks 5", "--chunks 5"), ("--chunks 256", "parts of 2"), ("--equivariance-batch 100", "100 of 256"),
-        ("--base moco --queue 10", "--queue"), ("--base moco --contrast none", "InfoNCE"),
-        ("--projector a", "not like a"),
-    ):
-        assert word in fails(capsys, 2, *line.split(), "--out", tmp_path / "run", script=care), line
 
 def test_cares_list_of_classes(tmp_path, capsys):
     """One a line, whatever the blanks; kNN and probe see these classes alone."""
@@ -1657,7 +1620,7 @@ def test_cares_list_of_classes(tmp_path, capsys):
     assert train[0].classes == test[0].classes == ["cat", "hot dog"]
     assert (len(train[1]), len(bank[1]), test[1].tolist()) == (18, 18, [0, 0, 0, 1, 1, 1])
     line += ["--out", tmp_path / "run"]
-    for content, word in ((b"cat\nlion\n", "lacks 1 of 2 classes"), (b"\n", "0 of 0"), (b"\xff\xfe", "cannot read")):
+    for content, word in ((b"cat\nlion\n", "lion"), (b"\n", "at least one"), (b"\xff\xfe", "cannot read")):
         path.write_bytes(content)
         assert word in fails(capsys, 2, *line, script=care)
     line = ["--dataset", "imagenet100", "--data-root", tree, "--out", tmp_path / "run"]
@@ -1716,16 +1679,15 @@ def test_the_axis_probes_tell_what_an_embedding_knows(monkeypatch):
     def measured(embed):
         monkeypatch.setattr(method, "embed", embed)
         results = care.axis_probes(method, data)
-        return [results[name] for name in ("axis_angle_degrees", "axis_free_angle_degrees",
-                                           "ridge_axis_angle_degrees", "ridge_axis_mse")]
+        return [results[name] for name in ("axis_angle_degrees", "ridge_axis_angle_degrees", "ridge_axis_mse")]
 
-    angle, free, ridge, mse = measured(lambda x: 3 * care.principal_axis(x))
-    assert angle < 6 and free < 6 and ridge < 0.1 and mse < 1e-4
+    angle, ridge, mse = measured(lambda x: 3 * care.principal_axis(x))
+    assert angle < 6 and ridge < 0.1 and mse < 1e-4
     sign = lambda x: torch.randint(2, (len(x), 1)) * 2 - 1
-    angle, free, ridge, mse = measured(lambda x: sign(x) * care.principal_axis(x))
+    angle, ridge, mse = measured(lambda x: sign(x) * care.principal_axis(x))
     assert 75 < angle < 105 and 75 < ridge < 105 and mse == pytest.approx(1, abs=0.05)
-    angle, free, ridge, mse = measured(lambda x: torch.ones(len(x), 16))
-    assert 80 < angle < 100 and 45 < free < 70
+    angle, _, _ = measured(lambda x: torch.ones(len(x), 16))
+    assert 80 < angle < 100
 
 def test_a_run_on_chains_ends_with_its_measures(tmp_path, capsys):
     line = ["--quick", "--dataset", "proteins", "--limit", "256", "--epochs", "1", "--knn-every", "1"]
@@ -1771,7 +1733,7 @@ def test_legendre_polynomials():
     assert got.item() == pytest.approx(0.008040044344, rel=1e-6)  # golden: SFRIK's code
 
 def test_mmd_to_uniform():
-    """Its slow loop, its symmetry, its zero, its value on a collapsed batch."""
+    """Its slow loop, and its value on a collapsed batch."""
     weights = (1, 40, 40)
     for n, q in ((6, 4), (5, 16), (40, 3)):
         z, slow = torch.randn(n, q, dtype=torch.float64), 0
@@ -1780,31 +1742,7 @@ def test_mmd_to_uniform():
             p2, p3 = (q * t**2 - 1) / (q - 1), ((q + 2) * t**3 - 3 * t) / (q - 1)
             slow += (t + 40 * p2 + 40 * p3).item() / n**2
         assert sfrik.mmd_to_uniform(z, weights).item() == pytest.approx(slow, rel=1e-12) and slow > 0
-        turned = 2 * z @ torch.linalg.qr(torch.randn(q, q, dtype=torch.float64))[0]
-        assert sfrik.mmd_to_uniform(turned, weights).item() == pytest.approx(slow, rel=1e-10)
-    axes = torch.cat([torch.eye(7), -torch.eye(7)]).double()  # a spherical 3-design
-    for length in (1, 2, 3):
-        assert sfrik.mmd_to_uniform(axes, weights[:length]).item() == pytest.approx(0, abs=1e-13)
     assert sfrik.mmd_to_uniform(torch.ones(9, 5), weights).item() == pytest.approx(81)
-
-class Largest(TorchDispatchMode):
-    """Number of elements of the largest tensor that any operation makes."""
-
-    size = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.size = max([self.size, *(x.numel() for x in tree_leaves(result) if hasattr(x, "numel"))])
-        return result
-
-def test_memory_of_the_losses():
-    """L_reg without q x q elements."""
-    sizes = {}
-    for name, (function, *_) in SFRIK.items():
-        with Largest() as largest:
-            function(*torch.randn(2, 16, 256).requires_grad_().unbind()).backward()
-        sizes[name] = largest.size
-    assert sizes["vicreg"] == 256**2 and sizes["sfrik L=3"] == sizes["sfrik L=2"] == 2 * 16 * 256
 
 @pytest.mark.parametrize("name, function", (
     ("sfrik", lambda z1, z2: sfrik.sfrik_loss(z1, z2, 7, 1, (1, 30))),
@@ -1831,17 +1769,12 @@ def test_sfrik_is_its_algorithm(name, function):
     assert torch.equal(method.embed(images / 255), embed(images / 255))
 
 def test_lambda_and_the_coefficient_of_the_similarity():
-    """The authors' factors; and lam is the weight of L_reg against the mean squared distance."""
+    """The authors' factors."""
     wanted = {"64-8192": 4000, "64-32768 --lam 0.8192": 40000, "64-8192 --loss auh": 3000}
     wanted |= {"64-8192 --loss vicreg": 10, "64-8192 --sim-coeff 25": 25}
     for flags, want in wanted.items():
         config = sfrik.parse_args(["--arch", "small", "--projector", *flags.split()])
         assert sfrik.Method(config).sim_coeff == pytest.approx(want)
-    z1, z2 = torch.randn(2, 6, 9, dtype=torch.float64)
-    paper = (F.normalize(z1) - F.normalize(z2)).square().sum(1).mean()
-    paper = paper + 1.7 / 2 * sum(sfrik.mmd_to_uniform(z, (1, 40)) for z in (z1, z2))
-    ours = sfrik.sfrik_loss(z1, z2, 5 * 9 / 1.7, 5, (1, 40))
-    assert ours.item() == pytest.approx(5 / 1.7 * paper.item(), rel=1e-12)
 
 def test_sfriks_presets():
     parse = lambda line: sfrik.parse_args(line.split())
@@ -1856,10 +1789,7 @@ def test_sfriks_presets():
     c = parse("--dataset imagenet20 --arch small --projector 32-32")
     optimizer = sfrik.make_optimizer(sfrik.Method(c), c)
     assert isinstance(optimizer, sfrik.LARS) and optimizer.decay == 1e-6 and c.warmup_epochs == 10
-    peak = optimizer.defaults["lr"]  # golden: SFRIK's schedule, 100 epochs of 10 steps
-    for step, want in {5: 0.48, 100: 9.6, 101: 9.599970786000636, 999: 0.009629213999363506}.items():
-        got = sfrik.learning_rate(step, 1000, 100, peak, c.final_lr * peak)
-        assert got == pytest.approx(want, rel=1e-9)
+    assert optimizer.defaults["lr"] == pytest.approx(9.6) and c.final_lr == 0.001
     [group] = sfrik.make_optimizer(sfrik.Method(c), parse("--quick")).param_groups
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.1, 0.9, 5e-4)
 
@@ -1908,20 +1838,9 @@ def test_sfriks_probe_is_a_plain_linear_layer_trained_by_the_authors_rule():
     torch.manual_seed(5)
     got = sfrik.linear_probe(lambda: next(epochs), labels, tests, weight_decay=0.1, epochs=2, probes=2)
     torch.manual_seed(5)
-    starts, accuracies = 0.01 * torch.randn(2, 4, 3), []
-    orders = [torch.rand(2, 512).argsort(1) for _ in range(2)]
-    for i, start in enumerate(starts):
-        layer = torch.nn.Linear(4, 3)
-        layer.weight.data, layer.bias.data = start.T.clone(), torch.zeros(3)
-        optimizer = torch.optim.SGD(layer.parameters(), 0.4, momentum=0.9, weight_decay=0.1)
-        for step in range(4):
-            rows = orders[step // 2][i][step % 2 * 256 :][:256]
-            optimizer.param_groups[0]["lr"] = 0.2 * (1 + math.cos(math.pi * step / 4))
-            optimizer.zero_grad()
-            F.cross_entropy(layer(features[step // 2][rows]), labels[rows]).backward()
-            optimizer.step()
-        accuracies.append([100 * (layer(x).argmax(1) == y).float().mean().item() for x, y in tests])
-    assert np.allclose(got, np.transpose([np.mean(accuracies, 0), np.std(accuracies, 0)]), atol=1e-4)
+    starts = [(weight, torch.zeros(3)) for weight in 0.01 * torch.randn(2, 4, 3)]
+    rates = lambda step: 0.2 * (1 + math.cos(math.pi * step / 4))
+    assert np.allclose(got, plain_probes(starts, features, labels, tests, rates, 0.1), atol=1e-4)
 
 def test_the_probe_sees_a_share_of_each_class_in_fresh_crops(monkeypatch):
     method, images, _ = method_of(sfrik, n=260)
@@ -1963,17 +1882,14 @@ def test_held_out_images_are_never_trained_on(capsys):
 
 def test_imagenet20_from_end_to_end(tmp_path, monkeypatch):
     """One evaluation on the validation and on the held-out images, by fresh crops of files."""
-    for name, n in {"train/cat": 270, "train/dog": 105, "val/cat": 9, "val/dog": 8}.items():
-        (tmp_path / name).mkdir(parents=True)
-        for i, image in enumerate(sfrik.draw_patterns(n, 1)[0] / 255):
-            save_image(image, tmp_path / name / f"{i}.jpg")
+    image_tree(tmp_path, train__cat=270, train__dog=105, val__cat=9, val__dog=8)
     line = "--dataset imagenet20 --arch small --size 32 --batch-size 64 --epochs 1 --projector 32-32"
     argv = [*line.split(), "--data-root", str(tmp_path)]
     drawn, probe = [], sfrik.linear_probe
 
     def spied(draw, labels, tests):
         drawn.append((len(draw()), labels.bincount().tolist(), [len(y) for _, y in tests]))
-        return probe(draw, labels, tests, epochs=2)
+        return probe(draw, labels, tests, epochs=1)
 
     monkeypatch.setattr(sfrik, "linear_probe", spied)
     sfrik.main([*argv, "--out", str(tmp_path / "run")])
@@ -1988,21 +1904,6 @@ def test_imagenet20_from_end_to_end(tmp_path, monkeypatch):
     assert not {*train[0].samples} & {*test[0].samples} and bank[0] is train[0]
     assert [label for _, label in train[0].samples] == train[1].tolist()
 
-def test_stl10_keeps_its_own_size(tmp_path, monkeypatch):
-    folder, counts = tmp_path / "stl10_binary", {"unlabeled": 50, "train": 210, "test": 20}
-    folder.mkdir()
-    for split, n in counts.items():
-        (folder / f"{split}_X.bin").write_bytes(random.randbytes(n * 3 * 96 * 96))
-        (folder / f"{split}_y.bin").write_bytes(bytes(1 + i % 10 for i in range(n)))
-    (folder / "class_names.txt").write_text("")
-    monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
-    line = ["--dataset", "stl10", "--data-root", str(tmp_path)]
-    data = sfrik.load_data(sfrik.parse_args(line), CPU)
-    assert [images.shape for images, _ in data] == [(n, 3, 96, 96) for n in counts.values()]
-    assert torch.equal(data[1][0], torch.tensor(datasets.STL10(tmp_path, "train").data))
-    data = sfrik.load_data(sfrik.parse_args([*line, "--validate", "--limit", "30"]), CPU)
-    assert [len(labels) for _, labels in data] == [30, 30, 20]
-
 def test_results_say_why_there_is_no_svm(monkeypatch):
     method, images, _ = method_of(sfrik, n=210)
     results = sfrik.evaluate(None, (None, None, None), method.config, [{}, {}])
@@ -2015,29 +1916,18 @@ def test_results_say_why_there_is_no_svm(monkeypatch):
     results = sfrik.evaluate(method, data, method.config, [{}, {}])
     assert results["svm_top1"] is None and "210 images of 10450001 classes" in results["svm_protocol"]
 
-def test_sfriks_bad_input(tmp_path, capsys):
-    for flags in ("--loss rbf", "--weights 1,x", "--weights 1,-40", "--weights 0,0,0", "--lam 0", "--scale 0",
-                  "--projector 8-1"):
-        line = fails(capsys, 2, *tiny(sfrik, tmp_path / "run", *flags.split()), script=sfrik)
-        assert any(word in line for word in flags.split())
-
 # ------------------------------------------------------------------------------------ homomorphic
 
-# golden: a slow double loop over Equation 2, temperature 0.1
-NCE = {
-    (8, 5, 0.3, 0.7, 0.35, 0.72): (0.9287304578748303, 0.9170816312026937, 0.7819685404518322),
-    (16, 32, 1.1, 0.2, 1.0, 0.25): (-3.7692339653330857, 0.4135734143558816, 0.4176165218341101),
-}
-
-def test_nce_loss_equals_the_slow_loop():
-    for key, want in NCE.items():
-        golden(lambda z1, z2: homomorphic.nce_loss(z1, z2, 0.1), key, want)
-    v, want = torch.randn(2, 5, 4, dtype=torch.float64), 0
+def test_nce_loss_is_equation_2():
+    v, want = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True), 0
     e = lambda a, b: torch.exp(F.cosine_similarity(a, b, dim=0) / 0.3)
     for i in range(5):
         others = [(j, k, l) for k in range(5) if k != i for j in range(2) for l in range(2)]
         want -= torch.log(e(v[0][i], v[1][i]) / sum(e(v[j][i], v[l][k]) for j, k, l in others)) / 5
-    assert homomorphic.nce_loss(*v, 0.3).item() == pytest.approx(want.item(), rel=1e-12)
+    loss = homomorphic.nce_loss(*v, 0.3)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-12)
+    slopes = (torch.autograd.grad(value, v)[0] for value in (loss, want))
+    assert torch.allclose(*slopes, rtol=1e-9, atol=1e-12)
     assert homomorphic.nce_loss(*v.bfloat16(), 0.3).dtype == torch.float32
 
 def test_transforms():
@@ -2107,24 +1997,21 @@ def homo_method(*flags, group="translation", n=12, dtype=torch.float32):
     images = homomorphic.draw_patterns(n, 3)[0]
     return method, method.canvas(images.to(dtype) / 255), images
 
-@pytest.mark.parametrize("dtype, bound", ((torch.float32, 1e-5), (torch.float64, 1e-12)))
-@pytest.mark.parametrize("training", (True, False))
 @pytest.mark.parametrize("arch", ("small", "mnist", "resnet20"))
-def test_rotation_is_equivariant_at_every_depth(arch, training, dtype, bound):
+def test_rotation_is_equivariant_at_every_depth(arch):
     flags = ["--arch", arch, *["--width", "0.06"] * (arch == "resnet20")]
-    method, x, _ = homo_method(*flags, group="rotation", dtype=dtype, n=4)
-    encoder, turns = method.encoder.train(training), torch.tensor([0, 1, 2, 3])
+    method, x, _ = homo_method(*flags, group="rotation", dtype=torch.float64, n=4)
+    turns = torch.tensor([0, 1, 2, 3])
     z, w = x, homomorphic.transform(x, turns, "rotation")
-    for layer in encoder.layers:
+    for layer in method.encoder.layers:
         z, w = layer(z), layer(w)
-        assert (homomorphic.act(z, turns, "rotation") - w).norm() < bound * w.norm()
-        assert (z - w).norm() > 100 * bound * w.norm()  # not invariant
+        assert (homomorphic.act(z, turns, "rotation") - w).norm() < 1e-12 * w.norm()
+        assert (z - w).norm() > 1e-3 * w.norm()  # not invariant
         assert torch.equal(homomorphic.act(z, 1, "rotation")[:, :, 1], z[:, :, 0].rot90(1, (-2, -1)))
 
-@pytest.mark.parametrize("dtype, bound", ((torch.float32, 1e-5), (torch.float64, 1e-12)))
-def test_for_rotation_both_methods_are_one(dtype, bound):
+def test_for_rotation_both_methods_are_one():
     """Equal losses and gradients, with planes drawn to match: a turn by g moves plane g0 - g to g0."""
-    method, x, _ = homo_method(group="rotation", dtype=dtype)
+    method, x, _ = homo_method(group="rotation", dtype=torch.float64)
     g1, g2, g0 = torch.randint(4, (3, len(x)))
     plane, values = lambda g: torch.stack([g % 4, 0 * g, 0 * g], 1), []
     for pair in (lambda: method.homomorphic(x, plane(g0 - g1), plane(g0 - g2))[:2],
@@ -2134,9 +2021,9 @@ def test_for_rotation_both_methods_are_one(dtype, bound):
         loss.backward()
         values.append((loss, [p.grad for p in method.encoder.parameters()]))
     (loss, gradients), (other, others) = values
-    assert abs(loss - other) < bound * max(1, abs(other))
+    assert abs(loss - other) < 1e-12 * max(1, abs(other))
     for a, b in zip(gradients, others, strict=True):
-        assert (a - b).norm() < 100 * bound * b.norm()
+        assert (a - b).norm() < 1e-10 * b.norm()
     wrong = homomorphic.nce_loss(*method.homomorphic(x, plane(g0 + g1), plane(g0 + g2))[:2], 0.1)
     assert abs(wrong - other) > 1e-3
 
@@ -2304,7 +2191,7 @@ def test_files_of_mnist_and_tiny_imagenet(tmp_path, monkeypatch, capsys):
     images = raw / "train-images-idx3-ubyte"
     images.write_bytes(images.read_bytes()[:-5])
     message = fails(capsys, 2, *line, "--out", tmp_path / "run", script=homomorphic)
-    assert f"delete {tmp_path / 'MNIST'}" in message
+    assert "delete MNIST" in message
 
     root, line = tmp_path / "tiny-imagenet-200", [*line, "--dataset", "tinyimagenet"]
     load = lambda: homomorphic.load_data(homomorphic.parse_args(line), CPU)
@@ -2362,12 +2249,6 @@ def test_homomorphic_presets_and_bad_input(tmp_path, capsys):
 
 # ----------------------------------------------------------------------------------- photonics_reg
 
-# golden: E-SSL photonics code, NT-Xent at temperature 0.1: [loss, |dloss/dz1|, |dloss/dz2|]
-PHOTONICS_NT_XENT = {
-    (8, 5, 0.3, 0.7, 0.35, 0.72): (0.8612976550331471, 0.4970166068336627, 0.4528257064630726),
-    (16, 32, 1.1, 0.2, 1.0, 0.25): (0.01908587895001622, 0.015867597444866047, 0.015937764471201103),
-}
-
 # golden: MPB 1.11.1 at resolution 32. Permittivity: lowest and highest, then the ten levels between as
 # digits, row by row, packed; 10^5 times the frequencies of 6 bands at every 125th wave vector; 10^4 times
 # the labels at every 10th point
@@ -2379,13 +2260,6 @@ MPB = {
         "41623 47161 16266 20612 31753 37979 40282 48525 18760 23637 26838 33696 43158 52066",
         "15365 16967 18619 20330 22095 23980 26070 28532 32694 35886 30571 26865 27019 28306 36584 38265 "
         "37043 43858 47243 47034 38101 46693 49242 50942 52503 54301 56140 57947 58365 62949"),
-    "c_pm_1": (6.760701756541254, 15.980145365139682,
-        "eNqlk10KwDAIg6+0YtHl/hcbg/1IUQM1r19b06jALTm8BKu6XAk3wjEIn4SfnivqByLuHVjEXQWE+jIYqA9Iwt+UNeOPR0u5Fvb+"
-        "NmD7PqlP/JP/k/xY/qR/pP9sfmZvfq25P/v7eQGzWNe/",
-        "17633 18426 20670 22700 39662 40572 14576 17586 22388 26713 34985 39969 12840 15641 26719 30342 "
-        "31506 35444 13045 15871 25832 30534 31264 36405 15108 18175 21562 25792 35922 40628",
-        "15280 16847 18455 20097 21771 23521 25385 27442 30294 35009 30965 26558 26600 32297 36439 38153 "
-        "39823 41686 43959 45295 46498 49073 47272 46997 51689 54221 56126 58245 60863 64075"),
     "c_pm_2": (9.03290879213243, 13.716648672915882,
         "eNq1k1EOgDAIQ6+EA+u4/8XUxWU/k7oQ+/uarSkgcssfQeb6yivhzrgSfhD+8sDgji3ml8NKyFsOmLavoGXGex9oZnMi2QknhiBC"
         "5/iZ5/KHOOqP9c/mtzx/sj+a21/N3U9dvt8Ti7fU0w==",
@@ -2404,9 +2278,7 @@ def golden_cell(name):
     frequencies, labels = (torch.tensor([int(x) for x in line.split()]).double() for line in numbers)
     return eps.view(1, 32, 32), frequencies.view(5, 6) / 1e5, labels / 1e4
 
-def test_photonics_losses_equal_the_authors():
-    for key, want in PHOTONICS_NT_XENT.items():
-        golden(lambda z1, z2: photonics_reg.nt_xent(z1, z2, 0.1), key, want)
+def test_the_error_of_a_dos_equals_the_authors():
     target = wave(6, 400, 0.2, 0.01).abs() + 1
     prediction = target + 0.1 * wave(6, 400, 0.5, 0.03)
     prediction[:, :100] += 5  # these points do not count
@@ -2670,19 +2542,10 @@ def test_every_epoch_has_its_place_and_every_step_its_rate(tmp_path, monkeypatch
     few = ["--epochs", "2", "--tune-epochs", "3", "--splits", "2"]
     assert plan(*few) == [(0, 1), (0, 2), *tune] and plan(*few, "--pretrained", "x") == tune
     assert plan(*few, "--mode", "supervised") == tune
-    rates, make = [], photonics_reg.make_optimizer
-
-    def spied(method, config):
-        optimizer = make(method, config)
-        step = optimizer.step
-        optimizer.step = lambda: (rates.append((method.split, optimizer.param_groups[0]["lr"])), step())
-        return optimizer
-
-    monkeypatch.setattr(photonics_reg, "make_optimizer", spied)
-    photonics_reg.main(tiny_photonics(tmp_path / "run", "--splits", "2"))
+    rates = spied_rates(photonics_reg, monkeypatch)
+    photonics_reg.train(photonics_reg.parse_args(tiny_photonics(tmp_path / "run", "--splits", "2")))
     cosine = [0.005 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
-    want = [(0, pytest.approx(rate)) for rate in cosine] + [(1, 1e-3)] * 6 + [(2, 1e-3)] * 6
-    assert rates == want
+    assert sum(rates, []) == pytest.approx(cosine + [1e-3] * 12)
 
 @pytest.fixture(scope="module")
 def four_modes(tmp_path_factory):
@@ -2690,22 +2553,11 @@ def four_modes(tmp_path_factory):
     photonics_reg.main(tiny_photonics(out, "--mode", "all", "--splits", "2"))
     return out
 
-@pytest.mark.parametrize("step, done", ((3, 1), (6, 2), (8, 3), (11, 5), (12, 5)))
+@pytest.mark.parametrize("step, done", ((3, 1), (6, 2), (12, 5)))
 def test_a_photonics_run_goes_on(step, done, four_modes, tmp_path, monkeypatch, capsys):
-    """Stopped in the pre-training, in the first epoch of each split, in a later one, and continued."""
-    line = ["--splits", "2", "--save-every", "0", "--data-root", str(four_modes.parent)]
-    line = tiny_photonics(tmp_path, *line)
-    rate, calls = photonics_reg.learning_rate, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == step:
-            raise KeyboardInterrupt
-        return rate(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(photonics_reg, "learning_rate", interrupted)
-        fails(capsys, 130, *line, script=photonics_reg)
+    """Stopped in the pre-training and in the first epoch of each split, and continued."""
+    line = tiny_photonics(tmp_path, "--splits", "2", "--save-every", "0")
+    interrupt(photonics_reg, step, line, monkeypatch, capsys)
     photonics_reg.main(line)
     assert f"{done} of 8 epochs done" in capsys.readouterr().out
     assert same_end(four_modes / "essl", tmp_path)
@@ -2757,7 +2609,7 @@ def test_fine_tuning_starts_from_the_pretrained_encoder(four_modes, tmp_path, mo
         return method, optimizer
 
     monkeypatch.setattr(photonics_reg, "begin", spied)
-    line = ["--mode", "simclr", "--splits", "2", "--data-root", str(four_modes.parent)]
+    line = ["--mode", "simclr", "--splits", "2"]
     photonics_reg.main(tiny_photonics(tmp_path / "whole", *line))
     for run in (four_modes, four_modes / "simclr"):
         out = tmp_path / run.name
@@ -2810,10 +2662,6 @@ def test_wahba_recovers_a_rotation():
         s[-1] *= 1 if reflections else torch.sign(torch.det(u @ vt))
         closed = (2 * 50 - 2 * s.sum()).sqrt().item()
         assert compare.wahba_error(f, g, reflections) == pytest.approx(closed, rel=1e-9)
-    first, second = (orthogonal(6) for _ in range(2))  # Corollary 1: two augmentations compose
-    solved = [compare.wahba_rotation(a, b, True) for a, b in (
-        (f, f @ first.T), (f @ first.T, f @ first.T @ second.T), (f, f @ first.T @ second.T))]
-    assert torch.allclose(solved[1] @ solved[0], solved[2], atol=1e-9)
 
 def test_relative_equivariance():
     f, g = F.normalize(torch.randn(2, 20, 4, dtype=torch.float64), dim=2)
@@ -2942,7 +2790,7 @@ def test_means_over_seeds():
 
 def test_compare_from_end_to_end(runs, tmp_path, monkeypatch, capsys):
     """Runs of several scripts, one alone, and what cannot be compared."""
-    for name, value in dict(FIT=250, SCORE=100, SHIFTED=50, DRAWS=2, RETRIEVED=20).items():
+    for name, value in dict(FIT=120, SCORE=50, SHIFTED=50, DRAWS=2, RETRIEVED=20).items():
         monkeypatch.setattr(compare, name, value)
     probe = simclr_essl.linear_probe
     monkeypatch.setattr(simclr_essl, "linear_probe", lambda *args, **how: probe(*args, **how | {"epochs": 2}))
@@ -2961,7 +2809,8 @@ def test_compare_from_end_to_end(runs, tmp_path, monkeypatch, capsys):
     assert [row["name"] for row in rows] == [*trained, *(f"untrained, as {name}" for name in trained)]
     assert [mean["name"] for mean in means] == ["care", "homomorphic", "untrained, as care", "untrained, as homomorphic"]
     assert means[0]["r2"]["hue"]["mlp"] == [rows[0]["r2"]["hue"]["mlp"], 0]  # the copy's weights are the same
-    assert means[2]["knn"][1] == abs(rows[3]["knn"] - rows[4]["knn"]) / 2 > 0
+    moved = [row["geometry"]["moved"] for row in rows]
+    assert means[2]["geometry"]["moved"][1] == pytest.approx(abs(moved[3] - moved[4]) / 2) and moved[3] != moved[4]
     assert all(f"{mean['knn'][0]:.1f}" in text and f"{mean['r2']['hue']['mlp'][0]:.2f}" in text for mean in means)
     assert all(0 < row["knn"] <= 100 and len(row["r2"]) == 8 for row in rows) and len(rows[2]["layers"]) == 3
     assert [row["geometry"]["width"] for row in rows] == [16, 16, 32, 16, 16, 32]
@@ -2970,13 +2819,7 @@ def test_compare_from_end_to_end(runs, tmp_path, monkeypatch, capsys):
     compare.main([str(runs(photonics_reg)), "--out", str(tmp_path / "cells")])
     assert (tmp_path / "cells" / "spectra.png").stat().st_size > 10_000
 
-    def refused(*words):
-        with pytest.raises(SystemExit) as stop:
-            compare.main([str(word) for word in words])
-        [line] = capsys.readouterr().err.strip().splitlines()
-        assert stop.value.code == 2 and line.startswith("error: ")
-        return line
-
+    refused = lambda *words: fails(capsys, 2, *words, script=compare)
     assert "nowhere" in refused("nowhere") and "--out" in refused(folders[0], "--out", "/dev/null")
     assert "same folder name" in refused(folders[0], folders[0]) and "no device" in refused(folders[0], "--device", "x")
     assert "different data" in refused(folders[0], runs(photonics_reg), "--out", tmp_path / "x")
@@ -3041,11 +2884,10 @@ def test_benchmark_of_a_script(name, monkeypatch):
 def test_benchmark_of_losses_and_bad_words(capsys):
     [row] = benchmark.loss_rows(16, (128,))
     assert all(row[f"{name} ms"] > 0 for name in benchmark.LOSSES)
-    assert row["vicreg GB"] * 2**30 > 4 * 128**2 > row["sfrik L=3 GB"] * 2**30 > 4 * 16 * 128
+    for name in ("sfrik L=2", "sfrik L=3"):  # without q x q elements
+        assert row["vicreg GB"] * 2**30 > 4 * 128**2 > row[f"{name} GB"] * 2**30 > 4 * 16 * 128
     assert row["sfrik L=3 over vicreg"] == row["sfrik L=3 ms"] / row["vicreg ms"]
-    with pytest.raises(SystemExit) as end:
-        benchmark.main(["simclr"])
-    assert end.value.code == 2 and capsys.readouterr().err.startswith("error: choose a script of")
+    assert "choose a script of" in fails(capsys, 2, "simclr", script=benchmark)
     benchmark.main(["--help"])
     assert "python benchmark.py sfrik" in capsys.readouterr().out
 
@@ -3055,109 +2897,32 @@ def test_benchmark_of_losses_and_bad_words(capsys):
 # CAMPAIGN=20 python -m pytest -s -k campaign test_all.py
 CAMPAIGN = int(os.environ.get("CAMPAIGN", 1))
 
-# Runs a command line of a script in a forked child, which a SIGKILL hits after the given seconds, and
-# whose files cannot grow over a size. Answers with exit code, seconds and output.
-ARENA = """
-import importlib, json, os, resource, signal, sys, time
-script = importlib.import_module(sys.argv[1])
-for line in sys.stdin:
-    argv, blow, size = json.loads(line)
-    begun, child = time.perf_counter(), os.fork()
-    if child == 0:
-        for name, stream in (("out", 1), ("err", 2)):
-            os.dup2(os.open(sys.argv[2] + name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream)
-        if size:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-        script.main(argv)
-        sys.exit()
-    code = None
-    while code is None:
-        done, status = os.waitpid(child, os.WNOHANG)
-        code = os.waitstatus_to_exitcode(status) if done else None
-        passed = time.perf_counter() - begun
-        if blow and passed >= blow and not done:
-            os.kill(child, signal.SIGKILL)
-            blow = 0
-        time.sleep(0.001)
-    print(json.dumps([code, passed, *(open(sys.argv[2] + x).read() for x in ("out", "err"))]), flush=True)
-"""
+campaign = of_scripts(SCRIPTS if CAMPAIGN > 1 else [simclr_essl])
 
-@pytest.fixture(scope="module", params=SCRIPTS if CAMPAIGN > 1 else [simclr_essl],
-                ids=lambda script: script.__name__)
-def arena(request, tmp_path_factory):
-    """What the tests of a campaign need: run(out, blow, size), and a run that was not disturbed."""
-    script, folder = request.param, tmp_path_factory.mktemp("arena")
-    line = [sys.executable, "-c", ARENA, script.__name__, str(folder / "std")]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(line, cwd=HERE, stdin=pipe, stdout=pipe, text=True)
-
-    def run(out, blow=0, size=0):
-        argv = tiny(script, out, "--save-every", "0")
-        process.stdin.write(json.dumps([argv, blow, size]) + "\n")
-        process.stdin.flush()
-        code, seconds, printed, problem = json.loads(process.stdout.readline())
-        lines = problem.strip().splitlines()
-        assert len(lines) == (code > 0) and all(line.startswith("error: ") for line in lines), problem
-        run.seconds = seconds if code == 0 else run.seconds  # of the last run that came to its end
-        return code
-
-    run.name, run.whole, run.seconds, run.random = script.__name__, folder / "whole", 0, random.Random(0)
-    assert run(run.whole) == 0
-    yield run
-    process.stdin.close()
-    process.wait()
-
-def unharmed(out, whole):
-    """The run's tensors are those of the undisturbed one, and its files are there and whole."""
-    json.loads((out / "results.json").read_text())
-    names = [{path.name for path in run.iterdir()} for run in (out, whole)]
-    leftovers = {name for name in names[0] if re.search(r"\.\d+$", name)}  # of a kill while writing
-    return same_end(out, whole) and names[0] - leftovers == names[1]
-
-def test_campaign_of_kills(arena, tmp_path):
+@campaign
+def test_campaign_of_kills(script, arena, runs, tmp_path):
     """SIGKILL at random moments, until the run has come to its end all the same; and again."""
-    kills = runs = 0
-    while kills < CAMPAIGN:
-        out = tmp_path / f"killed{runs}"
-        while arena(out, arena.random.uniform(0, arena.seconds)):
-            kills += 1
-        runs += 1
-        assert unharmed(out, arena.whole)
-    print(f"\n{arena.name}: {kills} kills, {runs} runs, all ended as the undisturbed one")
+    draw, seconds, codes, ends = random.Random(0), 3, [], 0
+    while len(codes) - ends < CAMPAIGN:
+        out = tmp_path / f"killed{ends}"
+        code, passed, _ = arena(script, out, blow=draw.uniform(0, seconds))
+        codes.append(code)
+        if code == 0:
+            ends, seconds = ends + 1, passed
+            assert unharmed(out, runs(script))
+    assert arena(script, out)[0] == 0 and unharmed(out, runs(script))
+    print(f"\n{script.__name__}: {len(codes) - ends} kills, {ends + 1} runs, all ended as the undisturbed one")
 
-def test_campaign_of_full_disks(arena, tmp_path):
-    """No file can grow over a random size; then there is room again."""
-    largest, codes = (arena.whole / "checkpoint.pt").stat().st_size, []
+@campaign
+def test_campaign_of_full_disks(script, arena, runs, tmp_path):
+    """No file can grow over a size, first that of config.json, then random; then there is room again."""
+    largest, draw, codes = (runs(script) / "checkpoint.pt").stat().st_size, random.Random(0), []
     for i in range(CAMPAIGN):
-        out = tmp_path / f"full{i}"
-        codes.append(arena(out, size=int(largest ** arena.random.uniform(0.3, 1.02))))
-        assert codes[-1] in (0, 1)
-        assert arena(out) == 0 and unharmed(out, arena.whole)
-    print(f"\n{arena.name}: {sum(codes)} of {len(codes)} runs stopped by a full disk, none lost")
-
-DAMAGES = {
-    "gone": lambda path: path.unlink(),
-    "empty": lambda path: path.write_bytes(b""),
-    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "noise": lambda path: path.write_bytes(random.Random(1).randbytes(3000)),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
-}
-
-def test_campaign_of_damaged_outputs(arena, tmp_path):
-    """A damaged file is written anew, or refused in one line. Finished runs, and unfinished."""
-    files = sorted(path.name for path in arena.whole.iterdir() if path.name != "results.json")
-    cases, codes = [*itertools.product(files, DAMAGES, (True, False))], []
-    for name, damage, finished in arena.random.sample(cases, min(3 * CAMPAIGN - 2, len(cases))):
-        out = tmp_path / f"{name}-{damage}-{finished}"
-        shutil.copytree(arena.whole, out)
-        DAMAGES[damage](out / name)
-        if not finished:  # results.json is written whole, and only it says that a run is finished
-            (out / "results.json").unlink()
-        codes.append(arena(out))
-        assert codes[-1] in (0, 1, 2), (name, damage, finished)
-        if codes[-1] == 0 and not finished and damage != "a folder":
-            assert same_end(out, arena.whole), (name, damage)
-    print(f"\n{arena.name}: of {len(codes)} damaged files {sum(map(bool, codes))} were refused")
+        out, size = tmp_path / f"full{i}", int(largest ** draw.uniform(0.3, 1.02)) if i else 30_000
+        codes.append(arena(script, out, size=size)[0])
+        assert codes[-1] in (0, 1) and (i or codes == [1] and not [*out.glob("checkpoint*")])
+        assert arena(script, out)[0] == 0 and unharmed(out, runs(script))
+    print(f"\n{script.__name__}: {sum(codes)} of {len(codes)} runs stopped by a full disk, none lost")
 
 NONSENSE = {
     int: ["-1", "0", "1.5", "nan", "", "9" * 20, "x", "1e3", "4294967296", "7"],
@@ -3204,10 +2969,7 @@ def test_campaign_of_lost_processes(script, tmp_path):
         pipe = subprocess.PIPE
         return subprocess.Popen(line, cwd=HERE, stdout=pipe, stderr=pipe, text=True)
 
-    run, whole = launch(tmp_path / "whole"), tmp_path / "whole"
-    printed, problem = run.communicate(timeout=120)
-    assert run.returncode == 0 and printed.count("epoch 3/3") == 1, problem
-    assert json.loads((whole / "results.json").read_text())["processes"] == 2
+    undisturbed, whole = launch(tmp_path / "whole"), tmp_path / "whole"  # at the same time
     for i in range(max(1, CAMPAIGN // 10)):
         out = tmp_path / f"lost{i}"
         run = launch(out)
@@ -3225,5 +2987,7 @@ def test_campaign_of_lost_processes(script, tmp_path):
         assert len(ours) <= 1 and "[rank" not in "".join(ours), ours
         again = launch(out)
         _, problem = again.communicate(timeout=120)
-        assert again.returncode == 0 and unharmed(out, whole), problem
+        assert undisturbed.wait(120) == 0 and again.returncode == 0 and unharmed(out, whole), problem
+    assert undisturbed.stdout.read().count("epoch 3/3") == 1
+    assert json.loads((whole / "results.json").read_text())["processes"] == 2
     print(f"\n{script.__name__}: {i + 1} times one of two processes was lost, and the run continued")
