@@ -2738,15 +2738,15 @@ def test_retrieval(monkeypatch):
 
 def test_r2_says_how_much_is_known():
     """1 of the parameters themselves, 0 of constant features, and of a written-out sum."""
-    t = torch.randn(500, 3) * torch.tensor([1.0, 3, 10])
-    fit, score = compare.standardised(t[:400], t[400:])
+    t = torch.randn(2000, 3) * torch.tensor([1.0, 3, 10])
+    fit, score = compare.standardised(t[:1000], t[1000:])
     for readout, least in ((compare.ridge_r2, 0.9999), (compare.mlp_r2, 0.97)):
         assert readout(fit, fit, score, score) > least
-        assert abs(readout(0 * fit, fit, 0 * score, score)) < 0.05
-        assert abs(readout(fit, torch.randn(400, 3), score, torch.randn(100, 3))) < 0.5
-    guess, ratios = t + 0.3 * torch.randn(500, 3), []
+        assert abs(readout(0 * fit, fit, 0 * score, score)) < 0.01
+        assert abs(readout(fit, torch.randn(1000, 3), score, torch.randn(1000, 3))) < 0.5
+    guess, ratios = t + 0.3 * torch.randn(2000, 3), []
     for p in range(3):
-        mean = sum(t[:, p].tolist()) / 500
+        mean = sum(t[:, p].tolist()) / 2000
         left = sum((a - b) ** 2 for a, b in zip(guess[:, p].tolist(), t[:, p].tolist()))
         ratios.append(1 - left / sum((a - mean) ** 2 for a in t[:, p].tolist()))
     assert compare.r2_score(guess, t) == pytest.approx(sum(ratios) / 3, rel=1e-4)
@@ -2775,6 +2775,11 @@ def test_transformations_and_what_pixels_know_of_them():
     method.features = lambda V: V.mean((2, 3))
     known = compare.what_is_known(method, x[:200], x[200:])
     assert known["brightness"]["mlp"] > 0.5 and known["flip"]["mlp"] < 0.1 and set(known) == set(compare.COLOUR)
+    ramp = torch.arange(0, 256, 8).expand(32, 32)  # of ramps in red and green, pixels tell where a crop was
+    ramps = torch.stack([ramp, ramp.T, ramp // 256]).byte().expand(400, -1, -1, -1)
+    method.features = lambda V: F.adaptive_avg_pool2d(V, 2).flatten(1)
+    known = compare.what_is_known(method, ramps[:300], ramps[300:])
+    assert min(*known["crop"].values(), *known["flip"].values()) > 0.98
 
 def test_means_over_seeds():
     """Runs that differ in their seed are one row of the table; one that is alone shows no deviation."""
