@@ -332,7 +332,7 @@ def draw_curves(path, groups):
                 axis.plot(*zip(*points) if points else ([], []), dash, color=color)
     for axis, label in zip(axes, ("loss (each method its own)", "kNN accuracy, percent")):
         axis.set(xlabel="epoch", ylabel=label)
-    axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=7, ncols=3, loc="lower left", bbox_to_anchor=(0.0, 1.0))
     figure.savefig(path)
 
 def draw_r2(path, rows):
