@@ -247,7 +247,8 @@ class Folder(datasets.ImageFolder):
         center = T.Compose([T.Resize(config.size * 8 // 7), T.CenterCrop(config.size)])
         self.views = [view, view, center]  # the last is for L_equi, which crops chunks alike
         ignored = ", ".join(f"{kind} {n}" for kind, n in self.ignored.most_common(5))
-        print(f"{path}: {len(self)} images, {len(self.classes)} classes" + (
+        classes = "no" if self.classes == ["."] else len(self.classes)
+        print(f"{path}: {len(self)} images, {classes} classes" + (
             f"; {self.ignored.total()} other files ignored ({ignored})" if ignored else ""))
 
     def find_classes(self, directory):

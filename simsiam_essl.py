@@ -219,7 +219,8 @@ class Folder(datasets.ImageFolder):
         self.labels = torch.tensor([label for _, label in self.samples])
         self.views = [T.RandomResizedCrop(v["size"], v["scale"]) for v in view_policies(config)]
         ignored = ", ".join(f"{kind} {n}" for kind, n in self.ignored.most_common(5))
-        print(f"{path}: {len(self)} images, {len(self.classes)} classes" + (
+        classes = "no" if self.classes == ["."] else len(self.classes)
+        print(f"{path}: {len(self)} images, {classes} classes" + (
             f"; {self.ignored.total()} other files ignored ({ignored})" if ignored else ""))
 
     def find_classes(self, directory):
