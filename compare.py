@@ -436,7 +436,7 @@ def table(rows):
     def number(pair, digits):
         if pair is None:
             return "-"
-        return "±".join(f"{x:.{digits}f}" for x in (pair if pair[1] else pair[:1]))
+        return "±".join(f"{x:z.{digits}f}" for x in (pair if pair[1] else pair[:1]))
 
     def line(name, values):
         flags = "-".join(flag for flag in name.split("-") if flag not in shared) or name
