@@ -13,15 +13,20 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from itertools import accumulate
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets import ImageFolder
 
+THIRD_FORM = ["simclr_essl"]  # whose methods take images alone, and whose config is definite
 SCRIPTS = ["simclr_essl", "simsiam_essl", "care", "sfrik", "homomorphic", "photonics_reg"]
 
 def milliseconds(functions, device, repeats):
@@ -46,6 +51,8 @@ def matmul_tflops(device):
 def views(script, method, images):
     """What a step embeds: the augmented images, or cells, of a batch."""
     config = method.config
+    if script.__name__ in THIRD_FORM:
+        return method.views(images)
     if script.__name__ == "care":
         shares = [1, 1] + 2 * [config.batch_size // config.chunks] * (config.lam > 0)
         return [method.a(images, share=share) for share in shares]
@@ -58,12 +65,12 @@ def views(script, method, images):
         return [method.view(images), method.view(images), script.versions(images, config.dataset)]
     return [method.view(images, i) for i in range(len(method.policies))]
 
-def bare_network(script, method, images, labels):
+def bare_network(method, batch, bf16):
     """A function that runs the networks of a step, forward and backward, on the step's inputs."""
-    calls, bf16 = [], script.precision(method.config, images.device) == "bf16"
+    calls = []
     seen = lambda network, inputs, output: calls.append((network, inputs[0].detach()))
     hooks = [network.register_forward_hook(seen) for network in method.children()]
-    method(images, labels)
+    method(*batch)
     for hook in hooks:
         hook.remove()
 
@@ -92,18 +99,22 @@ def script_row(name, argv, repeats):
     labels = torch.zeros(len(images), dtype=torch.int64, device=device)
     method = script.Method(config).to(device, memory_format=torch.channels_last)
     optimizer = script.make_optimizer(method, config)
-    network = bare_network(script, method, images, labels)
-    for module in method.children() if config.compile else ():
-        module.compile(dynamic=False)
+    if name in THIRD_FORM:
+        batch, precision = [images], config.precision
+    else:
+        batch, precision = [images, labels], script.precision(config, device)
+    network = bare_network(method, batch, precision == "bf16")
 
     def step():
-        loss, _ = method(images, labels)
+        loss, _ = method(*batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    with FlopCounterMode(display=False) as flops:
+    with FlopCounterMode(display=False) as flops:  # before compiling: it would stay eager
         step()
+    for module in method.children() if config.compile else ():
+        module.forward = torch.compile(module.forward, dynamic=False)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     parts = {"step": step, "augment": lambda: views(script, method, images), "network": network}
@@ -244,6 +255,44 @@ def augmentation_row(n=512, repeats=5):
         "ratio": ms["pil"] / ms["batched"],
     }
 
+def photographs_row(n=200, size=224):
+    """Seconds to crop and flip n photographs of 12 megapixels, after prepare.py and before it.
+
+    Arrays: rows of a mapped file, cropped in batches. Folder: torchvision's ImageFolder, whose
+    DataLoader has a worker for each core. The files are links to eight.
+    """
+    import prepare
+    from simclr_essl import augment, load_photos
+
+    with tempfile.TemporaryDirectory() as folder:
+        train, out = Path(folder, "train", "all"), Path(folder, "out")
+        train.mkdir(parents=True)
+        for i in range(n):
+            if i < 8:
+                smooth = F.interpolate(torch.rand(1, 3, 60, 80), (3000, 4000), mode="bicubic")[0]
+                picture = (smooth + 0.02 * torch.randn(3000, 4000)).clamp(0, 1)  # with grain
+                TF.to_pil_image(picture).save(train / f"{i}.jpg", quality=90)
+            else:
+                os.link(train / f"{i % 8}.jpg", train / f"{i}.jpg")
+        began = time.perf_counter()
+        prepare.main([folder, "--out", str(out)])
+        prepared = time.perf_counter()
+        images, _ = load_photos(out, "train")
+        for rows in torch.randperm(n).split(50):
+            augment(images[rows], size, scale=(0.08, 1.0), jitter=None, gray=0)
+        arrays = time.perf_counter()
+        transform = T.Compose([T.RandomResizedCrop(size), T.RandomHorizontalFlip(), T.ToTensor()])
+        loader = torch.utils.data.DataLoader(ImageFolder(train.parent, transform), 50, shuffle=True,
+                                             num_workers=os.cpu_count())
+        for _ in loader:
+            pass
+        seconds = arrays - prepared, time.perf_counter() - arrays
+    return {
+        "photographs": f"{n} of 12 megapixels, crop and flip to {size} pixels",
+        "prepare_seconds": prepared - began, "arrays_seconds": seconds[0],
+        "folder_seconds": seconds[1], "ratio": seconds[1] / seconds[0],
+    }
+
 def show(rows):
     """A small table of each row, or one of all rows of losses; then all rows as lines of JSON."""
     losses = [row for row in rows if "losses" in row]
@@ -294,6 +343,7 @@ def main(argv):
         rows += [homomorphic_row(group, 256, 3) for group in groups]
         rows += loss_rows(2048, (1024, 8192))
         rows.append(label_row(5))
+        rows.append(photographs_row())
         rows.append(augmentation_row())  # last: the allocator keeps its memory by now
     show(rows)
 

@@ -41,10 +41,10 @@ from torchvision.utils import save_image
 
 import care
 import photonics_reg
-import simclr_essl
+import simsiam_essl
 from homomorphic import PLANES, SCALES, act, extract, transform
-from simclr_essl import augment, blur, brightness, check, contrast, crop, draw_box, first_of
-from simclr_essl import saturation, shift_hue, start
+from simsiam_essl import augment, blur, brightness, check, contrast, crop, draw_box, first_of
+from simsiam_essl import saturation, shift_hue, start
 
 pyplot.rcParams.update({"backend": "Agg", "figure.autolayout": True, "savefig.dpi": 120})
 
@@ -65,6 +65,8 @@ def load_run(folder, data_root, device):
     check((path / "results.json").is_file(), f"{folder} has no results.json of a finished run")
     try:
         saved = torch.load(path / "checkpoint.pt", map_location=device, weights_only=True)
+        check(saved["script"] != "simclr_essl", f"{folder} is a run of simclr_essl.py, whose new "
+              "form compare.py does not read yet")
         script = importlib.import_module(saved["script"])
         config = script.Config(**saved["config"])
         config = replace(config, data_root=data_root or config.data_root, precision="fp32")
@@ -107,14 +109,14 @@ def standardised(fit, *others):
 def accuracy(method, data):
     """kNN and linear accuracy, percent, of (images, labels) to learn from and to score."""
     (_, labels), (_, test_labels) = data
-    knn, *features = simclr_essl.knn(method, (None, *data))  # k 200, T 0.1
+    knn, *features = simsiam_essl.knn(method, (None, *data))  # k 200, T 0.1
     z, test = standardised(*features)
     held = len(z) // 5
 
     def probe(rows, x, y, rate, probes):
         torch.manual_seed(0)
-        return simclr_essl.linear_probe(lambda: z[rows], labels[rows], x, y, rate, epochs=50,
-                                        probes=probes)[0]
+        return simsiam_essl.linear_probe(lambda: z[rows], labels[rows], x, y, rate, epochs=50,
+                                         probes=probes)[0]
 
     rates = (0.01, 0.1, 1.0)
     best = max(rates, key=lambda rate: probe(slice(held, None), z[:held], labels[:held], rate, 1))
