@@ -59,7 +59,7 @@ def list_folder(folder):
     return files, [path for path in inside if path.is_dir()]
 
 def walk(folder, visited):
-    """Yields the files in a folder and below, but enters no folder twice (visited: real paths)."""
+    """Yields the files in a folder and below; enters no real folder that was visited."""
     files, folders = list_folder(folder)
     yield from files
     for subfolder in folders:
@@ -79,7 +79,7 @@ def count_kinds(files):
     return ", ".join(f"{kind} {n}" for kind, n in kinds.most_common(9))
 
 def list_pictures(path, wanted, per_class):
-    """The images in path/CLASS/ and below, and the class of each; prints what was found.
+    """{image: its class} of the images in path/CLASS/ and below; prints what was found.
 
     If path has no folders, its own files are taken, as class ".". wanted: the classes to read, all
     if it is empty. per_class: the most images of a class.
@@ -88,7 +88,7 @@ def list_pictures(path, wanted, per_class):
     if not folders:
         loose, folders = [], [path]
     visited = {os.path.realpath(folder) for folder in [path, *folders]}
-    pictures, names, ignored = [], [], []
+    pictures, ignored = {}, []
     for folder in folders:
         # one accented letter may be coded in two ways, of which NFC is the first
         name = "." if folder == path else unicodedata.normalize("NFC", folder.name)
@@ -100,14 +100,14 @@ def list_pictures(path, wanted, per_class):
         if not found and path.name == "train":  # val may lack classes
             stop(f"{folder} has no image that Pillow reads, only: {count_kinds(files)}"
                  " (.heic: convert to JPEG first)")
-        pictures += found
-        names += [name] * len(found)
-    print(f"{path}: {len(pictures)} images, {len(set(names) - {'.'})} classes", flush=True)
+        pictures |= dict.fromkeys(found, name)
+    classes = set(pictures.values()) - {"."}
+    print(f"{path}: {len(pictures)} images, {len(classes)} classes", flush=True)
     if ignored:
         print(f"  ignored {len(ignored)} other files: {count_kinds(ignored)}")
     if loose:
         print(f"  left out {len(loose)} files beside the class folders: {count_kinds(loose)}")
-    return pictures, names
+    return pictures
 
 # %% PICTURES --------------------------------------------------------------------------------------
 def read_picture(path, size):
@@ -163,7 +163,7 @@ def decode(files, size, path):
 
 # %% MAIN ------------------------------------------------------------------------------------------
 def choose(config):
-    """{split: (files, the class of each)} and the sorted names of all classes."""
+    """{split: {image: its class}} and the sorted names of all classes."""
     train, val, wanted = config.path / "train", config.path / "val", set()
     if config.classes:
         lines = unicodedata.normalize("NFC", config.classes.read_text("utf-8-sig")).splitlines()
@@ -172,46 +172,44 @@ def choose(config):
             stop(f"{config.classes} names no classes")
     if not train.is_dir():
         stop(f"{train} is missing: put the images there, in a folder for each class")
-    splits = {"train": list_pictures(train, wanted, config.per_class), "val": ([], [])}
+    splits = {"train": list_pictures(train, wanted, config.per_class), "val": {}}
     if val.is_dir():
         splits["val"] = list_pictures(val, wanted, None)
-    classes = sorted(set(splits["train"][1]))
-    missing, unknown = sorted(wanted - set(classes)), sorted(set(splits["val"][1]) - set(classes))
+    classes = set(splits["train"].values())
+    missing = sorted(wanted - classes)
+    unknown = sorted(set(splits["val"].values()) - classes)
     if missing:
         stop(f"{train} lacks these classes of {config.classes}: {', '.join(missing[:9])}")
     if unknown:
         stop(f"{val} must have the class folders of {train}, but has: {', '.join(unknown[:9])}")
-    return splits, classes
+    return splits, sorted(classes)
 
 def write_arrays(splits, classes, config):
     """Decodes into OUT.part, a folder that takes the name OUT when all is there."""
     out = config.out.resolve()
     source = {"size": config.size}  # by which the same images are recognised
-    for split, (files, _) in splits.items():
-        source[split] = [len(files), 0]  # the number of files and a checksum of names and lengths
-        for file in files:
-            name_and_length = f"{file.relative_to(config.path)} {file.lstat().st_size}"
-            source[split][1] = zlib.crc32(os.fsencode(name_and_length), source[split][1])
-    if out.exists() and any(out.iterdir()):
-        if not (out / "source.json").exists():
-            stop(f"{out} holds something else: choose another --out")
-        if json.loads((out / "source.json").read_text()) != source:
-            stop(f"{out} holds arrays of other images: remove them, or choose another --out")
+    for split, pictures in splits.items():
+        files = [f"{file.relative_to(config.path)} {file.lstat().st_size}" for file in pictures]
+        source[split] = zlib.crc32(os.fsencode("\n".join(files)))
+    known = out / "source.json"
+    if known.exists() and json.loads(known.read_text()) == source:
         print(f"{out} holds the arrays of these images already")
         return
+    if out.exists() and any(out.iterdir()):
+        stop(f"{out} holds other images or something else: remove it, or choose another --out")
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)  # of a decoding that was killed
     part.mkdir(parents=True)
-    needed = sum(len(files) for files, _ in splits.values()) * 3 * config.size**2
+    needed = sum(map(len, splits.values())) * 3 * config.size**2
     free = shutil.disk_usage(part).free
     print(f"arrays of {needed / 1e6:,.0f} MB; {free / 1e6:,.0f} MB are free in {out.parent}")
     if needed > free:
         stop("too little room: choose a smaller --size or another --out")
 
     damaged = {}
-    for split, (files, names) in splits.items():
-        damaged |= decode(files, config.size, part / f"{split}-images.npy")
-        labels = [classes.index(name) for file, name in zip(files, names) if file not in damaged]
+    for split, pictures in splits.items():
+        damaged |= decode(list(pictures), config.size, part / f"{split}-images.npy")
+        labels = [classes.index(name) for file, name in pictures.items() if file not in damaged]
         np.save(part / f"{split}-labels.npy", np.array(labels, np.int64))
     if damaged:
         lines = "\n".join(f"{file} ({problem})" for file, problem in damaged.items())

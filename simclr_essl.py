@@ -60,15 +60,20 @@ RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # of this process amo
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0  # among those of its machine
 
 # %% CONFIG ----------------------------------------------------------------------------------------
-def option(default, explanation, choices=None):
-    """A field of Config, with its explanation for --help."""
-    return field(default=default, metadata={"help": explanation, "choices": choices})
+def option(default, explanation, choices=""):
+    """A field of Config; its metadata are what argparse is told of its flag."""
+    flag = {"type": type(default), "help": f"{explanation} (default: {default})"}
+    if default is False:
+        flag = {"action": "store_true", "help": explanation}
+    if choices:
+        flag["choices"] = choices.split()
+    return field(default=default, metadata=flag)
 
 @dataclass
 class Config:
-    """The paper's CIFAR-10 run. PRESETS says what the other datasets change."""
-    dataset: str = option("cifar10", "what to train on (folder: your own images)", (
-        "cifar10", "cifar100", "folder", "imagenet", "patterns"))
+    """The paper's CIFAR-10 run. PRESETS has what other datasets change."""
+    dataset: str = option("cifar10", "what to train on (folder: your own images)",
+                          "cifar10 cifar100 folder imagenet patterns")
     data_root: str = option("data", "folder that holds the dataset, or to download it to")
     limit: int = option(0, "train on this many images, always the same (0: all)")
     size: int = option(32, "side of the large views, in pixels")
@@ -77,12 +82,12 @@ class Config:
     temperature: float = option(0.5, "temperature of InfoNCE")
     projector: str = option("2048-2048", "widths of the layers of the projector p1")
     predictor: str = option("2048-2048", "widths of the hidden layers of the predictor p2")
-    transform: str = option("rotation", "transformation to predict (Figure 1)", (
-        "rotation", "vflip", "hflip", "jigsaw", "grayscale", "inversion", "blur"))
-    role: str = option("predict", "predict the transformation, or augment the views by it", (
-        "predict", "augment"))
+    transform: str = option("rotation", "transformation to predict (Figure 1)",
+                            "rotation vflip hflip jigsaw grayscale inversion blur")
+    role: str = option("predict", "predict the transformation, or augment the views by it",
+                       "predict augment")
     crop_only: bool = option(False, "augment by cropping only, as in Figure 1")
-    arch: str = option("resnet18", "backbone", ("resnet18", "resnet50", "small"))
+    arch: str = option("resnet18", "backbone", "resnet18 resnet50 small")
     epochs: int = option(800, "passes over the training images")
     batch_size: int = option(512, "images per step, over all processes")
     lr: float = option(0.06, "peak learning rate per 256 images of the batch")
@@ -93,24 +98,21 @@ class Config:
     knn_every: int = option(10, "epochs between kNN evaluations (0: only at the end)")
     save_every: float = option(5.0, "minutes between checkpoints")
     device: str = option("auto", "cpu, cuda or cuda:1 (auto: cuda if there is one)")
-    precision: str = option("auto", "precision of the backbone (auto: bf16 if the GPU has it)", (
-        "auto", "bf16", "fp32"))
+    precision: str = option("auto", "precision of the backbone (auto: bf16 if the GPU has it)",
+                            "auto bf16 fp32")
     compile: bool = option(False, "use torch.compile, unless there are several processes")
-    out: str = option("", "folder for the results (default: runs/, named after the flags given)")
+    out: str = option("", "folder for the results (empty: in runs/, named after the flags)")
     quick: bool = option(False, "small network and built-in data: two minutes on a CPU")
 
-PRESETS = {
-    "cifar10": {},
-    "cifar100": {},
+PRESETS = {  # what datasets change
     "folder": dict(size=224, small_size=96, epochs=100, batch_size=256),
-    "imagenet": dict(arch="resnet50", size=224, small_size=96, epochs=100,
-                     batch_size=4096, lr=0.3, final_lr=0.001, weight_decay=1e-6,
-                     temperature=0.2, knn_every=0, projector="2048-2048-128",
-                     predictor="2048-2048-128"),  # authors' code
-    "patterns": dict(arch="small", epochs=100, batch_size=256, warmup_epochs=3,
-                     projector="512-512", predictor="128-128", lam=4.0),  # ours
+    "imagenet": dict(arch="resnet50", size=224, small_size=96, epochs=100, batch_size=4096, lr=0.3,
+                     final_lr=0.001, weight_decay=1e-6, temperature=0.2, knn_every=0,
+                     projector="2048-2048-128", predictor="2048-2048-128"),  # authors' code
+    "patterns": dict(arch="small", epochs=100, batch_size=256, warmup_epochs=3, lam=4.0,
+                     projector="512-512", predictor="128-128"),  # ours
 }
-QUICK = dict(PRESETS["patterns"], epochs=12, knn_every=2, limit=4000)
+QUICK = PRESETS["patterns"] | dict(dataset="patterns", epochs=12, knn_every=2, limit=4000)
 # what may change when a run is continued
 FREE = ("data_root", "out", "device", "compile", "save_every", "knn_every")
 PHOTOS = ("folder", "imagenet")  # photographs, decoded by prepare.py
@@ -143,8 +145,8 @@ def jigsaw(x):
     quadrants = [*top.chunk(2, dim=3), *bottom.chunk(2, dim=3)]
     versions = []
     for a, b, c, d in permutations(quadrants):
-        top, bottom = torch.cat([a, b], dim=3), torch.cat([c, d], dim=3)
-        versions.append(torch.cat([top, bottom], dim=2))
+        rows = [torch.cat([a, b], dim=3), torch.cat([c, d], dim=3)]
+        versions.append(torch.cat(rows, dim=2))
     return torch.cat(versions)
 
 # Figure 1: the number of versions K of an image, and the function from images (N, C, S, S) to all
@@ -190,8 +192,7 @@ class Method(nn.Module):
             v_small = v_small[::6]  # 24 versions of every sixth image cost as much as 4 of each
         # the shapes are those of rotation; other transformations have num_versions instead of 4
         v_cat = self.transform(v_small)  # (4N, 3, s, s): all by 0 degrees, then all by 90, ...
-        versions = torch.arange(self.num_versions, device=v_cat.device)
-        target = versions.repeat_interleave(len(v_small))  # (4N,): N times 0, N times 1, ...
+        target = torch.arange(len(v_cat), device=v_cat.device) // len(v_small)  # N times 0, 1, ...
         v_equivariance = p2(f(v_cat))  # logits (4N, 4)
         loss_equivariance = F.cross_entropy(v_equivariance, target)
         terms["equivariance"] = loss_equivariance
@@ -211,9 +212,9 @@ class Method(nn.Module):
     def random_version(self, images):
         """Each of the uint8 images in one version, drawn at random: (N, 3, H, W) in [0, 1]."""
         n = len(images)
-        versions = self.transform(images.float() / 255).unflatten(0, (self.num_versions, n))
         drawn = torch.randint(self.num_versions, (n,), device=images.device)
-        return versions[drawn, torch.arange(n, device=images.device)]  # of image i drawn[i]
+        rows = drawn * n + torch.arange(n, device=images.device)  # of image i version drawn[i]
+        return self.transform(TF.convert_image_dtype(images))[rows]
 
     def features(self, x):
         """Features (N, D), float32, of images in [0, 1]."""
@@ -255,62 +256,51 @@ def augment(images, size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1
     """Random views (N, 3, size, size) in [0, 1] of images (N, 3, H, W), uint8 or in [0, 1].
 
     scale: smallest and largest share of the area that a crop keeps. jitter: by how much at most
-    brightness, contrast, saturation (factors) and hue (share of a turn) change, in 80 % of the
-    images. flip, gray, blur and solarize are probabilities.
+    brightness, contrast, saturation and hue (in turns) change, in 80 % of the images. flip, gray,
+    blur and solarize are probabilities.
     """
     n, _, height, width = images.shape
+    x = TF.convert_image_dtype(images)  # uint8 to [0, 1]
 
-    def uniform(low, high, *shape):
-        return torch.empty(n, *shape, device=images.device).uniform_(low, high)
-
-    def per_image(low, high):
-        return uniform(low, high, 1, 1, 1)  # (N, 1, 1, 1)
+    def uniform(low, high, draws=1):
+        return x.new_empty(n, draws, 1, 1).uniform_(low, high)
 
     def chosen(probability):
-        return per_image(0, 1) < probability
+        return uniform(0, 1) < probability
 
-    x = to_float(images)
     x = crop(x, draw_boxes(uniform, height, width, scale), size)
     x = torch.where(chosen(flip), x.flip(3), x)
     if jitter:
+        operations = [brightness, contrast, saturation, shift_hue]
         jittered = chosen(0.8)
-        changes = [(brightness, 1, jitter[0]), (contrast, 1, jitter[1]),
-                   (saturation, 1, jitter[2]), (shift_hue, 0, jitter[3])]
         for i in torch.randperm(4).tolist():  # one order for the batch
-            change, neutral, most = changes[i]
-            amount = per_image(neutral - most, neutral + most)
-            x = change(x, torch.where(jittered, amount, neutral))
+            change = jittered * uniform(-jitter[i], jitter[i])
+            x = operations[i](x, change)
     if gray:
         x = torch.where(chosen(gray), TF.rgb_to_grayscale(x, 3), x)
     if blur:
-        x = torch.where(chosen(blur), gaussian_blur(x, per_image(0.1, 2.0)), x)
+        x = torch.where(chosen(blur), gaussian_blur(x, uniform(0.1, 2.0)), x)
     if solarize:
         x = torch.where(chosen(solarize) & (x >= 128 / 255), 1 - x, x)
     return x
 
-def to_float(images):
-    """uint8 images divided by 255; others as they are."""
-    if images.dtype == torch.uint8:
-        return images.float() / 255
-    return images
-
 def draw_boxes(uniform, height, width, scale):
     """Boxes (N, 4), top, left, height, width, drawn as by torchvision's RandomResizedCrop.
 
-    Of ten random boxes the first that fits into the image is taken. uniform(low, high, *shape)
-    draws numbers (N, *shape).
+    Of ten random boxes the first that fits into the image is taken. uniform(low, high, draws)
+    returns random numbers (N, draws, 1, 1).
     """
-    area = height * width * uniform(*scale, 10)  # (N, 10)
+    area = height * width * uniform(*scale, 10)  # (N, 10, 1, 1)
     ratio = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
     h = (area / ratio).sqrt().round()
     w = (area * ratio).sqrt().round()
     fits = (h <= height) & (w <= width)
-    first = fits.byte().argmax(1, keepdim=True)  # (N, 1): if none fits, box 0
+    first = fits.byte().argmax(1, keepdim=True)  # (N, 1, 1, 1): if none fits, box 0
     h = h.gather(1, first).clamp(max=height)
     w = w.gather(1, first).clamp(max=width)
-    top = (uniform(0, 1, 1) * (height - h + 1)).floor()
-    left = (uniform(0, 1, 1) * (width - w + 1)).floor()
-    return torch.cat([top, left, h, w], dim=1)
+    top = (uniform(0, 1) * (height - h + 1)).floor()
+    left = (uniform(0, 1) * (width - w + 1)).floor()
+    return torch.cat([top, left, h, w], dim=1).flatten(1)
 
 def crop(x, boxes, size):
     """The boxes (N, 4) cut out of x and resized, bilinear and antialiased: (N, 3, size, size).
@@ -336,18 +326,18 @@ def resizing_matrix(start, length, source, size):
     weight = weight * ((pixel > 0) & (pixel < length))  # nothing from outside of the box
     return weight / weight.sum(3, keepdim=True)
 
-def brightness(x, factor):
-    """A mix of x with black: x times a factor (N, 1, 1, 1); 1 changes nothing."""
-    return (x * factor).clamp_(0, 1)
+def brightness(x, change):
+    """Brighter by a change (N, 1, 1, 1): 0 leaves x as it is, -1 makes it black."""
+    return (x * (1 + change)).clamp_(0, 1)
 
-def contrast(x, factor):
-    """A mix of x with the mean of its gray version; a factor of 1 changes nothing."""
+def contrast(x, change):
+    """Further from the mean of the gray version by a change: -1 leaves only this mean."""
     mean = TF.rgb_to_grayscale(x).mean((2, 3), keepdim=True)
-    return torch.lerp(mean, x, factor).clamp_(0, 1)
+    return torch.lerp(mean, x, 1 + change).clamp_(0, 1)
 
-def saturation(x, factor):
-    """A mix of x with its gray version; a factor of 1 changes nothing."""
-    return torch.lerp(TF.rgb_to_grayscale(x), x, factor).clamp_(0, 1)
+def saturation(x, change):
+    """Further from the gray version by a change: -1 leaves only this version."""
+    return torch.lerp(TF.rgb_to_grayscale(x), x, 1 + change).clamp_(0, 1)
 
 def shift_hue(x, turns):
     """The hue moved by turns (N, 1, 1, 1); value and chroma of the HSV colour stay."""
@@ -480,7 +470,7 @@ def place(data, device):
 
 def take(images, rows, device):
     """The images of these rows, on the device."""
-    batch = images[rows.to(images.device)]
+    batch = images[rows]
     if batch.device.type == device.type:
         return batch
     return batch.pin_memory().to(device, non_blocking=True)  # nobody waits for a pinned copy
@@ -496,20 +486,20 @@ def draw_patterns(n, seed):
     """
     # frequencies; half of them are enough, since (-i, -j) is the same wave as (i, j)
     waves = [(i, j) for i in range(-2, 3) for j in range(3) if j > 0 or i > 0]
-    phases = 2 * math.pi * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
+    phases = math.tau * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (n,), generator=generator)
     zoom, tilt, light, shift_x, shift_y = torch.rand(5, n, 1, 1, generator=generator)
     zoom = 1.2 + zoom  # (n, 1, 1)
     tilt = (2 * tilt - 1) * math.radians(20)
-    light = 2 * math.pi * light
-    side = (torch.arange(32) - 15.5) / 32
-    y, x = torch.meshgrid(side, side, indexing="ij")
+    light = math.tau * light
+    x = (torch.arange(32) - 15.5) / 32
+    y = x[:, None]
     u = zoom * (tilt.cos() * x - tilt.sin() * y) + shift_x  # (n, 32, 32)
     v = zoom * (tilt.sin() * x + tilt.cos() * y) + shift_y
     pattern = 0
     for (i, j), phase in zip(waves, phases):
-        wave = torch.cos(2 * math.pi * (i * u + j * v) + phase[labels, None, None])
+        wave = torch.cos(math.tau * (i * u + j * v) + phase[labels, None, None])
         pattern = pattern + wave / (i * i + j * j)
     tone = 0.1 + 0.6 * torch.sigmoid(6 * pattern / pattern.std())
     lit = tone * (1 + 0.6 * (light.cos() * x + light.sin() * y))
@@ -524,7 +514,7 @@ def gather(z):
     if WORLD == 1:
         return z
     parts = [torch.empty_like(z) for _ in range(WORLD)]
-    dist.all_gather(parts, z.detach().contiguous())
+    dist.all_gather(parts, z.detach())
     # all_gather passes no gradient on, so one's own part is replaced: by the value of z with WORLD
     # times its gradient, since DistributedDataParallel divides the sum of gradients by WORLD
     parts[RANK] = z.detach() + WORLD * (z - z.detach())
@@ -540,11 +530,11 @@ def learning_rate(step, total_steps, warmup_steps, peak, final=0.0):
     return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
 
 class LARS(torch.optim.SGD):
-    """SGD that decays weight matrices p and scales their gradients g by eta |p| / |g|."""
+    """SGD that decays weight matrices p and scales their gradients g by 0.001 |p| / |g|."""
 
-    def __init__(self, parameters, lr, weight_decay=0.0, momentum=0.9, eta=0.001):
-        super().__init__(parameters, lr, momentum)
-        self.decay, self.eta = weight_decay, eta
+    def __init__(self, parameters, lr, weight_decay=0.0):
+        super().__init__(parameters, lr, momentum=0.9)
+        self.decay = weight_decay
 
     @torch.no_grad()
     def step(self):
@@ -552,7 +542,7 @@ class LARS(torch.optim.SGD):
             for p in group["params"]:
                 if p.ndim > 1:
                     p.grad.add_(p, alpha=self.decay)
-                    trust = self.eta * p.norm() / p.grad.norm()
+                    trust = 0.001 * p.norm() / p.grad.norm()
                     p.grad.mul_(torch.where((trust > 0) & trust.isfinite(), trust, 1.0))
         super().step()
 
@@ -701,7 +691,7 @@ def train(config, data, device):
 
 def describe(images, config):
     """What identifies the training images: a run continues only on the same ones."""
-    sample = images[random_rows(len(images), 64).to(images.device)]
+    sample = images[random_rows(len(images), 64)]
     trained_on = {"number of images": len(images),
                   "checksum of 64 images": zlib.crc32(sample.cpu().numpy().tobytes())}
     names = Path(config.data_root) / "classes.json"
@@ -718,7 +708,7 @@ def open_run(config, trained_on):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         then = {"script": saved["script"], **saved["config"], **saved["data"]}
     except Exception as problem:  # a damaged file can raise nearly anything
-        stop(f"{path} is damaged ({type(problem).__name__}): remove it or change --out")
+        stop(f"{path} cannot be read ({type(problem).__name__}): remove it or change --out")
     now = {"script": SCRIPT, **asdict(config), **trained_on}
     differences = []
     for name, value in now.items():
@@ -768,7 +758,7 @@ def extract(method, images, view=None, rows=None):
     method.eval()
     features, parts = [], rows.split(256)
     for part in with_progress(parts, len(parts), "features: batch"):
-        x = to_float(take(images, part, method.mean.device))
+        x = TF.convert_image_dtype(take(images, part, method.mean.device))  # uint8 to [0, 1]
         x = view(x) if view else middle(x, method.config)
         features.append(method.features(x))
     method.train()
@@ -777,10 +767,9 @@ def extract(method, images, view=None, rows=None):
 def middle(images, config):
     """Images (N, C, H, W) as evaluation sees them, of side --size; of photographs the middle."""
     height, width = images.shape[2:]
-    share = 7 / 8 if config.dataset in PHOTOS else 1  # as Resize(256) and CenterCrop(224)
-    margin = (1 - share) / 2
-    box = torch.tensor([margin * height, margin * width, share * height, share * width])
-    return crop(to_float(images), box.expand(len(images), 4).to(images.device), config.size)
+    if config.dataset in PHOTOS:  # as Resize(256) and CenterCrop(224) do
+        images = TF.center_crop(images, [height * 7 // 8, width * 7 // 8])
+    return TF.resize(images, [config.size, config.size])
 
 def knn(method, bank, test):
     """kNN accuracy of the encoder; bank and test are (images, labels)."""
@@ -811,20 +800,19 @@ def linear_probe(draw_features, labels, test, test_labels, lr=30.0, final_lr=0.0
     start and in the order of the images.
     """
     n, classes = len(labels), int(labels.max()) + 1
-    heads = [nn.Linear(test.shape[1], classes).to(test.device) for _ in range(probes)]
-    parameters = [parameter for head in heads for parameter in head.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay)
+    heads = nn.ModuleList(nn.Linear(test.shape[1], classes) for _ in range(probes)).to(test.device)
+    optimizer = torch.optim.SGD(heads.parameters(), lr, momentum=0.9, weight_decay=weight_decay)
     steps = max(1, n // 256)  # an incomplete last batch is left out
     for epoch in with_progress(range(epochs), epochs, "linear probe: epoch"):
         features = draw_features()
-        orders = [torch.randperm(n, device=test.device) for _ in heads]
+        orders = [torch.randperm(n, device=test.device).split(256) for _ in heads]
         for step in range(steps):
             now = epoch * steps + step
             optimizer.param_groups[0]["lr"] = learning_rate(now, epochs * steps, 0, lr, final_lr)
             loss = 0
             for head, order in zip(heads, orders):
-                rows = order[256 * step:256 * (step + 1)]
-                loss = loss + F.cross_entropy(head(features[rows]), labels[rows])
+                rows = order[step]
+                loss += F.cross_entropy(head(features[rows]), labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -888,21 +876,12 @@ def parse_args(argv=None):
         epilog="--dataset and --quick change some of these defaults: see PRESETS in the script.",
         argument_default=SUPPRESS, allow_abbrev=False)  # SUPPRESS: flags not given are left out
     for setting in fields(Config):
-        flag = "--" + setting.name.replace("_", "-")
-        explanation = setting.metadata["help"]
-        if setting.type is bool:
-            parser.add_argument(flag, action="store_true", help=explanation)
-        else:
-            parser.add_argument(flag, type=setting.type, choices=setting.metadata["choices"],
-                                help=f"{explanation} (default: {setting.default})")
-    given = vars(parser.parse_args(argv))
-    quick = "quick" in given
-    dataset = given.get("dataset", "patterns" if quick else Config.dataset)
-    settings = dict(PRESETS[dataset], dataset=dataset)
-    if quick:
-        settings.update(QUICK)
-    settings.update(given)
-    config = Config(**settings)
+        parser.add_argument("--" + setting.name.replace("_", "-"), **setting.metadata)
+    given = settings = vars(parser.parse_args(argv))
+    if "quick" in given:
+        settings = QUICK | given
+    preset = PRESETS.get(settings.get("dataset"), {})
+    config = Config(**(preset | settings))
     if "warmup_epochs" not in given:
         config.warmup_epochs = min(config.warmup_epochs, config.epochs // 4)
     check(config, parser)
@@ -910,7 +889,7 @@ def parse_args(argv=None):
         words = [SCRIPT]
         words += [f"{name}={given[name]}" for name in asdict(config)
                   if name in given and name not in FREE]
-        if dataset in PHOTOS:
+        if config.dataset in PHOTOS:
             words.append(Path(config.data_root).resolve().name)
         config.out = "runs/" + "-".join(words)
     config.out = os.path.expanduser(config.out)
@@ -922,9 +901,9 @@ def check(config, parser):
     positive = ("size", "small_size", "temperature", "epochs", "batch_size", "lr")
     for name, value in asdict(config).items():
         if name in positive and not value > 0:
-            parser.error(f"{name} must be more than 0")
+            parser.error(f"{name.replace('_', '-')} must be more than 0")
         if not isinstance(value, str) and not value >= 0:
-            parser.error(f"{name} must be 0 or more")
+            parser.error(f"{name.replace('_', '-')} must be 0 or more")
     for widths in (config.projector, config.predictor):
         if not all(width.isdecimal() and int(width) > 0 for width in widths.split("-")):
             parser.error(f"widths look like 2048-2048, not like {widths}")
@@ -937,12 +916,11 @@ def main(argv=None):
     try:
         device = start(config)
         Path(config.out).mkdir(parents=True, exist_ok=True)
-        if RANK == 0:
-            data = load_data(config, device)  # the first process downloads
-        if WORLD > 1:
-            dist.barrier()
         if RANK > 0:
-            data = load_data(config, device)
+            dist.barrier()  # the first process downloads
+        data = load_data(config, device)
+        if WORLD > 1 and RANK == 0:
+            dist.barrier()
         method, log = train(config, data, device)
         if WORLD > 1:
             dist.barrier()
