@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import ImageFolder
 
-THIRD_FORM = ["simclr_essl"]  # whose methods take images alone, and whose config is definite
+THIRD_FORM = ["simclr_essl", "simsiam_essl"]  # whose methods take images alone, and whose config is definite
 SCRIPTS = ["simclr_essl", "simsiam_essl", "care", "sfrik", "homomorphic", "photonics_reg"]
 
 def milliseconds(functions, device, repeats):

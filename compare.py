@@ -43,8 +43,8 @@ import care
 import photonics_reg
 import simsiam_essl
 from homomorphic import PLANES, SCALES, act, extract, transform
-from simsiam_essl import augment, blur, brightness, check, contrast, crop, draw_box, first_of
-from simsiam_essl import saturation, shift_hue, start
+from sfrik import augment, blur, brightness, check, contrast, crop, draw_box, first_of
+from sfrik import knn_accuracy, saturation, shift_hue, start
 
 pyplot.rcParams.update({"backend": "Agg", "figure.autolayout": True, "savefig.dpi": 120})
 
@@ -65,8 +65,8 @@ def load_run(folder, data_root, device):
     check((path / "results.json").is_file(), f"{folder} has no results.json of a finished run")
     try:
         saved = torch.load(path / "checkpoint.pt", map_location=device, weights_only=True)
-        check(saved["script"] != "simclr_essl", f"{folder} is a run of simclr_essl.py, whose new "
-              "form compare.py does not read yet")
+        check(saved["script"] not in ("simclr_essl", "simsiam_essl"), f"{folder} is a run of "
+              f"{saved['script']}.py, whose new form compare.py does not read yet")
         script = importlib.import_module(saved["script"])
         config = script.Config(**saved["config"])
         config = replace(config, data_root=data_root or config.data_root, precision="fp32")
@@ -109,7 +109,9 @@ def standardised(fit, *others):
 def accuracy(method, data):
     """kNN and linear accuracy, percent, of (images, labels) to learn from and to score."""
     (_, labels), (_, test_labels) = data
-    knn, *features = simsiam_essl.knn(method, (None, *data))  # k 200, T 0.1
+    features = [extract(method, images) for images, _ in data]
+    k, classes = min(200, len(labels)), int(labels.max()) + 1
+    knn = knn_accuracy(features[0], labels, features[1], test_labels, k, 0.1, classes)
     z, test = standardised(*features)
     held = len(z) // 5
 

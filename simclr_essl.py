@@ -843,8 +843,8 @@ def evaluate(method, data, config):
     _, (images, labels), (test_images, test_labels) = data
     results = {
         "knn_protocol": f"k {min(200, len(labels))}, temperature 0.1",
-        "linear_protocol": "5 probes on fresh crops and flips; before training and if quick, "
-                           "on fixed features"}
+        "linear_protocol": "the authors' probe on fresh crops and flips; before training and if "
+                           "quick, on fixed features"}
     torch.manual_seed(config.seed)  # as train does: the weights before training
     untrained = Method(config).to(method.mean.device, memory_format=torch.channels_last)
     bank, test = extract(untrained, images), extract(untrained, test_images)

@@ -1,47 +1,34 @@
-"""E-SimSiam: SimSiam that also predicts how an image was turned.
+"""E-SimSiam: SimSiam that also predicts how an image was rotated.
 
 R. Dangovski, L. Jing, C. Loh, S. Han, A. Srivastava, B. Cheung, P. Agrawal, M. Soljacic,
 "Equivariant Contrastive Learning" (E-SSL), ICLR 2022, arXiv:2111.00899.
 
-Idea. SimSiam makes the features of two random views of an image agree, without negatives: a
-prediction MLP h on one side and a stop-gradient on the other keep them from collapsing. E-SimSiam
-adds a head that predicts which of four rotations a small view has, which keeps the features
-sensitive (equivariant) to it.
+SimSiam makes the embeddings of two random views of an image agree, without other images to differ
+from: a prediction MLP h on one side and a stop-gradient on the other keep them from becoming all
+equal. E-SimSiam adds a head that predicts by how much a small view was rotated, which keeps the
+features sensitive to it and makes them better.
 
 Algorithm 1 of the paper, for a batch of N images, backbone f, projector p1, predictor p2:
   1. draw two large views V_large and one small view v_small of every image;
   2. z1, z2 = p1(f(V_large)); loss_invariance = (D(h(z1), z2) + D(h(z2), z1)) / 2, where D is minus
-     the cosine and its second argument counts as a constant (SimSiam);
-  3. v_cat = v_small turned by 0, 90, 180 and 270 degrees (4N images);
-  4. loss_equivariance = cross-entropy of p2(f(v_cat)) against the turn;
+     the cosine similarity and no gradient flows through its second argument (SimSiam);
+  3. v_cat = v_small rotated by 0, 90, 180 and 270 degrees (4N images);
+  4. loss_equivariance = cross-entropy of p2(f(v_cat)) against the rotation;
   5. step f, p1, h and p2 on loss_invariance + lam * loss_equivariance. lam = 0 is SimSiam.
 
 Usage
-  python simsiam_essl.py --quick                               built-in data, a CPU, two minutes
-  python simsiam_essl.py                                       the paper's CIFAR-10 run, one GPU
-  python simsiam_essl.py --lam 0 --lr 0.03                     its SimSiam baseline
-  python simsiam_essl.py --dataset folder --data-root PATH     your images, in PATH/train/CLASS/
+  python simsiam_essl.py --quick                            built-in data, two minutes on a CPU
+  python simsiam_essl.py                                    the paper's CIFAR-10 run, on one GPU
+  python simsiam_essl.py --lam 0 --lr 0.03                  its SimSiam baseline
+  python simsiam_essl.py --dataset folder --data-root PATH  your images, decoded by prepare.py
   torchrun --nproc_per_node=8 simsiam_essl.py --dataset imagenet --data-root PATH
 
-Paper, linear probe, CIFAR-10: E-SimSiam 94.2 % (Table 1); SimSiam 91.6 (Table 1) or 91.1 (Tables 5
-and 6). Measured here: README.md.
-
-What changes a number, against the paper [P], the authors' code [C] and other SimSiams:
-  1. [P] compares E-SimSiam at --lr 0.06 --batch-size 512 with SimSiam at 0.03 and 1024 (the command
-     in [C]: 512); here 0.06 and 512 are both's defaults.
-  2. As in [C], h keeps the rate lr * batch / 256, without warm-up or decay; p2 follows the schedule
-     and has no ReLU after its last LayerNorm, one less than in simclr_essl.py. [C] has an optimiser
-     for h and in fp16 may step h with the wrong loss scale (inferred); here h is a group of one.
-  3. Views are drawn in floating point (a folder's crops: in 8 bits, as in [C]), all are bilinear
-     ([C]: bicubic for ImageNet's large views and CIFAR's probe), and one order of brightness,
-     contrast, saturation and hue is drawn for a batch ([C]: for each image).
-  4. On a GPU the backbone is in bf16, products in TF32 ([C]: float32 or fp16); seed 0, not 42.
-  5. As in [C], each view has a forward pass, so BatchNorm statistics, of its own; the running ones
-     mix both sizes.
-  6. ImageNet: all is [C]'s ([P] has rate 0.08), its probe by LARS too, but rates follow the step,
-     not the epoch, and an epoch's ragged last batch is left out ([C]: kept).
-Ours: folders, CIFAR-100, patterns, --arch small. Left out: the variants of Table 1, Table 4,
-augmentations (6), split representation (7), relative rotation, Figure 4 (few labels).
+Differences from the paper and the authors' code that change numbers (more: results/README.md):
+  - SimSiam and E-SimSiam share the default rate 0.06 and batch 512; the paper trains SimSiam at
+    0.03 and 1024.
+  - Views are computed in floating point, and a batch shares one order of the colour operations.
+  - On a GPU the backbone runs in bfloat16 and matrix products in TF32.
+  - Photographs are decoded once, to a middle square, and the views are cropped from that.
 """
 import io
 import json
@@ -50,11 +37,12 @@ import os
 import signal
 import sys
 import time
+import warnings
+import zlib
 from argparse import SUPPRESS, ArgumentParser
-from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -63,734 +51,862 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torchvision import datasets, models, transforms as T
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 
 SCRIPT = "simsiam_essl"
-WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes that torchrun started
-RANK = int(os.environ.get("RANK") or 0) if WORLD > 1 else 0  # of this process among them
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)  # among those of this machine
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes, set by torchrun
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # of this process among all
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0  # among those of its machine
 
 # %% CONFIG ----------------------------------------------------------------------------------------
-STREAMED = ("folder", "imagenet")  # image files, read while the run goes on
-PRESETS = {
-    "cifar10": {}, "cifar100": {},
+def option(default, explanation, choices=""):
+    """A field of Config; its metadata are what argparse is told of its flag."""
+    flag = {"type": type(default), "help": f"{explanation} (default: {default})"}
+    if default is False:
+        flag = {"action": "store_true", "help": explanation}
+    if choices:
+        flag["choices"] = choices.split()
+    return field(default=default, metadata=flag)
+
+@dataclass
+class Config:
+    """The paper's CIFAR-10 run. PRESETS has what other datasets change."""
+    dataset: str = option("cifar10", "what to train on (folder: your own images)",
+                          "cifar10 cifar100 folder imagenet patterns")
+    data_root: str = option("data", "folder that holds the dataset, or to download it to")
+    limit: int = option(0, "train on this many images, always the same (0: all)")
+    size: int = option(32, "side of the large views, in pixels")
+    small_size: int = option(16, "side of the small view, in pixels")
+    lam: float = option(0.4, "weight of the equivariance loss (0: SimSiam)")
+    projector: str = option("2048-2048", "widths of the layers of the projector p1")
+    bottleneck: int = option(512, "width of the hidden layer of the prediction MLP h")
+    predictor: str = option("2048-2048", "widths of the hidden layers of the predictor p2")
+    arch: str = option("resnet18", "backbone", "resnet18 resnet50 small")
+    epochs: int = option(800, "passes over the training images")
+    batch_size: int = option(512, "images per step, over all processes")
+    lr: float = option(0.06, "peak learning rate per 256 images of the batch")
+    final_lr: float = option(0.0, "learning rate at the end, as a share of the peak")
+    warmup_epochs: int = option(10, "epochs of linear warm-up (of short runs, a quarter)")
+    weight_decay: float = option(5e-4, "weight decay")
+    seed: int = option(0, "random seed of the weights, the batches and the views")
+    knn_every: int = option(10, "epochs between kNN evaluations (0: only at the end)")
+    save_every: float = option(5.0, "minutes between checkpoints")
+    device: str = option("auto", "cpu, cuda or cuda:1 (auto: cuda if there is one)")
+    precision: str = option("auto", "precision of the backbone (auto: bf16 if the GPU has it)",
+                            "auto bf16 fp32")
+    compile: bool = option(False, "use torch.compile, unless there are several processes")
+    out: str = option("", "folder for the results (empty: in runs/, named after the flags)")
+    quick: bool = option(False, "small network and built-in data: two minutes on a CPU")
+
+PRESETS = {  # what datasets change
     "folder": dict(size=224, small_size=96, epochs=100, batch_size=256),
     "imagenet": dict(arch="resnet50", size=224, small_size=96, epochs=100, lr=0.05, warmup_epochs=0,
                      weight_decay=1e-4, lam=0.08, knn_every=0, projector="2048-2048-2048",
                      predictor="2048-2048-256"),  # authors' code
-    "patterns": dict(arch="small", epochs=100, batch_size=256, warmup_epochs=3, projector="512-512",
-                     bottleneck=128, predictor="128-128"),
+    "patterns": dict(arch="small", epochs=100, batch_size=256, warmup_epochs=3,
+                     projector="512-512", bottleneck=128, predictor="128-128"),  # ours
 }
-QUICK = PRESETS["patterns"] | dict(epochs=12, knn_every=2, limit=4000)
-FREE = ("data_root", "out", "device", "compile", "save_every", "knn_every")  # may change in a run
-LEAST = dict(epochs=1, batch_size=2, lr=1e-9, size=8, small_size=8, bottleneck=1)  # others: 0
+QUICK = PRESETS["patterns"] | dict(dataset="patterns", epochs=12, knn_every=2, limit=4000)
+# what may change when a run is continued
+FREE = ("data_root", "out", "device", "compile", "save_every", "knn_every")
+PHOTOS = ("folder", "imagenet")  # photographs, decoded by prepare.py
 
-def option(group, default, help, choices=None):
-    """A field of Config, with its group and line in --help."""
-    return field(default=default, metadata={"group": group, "help": help, "choices": choices})
+def stop(message):
+    """Ends the program with one line."""
+    raise SystemExit(f"error: {message}")
 
-@dataclass
-class Config:
-    """One field, one flag. Defaults: the paper's CIFAR-10 run. Other datasets: PRESETS."""
-    dataset: str = option("data", "cifar10", "folder: your own images", tuple(PRESETS))
-    data_root: str = option("data", "data", "where CIFAR is or goes, or train/ and val/ are")
-    limit: int = option("data", 0, "train on N images, drawn once (0: all)")
-    size: int = option("data", 32, "side of the large views in pixels")
-    arch: str = option("training", "resnet18", "backbone", ("resnet18", "resnet50", "small"))
-    epochs: int = option("training", 800, "passes over the training images (paper: 800)")
-    batch_size: int = option("training", 512, "images per step (paper: 512; SimSiam 1024)")
-    lr: float = option("training", 0.06, "rate per 256 images (paper: 0.06; SimSiam 0.03)")
-    final_lr: float = option("training", 0.0, "share of the rate left at the end (code: 0)")
-    warmup_epochs: int = option("training", 10, "of linear warm-up (paper: 10; of few, a quarter)")
-    weight_decay: float = option("training", 5e-4, "on all (paper: 5e-4; ImageNet: 1e-4)")
-    seed: int = option("training", 0, "of the weights, the order and the augmentation")
-    device: str = option("run", "auto", "cpu, cuda, cuda:1 (auto: cuda where there is one)")
-    precision: str = option("run", "auto", "auto: bf16 if the GPU has it", ("auto", "bf16", "fp32"))
-    compile: bool = option("run", False, "torch.compile the networks")
-    knn_every: int = option("run", 10, "epochs between kNN evaluations (0: only at the end)")
-    save_every: float = option("run", 5.0, "minutes between checkpoints, at the end of an epoch")
-    out: str = option("run", "", "folder of the run (default: runs/, named after the flags)")
-    quick: bool = option("run", False, "built-in data, small network: two minutes on a CPU")
-    lam: float = option("method", 0.4, "weight of the prediction; 0: SimSiam (paper: 0.4)")
-    small_size: int = option("method", 16, "side of the small view in pixels (paper: 16)")
-    projector: str = option("method", "2048-2048", "widths of p1 (paper: 2048-2048)")
-    bottleneck: int = option("method", 512, "hidden width of h (paper: 512)")
-    predictor: str = option("method", "2048-2048", "hidden widths of p2 (paper: 2048-2048)")
+# %% METHOD ----------------------------------------------------------------------------------------
+# augment is defined in AUGMENT, the networks are in MODEL.
+def negative_cosine(p, z):
+    """D of SimSiam: minus the mean cosine similarity of p and z (N, D), where z is a constant."""
+    return -F.cosine_similarity(p, z.detach(), dim=1).mean()
 
-def check(condition, message, code=2, alike=True):
-    """Ends the program with one line unless the condition holds; one process speaks for all."""
-    if not condition:
-        if LOCAL_RANK == 0 or not alike:
-            print("error:", *message.split(), file=sys.stderr)
-        raise SystemExit(code)
+def rotate4(x):
+    """(N, C, S, S) -> (4N, C, S, S): all by 0, all by 90, 180 and 270 degrees counter-clockwise."""
+    return torch.cat([x.rot90(k, (2, 3)) for k in range(4)])
 
-def parse_args(argv=None):
-    """Config of a command line: defaults < preset of the dataset < --quick < explicit flags."""
-    parser = ArgumentParser(f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0],
-                            Config.__doc__, argument_default=SUPPRESS, allow_abbrev=False)
-    parser.error = lambda message: check(False, f"{message} (see --help)")
-    groups = {g: parser.add_argument_group(g) for g in ("data", "training", "run", "method")}
-    for f in fields(Config):
-        group, words, choices = f.metadata.values()
-        words += f": {', '.join(choices)}" if choices else ""
-        kind = {"type": f.type, "choices": choices, "metavar": f.type.__name__.upper()}
-        groups[group].add_argument(f"--{f.name.replace('_', '-')}", help=f"{words} [{f.default}]",
-                                   **{"action": "store_true"} if f.type is bool else kind)
-    given = vars(parser.parse_args(argv))
-    quick = QUICK if "quick" in given else {}
-    dataset = given.get("dataset", "patterns" if quick else Config.dataset)
-    config = Config(**asdict(Config(dataset)) | PRESETS[dataset] | quick | given)
-    config.warmup_epochs = given.get("warmup_epochs", min(config.warmup_epochs, config.epochs // 4))
-    for name, value in vars(config).items():
-        check(isinstance(value, str) or LEAST.get(name, 0) <= value < 2 ** 32,
-              f"--{name.replace('_', '-')} is {LEAST.get(name, 0)} to 4294967295, not {value}")
-    for widths in (config.projector, config.predictor):
-        check(all(w.isdecimal() and int(w) for w in widths.split("-")),
-              f"widths look like 2048-2048, not like {widths}")
-    check(config.batch_size % WORLD == 0 and config.batch_size >= 2 * WORLD,
-          f"--batch-size {config.batch_size} must give {WORLD} processes 2 or more images each")
-    name = SCRIPT
-    for flag, value in vars(config).items():
-        if flag in given and (flag not in FREE or flag == "data_root" and dataset in STREAMED):
-            value = f"{value:g}" if isinstance(value, float) else Path(str(value)).resolve().name
-            name += f"-{flag.replace('_', '-')}" + (f"={value}" if value != "True" else "")
-    config.out = os.path.expanduser(config.out or f"runs/{name}")  # no shell does it for --out=~/x
-    return config
+class Method(nn.Module):
+    """E-SimSiam: uint8 images (N, 3, H, W) to the loss of Algorithm 1 and terms for the log."""
 
-# %% DATA ------------------------------------------------------------------------------------------
-CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # authors' code
-MEAN_STD = {"cifar10": CIFAR, "cifar100": CIFAR, "patterns": ((0.4, 0.4, 0.4), (0.25, 0.25, 0.25))}
-MEAN_STD |= dict.fromkeys(STREAMED, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-NO_PICTURES = "BUFR EPS FITS FLI GRIB HDF5 IPTC MPEG PALM PDF WMF".split()  # but PIL knows them
-LEFTOVERS = (".", "__MACOSX")  # how names begin that systems leave beside one's own
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.num_versions, self.transform = 4, rotate4
+        self.encoder, width = make_encoder(config.arch, config.size)
+        self.projector = make_projector(config, width)
+        self.h = make_h(config)
+        self.predicts = config.lam > 0
+        self.predictor = make_predictor(config, width, self.num_versions) if self.predicts else None
+        self.large1, self.large2, self.small = view_arguments(config)  # for augment
+        mean, std = MEAN_STD[config.dataset]  # constants: they need not be saved
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
-def draw_patterns(n, seed):
-    """Built-in data: uint8 (n, 3, 32, 32), labels (n,); a class is a level set of a Fourier sum."""
-    waves = [(i, j) for i in range(-2, 3) for j in range(3) if (j, i) > (0, 0)]
-    phases = 2 * math.pi * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(10, (n,), generator=generator)
-    zoom, tilt, light, shift_x, shift_y = torch.rand(5, n, 1, 1, generator=generator)
-    zoom, tilt, light = 1.2 + zoom, (2 * tilt - 1) * math.radians(20), 2 * math.pi * light
-    y, x = torch.meshgrid(*[(torch.arange(32) - 15.5) / 32] * 2, indexing="ij")
-    u = zoom * (tilt.cos() * x - tilt.sin() * y) + shift_x  # (n, 32, 32)
-    v = zoom * (tilt.sin() * x + tilt.cos() * y) + shift_y
-    pattern = sum(torch.cos(2 * math.pi * (i * u + j * v) + phase[labels, None, None])
-                  / (i * i + j * j) for (i, j), phase in zip(waves, phases))
-    tone = 0.1 + 0.6 * torch.sigmoid(6 * pattern / pattern.std())
-    lit = tone * (1 + 0.6 * (light.cos() * x + light.sin() * y))
-    tint = 0.98 + 0.04 * torch.rand(n, 3, 1, 1, generator=generator)
-    noise = 0.02 * torch.randn(n, 3, 32, 32, generator=generator)
-    return ((lit[:, None] * tint + noise).clamp(0, 1) * 255).byte(), labels
+    def forward(self, images):
+        f, p1, p2, h = self.features, self.projector, self.predictor, self.h
+        V_large1, V_large2, v_small = self.views(images)  # (N, 3, S, S) twice, (N, 3, s, s)
+        z1 = p1(f(V_large1))  # (N, D)
+        z2 = p1(f(V_large2))
+        loss_invariance = (negative_cosine(h(z1), z2) + negative_cosine(h(z2), z1)) / 2
+        terms = {"invariance": loss_invariance, "std": spread(z1)}
+        if not self.predicts:
+            return loss_invariance, terms
 
-def first_of(limit, n):
-    """Indices of the first `limit` of n things in a fixed random order; for limit 0 of all."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    return order[:limit] if limit else torch.arange(n)
+        v_cat = self.transform(v_small)  # (4N, 3, s, s): all by 0 degrees, then all by 90, ...
+        target = torch.arange(len(v_cat), device=v_cat.device) // len(v_small)  # N times 0, 1, ...
+        v_equivariance = p2(f(v_cat))  # logits (4N, 4)
+        loss_equivariance = F.cross_entropy(v_equivariance, target)
+        terms["equivariance"] = loss_equivariance
+        terms["rotation_top1"] = 100 * (v_equivariance.argmax(1) == target).float().mean()
+        return loss_invariance + self.config.lam * loss_equivariance, terms
 
-def read_picture(path):
-    """The RGB picture a viewer shows of a file. Raises OSError, which names a damaged file."""
-    try:
-        with open(path, "rb") as file:
-            image = ImageOps.exif_transpose(Image.open(file))
-        if image.mode[0] in "IF":  # 16 bits are scaled by their range, others by that of the image
-            grays = np.asarray(image, dtype=np.float64)
-            known = grays[np.isfinite(grays)]
-            low, high = (0, 65535) if ";16" in image.mode else (known.min(), known.max())
-            grays = np.nan_to_num((grays - low) / (high - low or 1)).clip(0, 1)
-            image = Image.fromarray(np.uint8(255 * grays))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except Exception as problem:  # a damaged file can raise nearly anything
-        raise OSError(f"cannot read the image {path} ({problem})") from None
+    def views(self, images):
+        """Two large views and a small one of the images, in [0, 1]; SimSiam has no small one."""
+        V_large1 = augment(images, **self.large1)
+        V_large2 = augment(images, **self.large2)
+        v_small = augment(images, **self.small) if self.predicts else None
+        return V_large1, V_large2, v_small
 
-class Folder(datasets.ImageFolder):
-    """Image files. self[epoch, i] is a list of uint8 crops (3, S, S) of image i, and its label."""
+    def features(self, x):
+        """Features (N, D), float32, of images in [0, 1]."""
+        bf16 = self.config.precision == "bf16"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            return self.encoder((x - self.mean) / self.std).float()
 
-    def __init__(self, path, config):
-        self.config, self.ignored = config, Counter()
-        super().__init__(path, is_valid_file=self.is_picture)
-        rows = first_of(config.limit if path.name == "train" else 0, len(self.samples))
-        self.samples = [self.samples[row] for row in rows.tolist()]
-        self.labels = torch.tensor([label for _, label in self.samples])
-        self.views = [T.RandomResizedCrop(v["size"], v["scale"]) for v in view_policies(config)]
-        ignored = ", ".join(f"{kind} {n}" for kind, n in self.ignored.most_common(5))
-        classes = "no" if self.classes == ["."] else len(self.classes)
-        print(f"{path}: {len(self)} images, {classes} classes" + (
-            f"; {self.ignored.total()} other files ignored ({ignored})" if ignored else ""))
+    def embed(self, x):
+        """Embeddings (N, D) of images in [0, 1]."""
+        return self.projector(self.features(x))
 
-    def find_classes(self, directory):
-        names = sorted(entry.name for entry in os.scandir(directory)
-                       if entry.is_dir() and not entry.name.startswith(LEFTOVERS)) or ["."]
-        return names, {name: label for label, name in enumerate(names)}
-
-    def is_picture(self, path):
-        hidden = any(name.startswith(LEFTOVERS) for name in Path(path).relative_to(self.root).parts)
-        kind = Path(path).suffix.lower()
-        known = Image.registered_extensions().get(kind) not in [None, *NO_PICTURES]
-        if not (hidden or known):
-            self.ignored[kind or "no extension"] += 1
-        return known and not hidden
-
-    def __getitem__(self, key):
-        epoch, i = key
-        path, label = self.samples[i]
-        image, size = read_picture(path), self.config.size
-        crops = self.views if epoch <= self.config.epochs else [T.RandomResizedCrop(size)]  # probe
-        if epoch == 0:  # for kNN
-            crops = [T.Compose([T.Resize(size * 8 // 7), T.CenterCrop(size)])]
-        torch.manual_seed(hash((self.config.seed, epoch, i)))  # in any worker or process
-        return [TF.pil_to_tensor(crop(image)) for crop in crops], label
-
-    def load(self, epoch, rows, batch_size):
-        cores = getattr(os, "process_cpu_count", os.cpu_count)()
-        return torch.utils.data.DataLoader(
-            self, batch_size, sampler=[(epoch, row) for row in rows], prefetch_factor=1,
-            num_workers=max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)),
-            pin_memory=torch.cuda.is_available())
-
-def load_data(config, device):
-    """(images, labels) to train on, to learn kNN from, to test (last: or None); uint8 or Folder."""
-    root, name = Path(config.data_root).expanduser(), config.dataset
-    kind = getattr(datasets, name.upper(), None)  # CIFAR10, CIFAR100
-    needs = f"{kind.filename}, or try --quick" if kind else "a folder train/CLASS/ of images"
-    try:
-        if name in STREAMED:
-            splits = [Folder(root / "train", config)]
-            splits += [Folder(root / "val", config)] if (root / "val").is_dir() else []
-        elif name == "patterns":
-            splits = [draw_patterns(4000, 1), draw_patterns(1000, 2)]
-        else:
-            splits = [kind(root, train, download=True) for train in (True, False)]
-            splits = [(torch.tensor(x.data).movedim(3, 1), torch.tensor(x.targets)) for x in splits]
-    except (OSError, RuntimeError) as problem:
-        check(False, f"cannot read {name} in {root} ({problem}): it needs {needs}")
-    if name not in STREAMED:
-        splits[0] = [x[first_of(config.limit, len(x))] for x in splits[0]]
-        train, test = ((TF.resize(x, config.size).to(device), y.to(device)) for x, y in splits)
-        return train, train, test
-    train, *val = ((folder, folder.labels.to(device)) for folder in splits)
-    if not val or splits[0].classes == ["."]:
-        print(f"no evaluation: it needs class folders in train/ and val/ of {root}")
-        return train, None, None
-    differ = ", ".join(sorted(set(splits[0].classes) ^ set(splits[1].classes))[:9])
-    check(not differ, f"train/ and val/ of {root} need the same class folders, unlike: {differ}")
-    for path, _ in splits[1].samples:  # else found only when training has ended
-        Image.open(path).close()
-    return train, train, *val
-
-def batches(data, config, epoch, device):
-    """Yields this process's images and labels of each batch of an epoch, in a random order."""
-    images, labels = data[0]
-    steps = len(labels) // config.batch_size  # the ragged rest is left out
-    rows = torch.randperm(len(labels))[:steps * config.batch_size].view(steps, WORLD, -1)[:, RANK]
-    if isinstance(images, torch.Tensor):
-        yield from ((images[row], labels[row]) for row in rows.to(device))
-    else:
-        for views, labels in images.load(epoch, rows.flatten().tolist(), rows.shape[1]):
-            yield [view.to(device, non_blocking=True) for view in views], labels
+def spread(z):
+    """Standard deviation of the normalised embeddings (N, D) times sqrt(D): 0 if they collapse."""
+    return F.normalize(z.detach()).std(0).mean() * z.shape[1] ** 0.5
 
 # %% AUGMENT ---------------------------------------------------------------------------------------
-def view_policies(config):
-    """Arguments of augment for large views and a small one (CIFAR: paper; ImageNet: code)."""
-    large = {"size": config.size, "scale": (0.2, 1.0)}
-    views = [large, large, large | {"size": config.small_size}]
-    if config.dataset in STREAMED:
-        large |= {"scale": (0.08, 1.0), "jitter": (0.4, 0.4, 0.2, 0.1)}
-        small = large | {"size": config.small_size, "scale": (0.05, 0.14), "blur": 0.1}
-        views = [large | {"blur": 1.0}, large | {"blur": 0.1, "solarize": 0.2}, small]
-    return views if config.lam else views[:2]
+def view_arguments(config):
+    """Arguments of augment for two large views and a small one.
+
+    CIFAR: as in the paper. Photographs: as in the authors' code for ImageNet.
+    """
+    large1 = large2 = dict(size=config.size)
+    small = dict(size=config.small_size)
+    if config.dataset in PHOTOS:
+        large = dict(size=config.size, scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.2, 0.1))
+        large1 = dict(large, blur=1.0)
+        large2 = dict(large, blur=0.1, solarize=0.2)
+        small = dict(large, size=config.small_size, scale=(0.05, 0.14), blur=0.1)
+    return large1, large2, small
 
 @torch.no_grad()
-def augment(images, size, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), flip=0.5, gray=0.2, blur=0,
-            radius=6, solarize=0, jitter_p=0.8, share=1):
-    """Random views of images (N, 3, H, W), uint8 or in [0, 1]: float (N, 3, size, size) in [0, 1].
+def augment(images, size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2,
+            blur=0, solarize=0):
+    """Random views (N, 3, size, size) in [0, 1] of images (N, 3, H, W), uint8 or in [0, 1].
 
-    scale: least and greatest share of the area that is cropped, or None. jitter: of brightness,
-    contrast, saturation and hue, with probability jitter_p, or None. flip, gray, blur, solarize:
-    probabilities. radius: of blur. share: so many consecutive images get one draw.
+    scale: smallest and largest share of the area that a crop keeps. jitter: by how much at most
+    brightness, contrast, saturation and hue (in turns) change, in 80 % of the images. flip, gray,
+    blur and solarize are probabilities.
     """
     n, _, height, width = images.shape
+    x = TF.convert_image_dtype(images)  # uint8 to [0, 1]
 
-    def uniform(low, high, *shape):  # drawn for the images of all processes
-        drawn = torch.empty(WORLD * n // share, *shape, device=images.device).uniform_(low, high)
-        return drawn.repeat_interleave(share, dim=0).unflatten(0, (WORLD, n))[RANK]
+    def uniform(low, high, draws=1):
+        return x.new_empty(n, draws, 1, 1).uniform_(low, high)
 
-    chosen = lambda probability: uniform(0, 1, 1, 1, 1) < probability  # (N, 1, 1, 1)
-    x = images.float() / 255 if images.dtype == torch.uint8 else images
-    x = crop(x, draw_box(uniform, height, width, scale), size) if scale else x
+    def chosen(probability):
+        return uniform(0, 1) < probability
+
+    x = crop(x, draw_boxes(uniform, height, width, scale), size)
     x = torch.where(chosen(flip), x.flip(3), x)
     if jitter:
-        jittered = chosen(jitter_p)
-        for i in torch.randperm(4).tolist():
-            change, none = ((brightness, 1), (contrast, 1), (saturation, 1), (shift_hue, 0))[i]
-            amount = uniform(max(none - jitter[i], none - 1), none + jitter[i], 1, 1, 1)
-            x = change(x, torch.where(jittered, amount, none))
-    x = torch.where(chosen(gray), TF.rgb_to_grayscale(x), x) if gray else x
+        operations = [brightness, contrast, saturation, shift_hue]
+        jittered = chosen(0.8)
+        for i in torch.randperm(4).tolist():  # one order for the batch
+            change = jittered * uniform(-jitter[i], jitter[i])
+            x = operations[i](x, change)
+    if gray:
+        x = torch.where(chosen(gray), TF.rgb_to_grayscale(x, 3), x)
     if blur:
-        x = gaussian_blur(x, torch.where(chosen(blur), uniform(0.1, 2.0, 1, 1, 1), 1e-3), radius)
-    x = torch.where(chosen(solarize) & (x >= 128 / 255), 1 - x, x) if solarize else x
+        x = torch.where(chosen(blur), gaussian_blur(x, uniform(0.1, 2.0)), x)
+    if solarize:
+        x = torch.where(chosen(solarize) & (x >= 128 / 255), 1 - x, x)
     return x
 
-def draw_box(uniform, height, width, scale):
-    """Boxes (N, 4) of RandomResizedCrop: top, left, height, width of the first of ten that fits."""
-    area = height * width * uniform(*scale, 10)  # (N, 10)
+def draw_boxes(uniform, height, width, scale):
+    """Boxes (N, 4), top, left, height, width, drawn as by torchvision's RandomResizedCrop.
+
+    Of ten random boxes the first that fits into the image is taken. uniform(low, high, draws)
+    returns random numbers (N, draws, 1, 1).
+    """
+    area = height * width * uniform(*scale, 10)  # (N, 10, 1, 1)
     ratio = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
-    h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
-    first = ((h <= height) & (w <= width)).byte().argmax(1, keepdim=True)
-    h, w = h.gather(1, first).clamp(max=height), w.gather(1, first).clamp(max=width)  # (N, 1)
-    corner = uniform(0, 1, 2) * torch.cat([height - h + 1, width - w + 1], dim=1)
-    return torch.cat([corner.floor(), h, w], dim=1)
+    h = (area / ratio).sqrt().round()
+    w = (area * ratio).sqrt().round()
+    fits = (h <= height) & (w <= width)
+    first = fits.byte().argmax(1, keepdim=True)  # (N, 1, 1, 1): if none fits, box 0
+    h = h.gather(1, first).clamp(max=height)
+    w = w.gather(1, first).clamp(max=width)
+    top = (uniform(0, 1) * (height - h + 1)).floor()
+    left = (uniform(0, 1) * (width - w + 1)).floor()
+    return torch.cat([top, left, h, w], dim=1).flatten(1)
 
-def crop(x, box, size):
-    """Boxes (N, 4) cut out of x and resized, bilinear and antialiased: (N, 3, size, size)."""
-    def weights(start, length, source):  # (N, 1, size, source): triangles, wider when shrinking
-        center = (torch.arange(size, device=x.device)[:, None] + 0.5) * length / size
-        pixel = torch.arange(source, device=x.device) + 0.5 - start
-        triangle = (1 - (pixel - center).abs() / (length / size).clamp(min=1)).clamp(min=0)
-        triangle = triangle * ((pixel > 0) & (pixel < length))
-        return triangle / triangle.sum(3, keepdim=True)
+def crop(x, boxes, size):
+    """The boxes (N, 4) cut out of x and resized, bilinear and antialiased: (N, 3, size, size).
 
-    top, left, height, width = box.T[..., None, None, None]  # (N, 1, 1, 1)
-    return weights(top, height, x.shape[2]) @ (x @ weights(left, width, x.shape[3]).mT)
+    A new pixel is a weighted mean of old ones, first along rows, then along columns. Both means
+    are products with a small matrix of weights.
+    """
+    top, left, height, width = boxes[:, :, None, None, None].unbind(1)  # (N, 1, 1, 1)
+    rows = resizing_matrix(top, height, x.shape[2], size)  # (N, 1, size, H)
+    columns = resizing_matrix(left, width, x.shape[3], size)  # (N, 1, size, W)
+    return rows @ (x @ columns.mT)
 
-def brightness(x, factor):
-    """A mix of x with black; factor (N, 1, 1, 1), 1 changes nothing. So in the next two."""
-    return (x * factor).clamp_(0, 1)
+def resizing_matrix(start, length, source, size):
+    """Weights (N, 1, size, source) of the `source` old pixels of a line in its `size` new ones.
 
-def contrast(x, factor):
-    """A mix with the mean luma of the image."""
-    return torch.lerp(TF.rgb_to_grayscale(x).mean((2, 3), True), x, factor).clamp_(0, 1)
+    Bilinear, antialiased: a weight falls linearly with the distance from the new pixel's centre
+    and is 0 from one pixel on, an old or a new one, whichever is larger.
+    """
+    center = (torch.arange(size, device=start.device)[:, None] + 0.5) * length / size
+    pixel = torch.arange(source, device=start.device) + 0.5 - start  # (N, 1, 1, source)
+    reach = (length / size).clamp(min=1)
+    weight = (1 - (pixel - center).abs() / reach).clamp(min=0)
+    weight = weight * ((pixel > 0) & (pixel < length))  # nothing from outside of the box
+    return weight / weight.sum(3, keepdim=True)
 
-def saturation(x, factor):
-    """A mix with the luma of each pixel."""
-    return torch.lerp(TF.rgb_to_grayscale(x), x, factor).clamp_(0, 1)
+def brightness(x, change):
+    """Brighter by a change (N, 1, 1, 1): 0 leaves x as it is, -1 makes it black."""
+    return (x * (1 + change)).clamp_(0, 1)
+
+def contrast(x, change):
+    """Further from the mean of the gray version by a change: -1 leaves only this mean."""
+    mean = TF.rgb_to_grayscale(x).mean((2, 3), keepdim=True)
+    return torch.lerp(mean, x, 1 + change).clamp_(0, 1)
+
+def saturation(x, change):
+    """Further from the gray version by a change: -1 leaves only this version."""
+    return torch.lerp(TF.rgb_to_grayscale(x), x, 1 + change).clamp_(0, 1)
 
 def shift_hue(x, turns):
-    """Hue moved by turns (N, 1, 1, 1); value and chroma of the HSV colour stay."""
+    """The hue moved by turns (N, 1, 1, 1); value and chroma of the HSV colour stay."""
     red, green, blue = x.split(1, dim=1)
     value = x.amax(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
     safe = torch.where(chroma > 0, chroma, 1.0)
-    sextant = torch.where(value == red, (green - blue) / safe, torch.where(
-        value == green, (blue - red) / safe + 2, (red - green) / safe + 4))
-    offset = torch.arange(5, 0, -2, device=x.device)[:, None, None]  # red 5, green 3, blue 1
-    k = (sextant + 6 * turns + offset).remainder_(6)
+    # hue in sixths of a turn: 0 is red, 2 green, 4 blue
+    hue = torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
+    hue = torch.where(value == red, (green - blue) / safe, hue)
+    # the usual formula from HSV to RGB, with an offset of 5 for red, 3 for green, 1 for blue
+    offset = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)
+    k = (hue + 6 * turns + offset).remainder_(6)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
-def blur(x, sigma, radius=6):
-    """Gaussian of sigma (N, 1, 1, 1) pixels, cut off at the radius, over mirrored borders."""
-    reach = torch.arange(-radius, radius + 1, device=x.device)
-    taps = torch.exp(-0.5 * (reach / sigma) ** 2)  # (N, 1, 1, 2 radius + 1)
-    taps = (taps / taps.sum(3, keepdim=True)).repeat_interleave(3, dim=0)
-    padded = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1)  # (3N, H + 2 radius, ...)
-    blurred = F.conv2d(F.conv2d(padded, taps, groups=len(taps)), taps.mT, groups=len(taps))
-    return blurred.view_as(x)
-
-gaussian_blur = blur  # inside augment, blur is a probability
+def gaussian_blur(x, sigma, radius=6):
+    """Gaussian blur of sigma (N, 1, 1, 1) pixels, cut off at the radius, over mirrored borders."""
+    distance = torch.arange(-radius, radius + 1, device=x.device)
+    kernel = torch.exp(-0.5 * (distance / sigma) ** 2)  # (N, 1, 1, 2 radius + 1)
+    kernel = kernel / kernel.sum(3, keepdim=True)
+    kernel = kernel.repeat_interleave(3, dim=0)  # one kernel and one group for each channel
+    x = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1)  # (3N, H + 2 radius, ...)
+    x = F.conv2d(x, kernel, groups=len(kernel))
+    x = F.conv2d(x, kernel.mT, groups=len(kernel))
+    return x.unflatten(0, (-1, 3))
 
 # %% MODEL -----------------------------------------------------------------------------------------
 def make_encoder(arch, size):
-    """Backbone: images (N, 3, H, W) to features (N, D), D = 512, 2048 or, for small, 128."""
+    """The backbone, from images (N, 3, H, W) to features (N, D), and D."""
     if arch == "small":
-        blocks = [(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(),
-                   nn.MaxPool2d(2)) for a, b in pairwise((3, 16, 32, 64, 128))]
-        return nn.Sequential(*sum(blocks, ())[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        layers = []
+        for inputs, outputs in pairwise((3, 16, 32, 64, 128)):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+                       nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+        layers[-1] = nn.AdaptiveAvgPool2d(1)  # in place of the last max-pool
+        return nn.Sequential(*layers, nn.Flatten()), 128
     encoder = models.get_model(arch, zero_init_residual=size > 64)
+    width = encoder.fc.in_features
     encoder.fc = nn.Identity()
-    if size <= 64:  # a 3x3 stem, no max-pool
+    if size <= 64:  # small images: a 3x3 stem without max-pool, with torchvision's initialisation
         encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
         encoder.maxpool = nn.Identity()
-    return encoder
+    return encoder, width
 
-def mlp_layers(widths, norm, bias=True):
-    """Linear, norm and ReLU from each width to the next: a tuple of modules."""
-    blocks = [(nn.Linear(a, b, bias), norm(b), nn.ReLU()) for a, b in pairwise(widths)]
-    return sum(blocks, ())
+def make_projector(config, width):
+    """p1: linear layers with BatchNorm and ReLU; the last BatchNorm has no ReLU after it."""
+    layers = []
+    *hidden, last = map(int, config.projector.split("-"))
+    for outputs in hidden:
+        layers += [nn.Linear(width, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU()]
+        width = outputs
+    layers += [nn.Linear(width, last, bias=False),
+               nn.BatchNorm1d(last, affine=False)]
+    return nn.Sequential(*layers)
 
-# %% METHOD ----------------------------------------------------------------------------------------
-def negative_cosine(p, z):
-    """D of SimSiam: minus the mean cosine of p and z, both (N, D); z counts as a constant."""
-    p, z = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (p, z.detach()))
-    return -F.cosine_similarity(p, z, dim=1).mean()
+def make_h(config):
+    """h: the prediction MLP of SimSiam, from embeddings (N, D) to embeddings."""
+    width = int(config.projector.split("-")[-1])
+    return nn.Sequential(
+        nn.Linear(width, config.bottleneck, bias=False), nn.BatchNorm1d(config.bottleneck),
+        nn.ReLU(), nn.Linear(config.bottleneck, width))
 
-def rotate4(x):
-    """(N, C, S, S) -> (4N, C, S, S): all by 0, all by 90, 180, 270 degrees counter-clockwise."""
-    return torch.cat([torch.rot90(x, k, (2, 3)) for k in range(4)])
+def make_predictor(config, width, num_versions):
+    """p2: linear layers with LayerNorm and ReLU, and a linear classifier of the versions."""
+    layers = []
+    for outputs in map(int, config.predictor.split("-")):
+        layers += [nn.Linear(width, outputs), nn.LayerNorm(outputs), nn.ReLU()]
+        width = outputs
+    layers.pop()  # as in the paper: no ReLU before the classifier
+    return nn.Sequential(*layers, nn.Linear(width, num_versions))
 
-class Method(nn.Module):
-    """E-SimSiam: uint8 images (N, 3, H, W), or lists of crops, to the loss and terms of the log."""
+# %% DATA ------------------------------------------------------------------------------------------
+# mean and standard deviation of the channels; of CIFAR-10 as in the authors' code
+CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+MEAN_STD = {"cifar10": CIFAR, "cifar100": CIFAR, "folder": IMAGENET, "imagenet": IMAGENET,
+            "patterns": ((0.4, 0.4, 0.4), (0.25, 0.25, 0.25))}
 
-    def __init__(self, config):
-        super().__init__()
-        width = {"resnet18": 512, "resnet50": 2048, "small": 128}[config.arch]
-        p1, p2 = ([width, *map(int, w.split("-"))] for w in (config.projector, config.predictor))
-        self.config, self.policies = config, view_policies(config)
-        self.encoder = make_encoder(config.arch, config.size)
-        layers = mlp_layers(p1, nn.BatchNorm1d, bias=False)[:-2]
-        self.projector = nn.Sequential(*layers, nn.BatchNorm1d(p1[-1], affine=False))
-        layers = mlp_layers([p1[-1], config.bottleneck], nn.BatchNorm1d, bias=False)
-        self.h = nn.Sequential(*layers, nn.Linear(config.bottleneck, p1[-1]))
-        layers = mlp_layers(p2, nn.LayerNorm)[:-1]
-        predictor = nn.Sequential(*layers, nn.Linear(p2[-1], 4))
-        self.predictor = predictor if len(self.policies) == 3 else None
-        mean_std = torch.tensor(MEAN_STD[config.dataset])[..., None, None]  # (2, 3, 1, 1)
-        self.register_buffer("mean_std", mean_std, persistent=False)
+def load_data(config, device):
+    """What to train on, to learn kNN and the probe from, and to test: (images, labels) each.
 
-    def forward(self, images, labels):
-        f, p1, p2, h = self.features, self.projector, self.predictor, self.h
-        V_large1, V_large2 = self.view(images, 0), self.view(images, 1)  # (N, 3, S, S)
-        z1 = p1(f(V_large1))  # (N, D)
-        z2 = p1(f(V_large2))
-        loss_invariance = (negative_cosine(h(z1), z2) + negative_cosine(h(z2), z1)) / 2
-        terms = {"invariance": loss_invariance.detach(), "std": spread(z1)}
-        if p2 is None:
-            return loss_invariance, terms
+    Images are uint8 (N, 3, H, W). The last two are None if there is nothing to evaluate.
+    """
+    root = Path(config.data_root)
+    if config.dataset == "patterns":
+        train, test = draw_patterns(4000, seed=1), draw_patterns(1000, seed=2)
+    elif config.dataset in PHOTOS:
+        train, test = load_photos(root, "train"), load_photos(root, "val")
+    else:
+        train, test = load_cifar(root, config)
+    if config.limit:
+        rows = random_rows(len(train[1]), config.limit)
+        train = train[0][rows], train[1][rows]
+    if len(train[1]) < config.batch_size:
+        stop(f"--batch-size {config.batch_size} is more than the {len(train[1])} images")
+    train = place(train, device)
+    if len(test[1]) == 0 or int(train[1].max()) == 0:
+        print("no evaluation: it needs test images, and two or more classes")
+        return train, None, None
+    return train, train, place(test, device)
 
-        v_small = self.view(images, 2)  # (N, 3, s, s)
-        v_cat = rotate4(v_small)  # (4N, 3, s, s)
-        target = torch.arange(4, device=v_cat.device).repeat_interleave(len(v_small))  # (4N,)
-        v_equivariance = p2(f(v_cat))  # (4N, 4)
-        loss_equivariance = F.cross_entropy(v_equivariance, target)
-        terms["equivariance"] = loss_equivariance.detach()
-        terms["rotation_top1"] = 100 * (v_equivariance.argmax(1) == target).float().mean()
-        return loss_invariance + self.config.lam * loss_equivariance, terms
+def load_cifar(root, config):
+    """Training and test images and labels of CIFAR-10 or CIFAR-100."""
+    cifar = datasets.CIFAR10 if config.dataset == "cifar10" else datasets.CIFAR100
+    try:
+        splits = [cifar(root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as problem:
+        folder = root / cifar.base_folder
+        state = "is damaged" if folder.exists() else "is missing"
+        stop(f"{folder} {state} and cannot be downloaded ({problem}); --quick needs no data")
+    return [(torch.tensor(split.data).permute(0, 3, 1, 2).contiguous(),
+             torch.tensor(split.targets)) for split in splits]
 
-    def features(self, V):
-        """Features (N, D), float32, of images in [0, 1]: normalisation and backbone."""
-        mean, std = self.mean_std
-        bf16 = precision(self.config, V.device) == "bf16"
-        with torch.autocast(V.device.type, torch.bfloat16, enabled=bf16):
-            return self.encoder((V - mean) / std).float()
+def load_photos(root, split):
+    """Images and labels of a split that prepare.py wrote; the images may be larger than memory."""
+    try:  # mapped into memory: a row is read from the disk when it is used
+        images = np.load(root / f"{split}-images.npy", mmap_mode="r")
+        labels = np.load(root / f"{split}-labels.npy")
+    except (OSError, ValueError, EOFError) as problem:
+        stop(f"{problem}; first run: python prepare.py YOUR_IMAGES --out {root}")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        stop(f"{split}-images.npy must be uint8 (N, 3, H, W), not {images.dtype} {images.shape}")
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        stop(f"{split}-labels.npy needs {len(images)} integers, not {labels.dtype} {labels.shape}")
+    with warnings.catch_warnings(action="ignore"):  # torch warns that it could not write to the map
+        images = torch.from_numpy(images)
+    return images, torch.tensor(labels, dtype=torch.int64)
 
-    def embed(self, V):
-        """Embeddings (N, D) of images in [0, 1]."""
-        return self.projector(self.features(V))
+def place(data, device):
+    """Labels on the device; images, too, if they take less than a quarter of its free memory."""
+    images, labels = data
+    if device.type == "cpu" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+        images = images.to(device)
+    return images, labels.to(device)
 
-    def view(self, images, i):
-        """View i of the images, in [0, 1]."""
-        policy = self.policies[i]
-        if isinstance(images, list):  # streamed images are cropped already
-            images, policy = images[i], policy | {"scale": None}
-        return augment(images, **policy)
+def take(images, rows, device):
+    """The images of these rows, on the device."""
+    batch = images[rows]
+    if batch.device.type == device.type:
+        return batch
+    return batch.pin_memory().to(device, non_blocking=True)  # nobody waits for a pinned copy
 
-def precision(config, device):
-    """Of the backbone: bf16 on GPUs that have it, unless --precision says otherwise."""
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return config.precision if config.precision != "auto" else "bf16" if able else "fp32"
+def random_rows(n, count):
+    """The first `count` of n indices in a random order that is always the same."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:count]
 
-def spread(z):
-    """Std of the normalised embeddings (N, D) over its ideal 1 / sqrt(D); 0 if all are equal."""
-    return F.normalize(z.detach().float()).std(0).mean() * z.shape[1] ** 0.5
+def draw_patterns(n, seed):
+    """Built-in data: uint8 images (n, 3, 32, 32) and labels (n,).
+
+    A class is a periodic pattern, a sum of waves, seen at a random zoom, tilt, place and light.
+    """
+    # frequencies; half of them are enough, since (-i, -j) is the same wave as (i, j)
+    waves = [(i, j) for i in range(-2, 3) for j in range(3) if j > 0 or i > 0]
+    phases = math.tau * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (n,), generator=generator)
+    zoom, tilt, light, shift_x, shift_y = torch.rand(5, n, 1, 1, generator=generator)
+    zoom = 1.2 + zoom  # (n, 1, 1)
+    tilt = (2 * tilt - 1) * math.radians(20)
+    light = math.tau * light
+    x = (torch.arange(32) - 15.5) / 32
+    y = x[:, None]
+    u = zoom * (tilt.cos() * x - tilt.sin() * y) + shift_x  # (n, 32, 32)
+    v = zoom * (tilt.sin() * x + tilt.cos() * y) + shift_y
+    pattern = 0
+    for (i, j), phase in zip(waves, phases):
+        wave = torch.cos(math.tau * (i * u + j * v) + phase[labels, None, None])
+        pattern = pattern + wave / (i * i + j * j)
+    tone = 0.1 + 0.6 * torch.sigmoid(6 * pattern / pattern.std())
+    lit = tone * (1 + 0.6 * (light.cos() * x + light.sin() * y))
+    tint = 0.98 + 0.04 * torch.rand(n, 3, 1, 1, generator=generator)
+    noise = 0.02 * torch.randn(n, 3, 32, 32, generator=generator)
+    images = (lit[:, None] * tint + noise).clamp(0, 1)
+    return (255 * images).byte(), labels
 
 # %% TRAIN -----------------------------------------------------------------------------------------
 def learning_rate(step, total_steps, warmup_steps, peak, final=0.0):
     """Linear from 0 to peak at warmup_steps, then a cosine to final at total_steps."""
     if step < warmup_steps:
         return peak * step / warmup_steps
-    turn = (step - warmup_steps) / (total_steps - warmup_steps) if step < total_steps else 1
-    return final + (peak - final) * (1 + math.cos(math.pi * turn)) / 2
+    if step >= total_steps:
+        return final
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
 
 class LARS(torch.optim.SGD):
-    """SGD that decays weight matrices p and scales their gradients g by eta |p| / |g|."""
+    """SGD that decays weight matrices p and scales their gradients g by 0.001 |p| / |g|."""
 
-    def __init__(self, parameters, lr, weight_decay=0.0, momentum=0.9, eta=0.001):
-        super().__init__(parameters, lr, momentum)
-        self.decay, self.eta = weight_decay, eta
+    def __init__(self, parameters, lr, weight_decay=0.0):
+        super().__init__(parameters, lr, momentum=0.9)
+        self.decay = weight_decay
 
     @torch.no_grad()
     def step(self):
-        for p in (p for group in self.param_groups for p in group["params"] if p.ndim > 1):
-            p.grad.add_(p, alpha=self.decay)
-            trust = self.eta * p.norm() / p.grad.norm()
-            p.grad.mul_(torch.where((trust > 0) & trust.isfinite(), trust, 1.0))
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim > 1:
+                    p.grad.add_(p, alpha=self.decay)
+                    trust = 0.001 * p.norm() / p.grad.norm()
+                    p.grad.mul_(torch.where((trust > 0) & trust.isfinite(), trust, 1.0))
         super().step()
 
 def make_optimizer(method, config):
-    """SGD at the peak rate; train sets the rate of every step, but keeps that of h."""
+    """SGD at the peak rate; train_epoch sets the rate of every step, but that of h is constant."""
     h = list(method.h.parameters())
     others = [p for name, p in method.named_parameters() if not name.startswith("h.")]
     return torch.optim.SGD([{"params": others}, {"params": h, "constant": True}],
                            config.lr * config.batch_size / 256, momentum=0.9,
-                           weight_decay=config.weight_decay, fused=method.mean_std.is_cuda)
-
-def write(path, content):
-    """Writes text, or a state for torch.load, whole or not at all: beside, then renamed."""
-    buffer = io.BytesIO(content.encode() if isinstance(content, str) else b"")
-    if not isinstance(content, str):
-        torch.save(content, buffer)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(buffer.getbuffer())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-def open_run(config, data):
-    """The checkpoint in the run's folder, which must be of this config and data, or None."""
-    path = Path(config.out, "checkpoint.pt")
-    if not path.exists():
-        check(not path.with_name("results.json").exists(), f"{path} is lost: choose another --out")
-        return None
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        script, stored = saved["script"], saved["data"]
-        then = saved["config"] | {name: stored.get(name) for name in data}
-    except Exception as problem:  # a damaged file can raise nearly anything
-        check(False, f"{path} is damaged ({type(problem).__name__}): remove it or change --out")
-    check(script == SCRIPT, f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
-    differ = "; --".join(f"{name.replace('_', '-')} {then.get(name)} then, {value} now"
-                         for name, value in (asdict(config) | data).items()
-                         if name not in FREE and then.get(name) != value)
-    check(not differ, f"{config.out} holds another run (--{differ}): use its flags or a new --out")
-    return saved
+                           weight_decay=config.weight_decay, fused=method.mean.is_cuda)
 
 def start(config):
-    """The device. Under torchrun also the process group, of which only the first process prints."""
-    name = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
+    """The device. Writes it and the precision into config, in place of "auto"."""
+    if config.device == "auto":
+        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device == "cuda":
+        config.device = f"cuda:{LOCAL_RANK}"
     here = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    check(name in here, f"there is no device {name}; here are {', '.join(here)}", alike=False)
-    if name != "cpu":
-        torch.cuda.set_device(name)
-        torch.set_float32_matmul_precision("high")
+    if config.device not in here:
+        stop(f"there is no device {config.device} here, only {', '.join(here)}")
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.benchmark = True
+    if config.precision == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        config.precision = "bf16" if bf16 else "fp32"
     if WORLD > 1:
-        check("MASTER_PORT" in os.environ, f"WORLD_SIZE is {WORLD}: unset it, or use torchrun")
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-        print(f"waiting for {WORLD} processes", flush=True)
-        ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's would wait with us
-        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
-        signal.signal(signal.SIGINT, ctrl_c)
-        store.set_timeout(timedelta(hours=12))  # for downloads and evaluations by the first process
-        dist.init_process_group("gloo" if name == "cpu" else "nccl", timeout=store.timeout,
-                                world_size=WORLD, rank=RANK, store=store)
-    return torch.device(name)
+        join_processes(device)
+    print(f"on {config.device}, {config.precision}, {torch.get_num_threads()} threads", flush=True)
+    return device
 
-def train(config):
-    """Trains what is left of the run of config.out: returns method, data and a dict per epoch."""
-    device, out = start(config), Path(config.out)
-    data = load_data(config, device) if RANK == 0 else None  # the first process downloads
-    if WORLD > 1:
-        dist.barrier()
-    data = data or load_data(config, device)
-    images, labels = data[0]
-    steps = len(labels) // config.batch_size
-    check(steps > 0, f"--batch-size {config.batch_size} is more than the {len(labels)} images")
-    trained_on = {"classes": getattr(images, "classes", config.dataset),
-                  "images": [len(split[1]) for split in data if split],
-                  "precision": precision(config, device)}
-    saved = open_run(config, trained_on)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
-    except OSError as problem:
-        check(False, f"cannot write to {out} ({problem}): choose another --out")
-    torch.manual_seed(config.seed)
-    method = Method(config).to(device, memory_format=torch.channels_last)
-    if device.type == "cuda" and WORLD > 1:
-        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
-    optimizer = make_optimizer(method, config)
-    log = [{"epoch": 0, "train_seconds": 0.0, "command": " ".join(["python", *sys.argv]),
-            "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(), "torch":
-            str(torch.__version__), "threads": torch.get_num_threads(), "processes": WORLD}]
-    if saved:
-        log = saved["log"]
-        method.load_state_dict(saved["method"])
-        optimizer.load_state_dict(saved["optimizer"])
-    for network in method.children() if config.compile else ():
-        network.compile(dynamic=False)  # in place: the names of the parameters stay
-    model = nn.parallel.DistributedDataParallel(method) if WORLD > 1 else method
-    done, total, peak = log[-1]["epoch"], config.epochs * steps, optimizer.defaults["lr"]
-    warmup, saved_at = config.warmup_epochs * steps, time.time()
-    terminal, told = sys.stdout.isatty(), False
-    print(f"{out}: {done} of {config.epochs} epochs done, {steps} steps each, peak rate {peak:g}")
+def join_processes(device):
+    """Waits for the other processes of torchrun. Only the first process prints."""
+    if "MASTER_ADDR" not in os.environ:
+        stop(f"WORLD_SIZE is {WORLD}: unset it, or start the script with torchrun")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+    print(f"waiting for {WORLD} processes", flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # lets Ctrl-C end the wait
+    backend, own_gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    long = timedelta(hours=2)  # the others may have to wait for an evaluation by the first
+    dist.init_process_group(backend, timeout=long, device_id=own_gpu)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    for epoch in range(done + 1, config.epochs + 1):
-        torch.manual_seed(hash((config.seed, epoch)))  # all chance of an epoch follows from this
-        began, sums = time.time(), Counter()
-        for step, (images, labels) in enumerate(batches(data, config, epoch, device), start=1):
-            now = (epoch - 1) * steps + step - 1
-            rate = learning_rate(now, total, warmup, peak, config.final_lr * peak)
-            for group in optimizer.param_groups:
-                group["lr"] = peak if group.get("constant") else rate
-            loss, terms = model(images, labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            sums.update({"loss": loss.detach(), **terms})  # a Counter adds
-            if step == 1:
-                warm = time.time()  # the first step takes longer
-            elif terminal or time.time() - warm > 5 and not told:
-                left, told = (time.time() - warm) / (step - 1) * (total - now), True
-                print(f" step {step} of {steps}, about {timedelta(seconds=round(left))} left"
-                      + " (sooner: --quick, --arch small, fewer --epochs)" * (left > 7200),
-                      end="\r" if terminal else "\n", flush=True)
-        means = {name: value.item() / steps for name, value in sums.items()}
-        finite = all(x.isfinite().all() for x in (sums["loss"], *method.parameters()))
-        check(finite, f"loss or weights not finite in epoch {epoch}: lower --lr {config.lr:g}", 1)
-        seconds = log[-1]["train_seconds"] + time.time() - began
-        means["images_per_second"] = epoch * steps * config.batch_size / seconds
-        if data[1] and config.knn_every and epoch % config.knn_every == 0 and RANK == 0:
-            means["knn_top1"], *_ = knn(method, data)
-        log.append({"epoch": epoch, "train_seconds": seconds, **means})
-        left = timedelta(seconds=round(seconds / epoch * (config.epochs - epoch)))
-        print(f"epoch {epoch}/{config.epochs}", *(f" {k} {v:.4g}" for k, v in means.items()),
-              f" {left} left", flush=True)
-        if RANK == 0:
-            (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-            if epoch == config.epochs or time.time() - saved_at >= 60 * config.save_every:
-                write(out / "checkpoint.pt", {
-                    "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
-                    "method": method.state_dict(), "optimizer": optimizer.state_dict()})
-                saved_at = time.time()
-    return method, data, log
+def with_progress(items, total, name):
+    """Yields the items; says after ten seconds, and then every now and then, how far they are."""
+    began, pause, terminal = time.time(), 10, sys.stdout.isatty()
+    for done, item in enumerate(items):
+        passed = time.time() - began
+        if done > 0 and passed > pause:
+            left = timedelta(seconds=round(passed / done * (total - done)))
+            end = "\r" if terminal else "\n"  # on a terminal the same line, every second
+            print(f" {name} {done} of {total}, {left} left", end=end, flush=True)
+            pause = passed + 1 if terminal else 2 * passed
+        yield item
 
-# %% EVALUATE --------------------------------------------------------------------------------------
-KNN_K, KNN_TEMPERATURE = 200, 0.1  # authors' code
+def batches(images, config, device, epoch):
+    """Yields this process's images of every batch of an epoch, in a random order."""
+    # All processes draw the same order of the images, then each draws its own views. The hash of a
+    # tuple of integers is the same in every run.
+    torch.manual_seed(hash((config.seed, epoch)))
+    order = torch.randperm(len(images)).to(images.device)
+    torch.manual_seed(hash((config.seed, epoch, RANK)))
+    mine = config.batch_size // WORLD
+    for step in range(len(images) // config.batch_size):
+        first = step * config.batch_size + RANK * mine
+        yield take(images, order[first:first + mine], device)
 
-@torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # else --compile would compile again for these sizes
-def extract(method, images, prepare=lambda x: x.float() / 255, epoch=0):
-    """Features (N, D) of prepare(parts of the images), in eval mode; of a Folder, of its crops."""
-    parts = images.load(epoch, range(len(images)), 256) if isinstance(images, Folder) else (
-        ([part], None) for part in images.split(256))
-    method.eval()
-    features = [method.features(prepare(part.to(method.mean_std.device))) for [part], _ in parts]
-    method.train()
-    return torch.cat(features)
-
-def knn_accuracy(bank, bank_labels, queries, query_labels, k, temperature, classes):
-    """Percent of queries (M, D) whose class has most of the k votes, exp(cosine / T), in bank."""
-    bank, queries, right = F.normalize(bank), F.normalize(queries), 0
-    for part, labels in zip(queries.split(250), query_labels.split(250)):
-        s, nearest = (part @ bank.T).topk(k)  # (m, k)
-        votes = s.new_zeros(len(part), classes)
-        votes.scatter_add_(1, bank_labels[nearest], (s / temperature).exp())
-        right += (votes.argmax(1) == labels).sum().item()
-    return 100 * right / len(queries)
-
-def knn(method, data):
-    """knn_accuracy of the encoder on the whole test set, and the features of bank and test."""
-    _, (bank, bank_labels), (test, test_labels) = data
-    bank, test = extract(method, bank), extract(method, test)
-    k, classes = min(KNN_K, len(bank)), int(bank_labels.max()) + 1
-    accuracy = knn_accuracy(bank, bank_labels, test, test_labels, k, KNN_TEMPERATURE, classes)
-    return accuracy, bank, test
-
-def linear_probe(draw, labels, test, test_labels, lr=30.0, final_lr=0.0, weight_decay=0.0,
-                 epochs=100, probes=5, batch=256, rule=torch.optim.SGD):
-    """Mean and std, over probes, of percent right on test (M, D); draw(): (N, D) for an epoch."""
-    n, width, classes = len(labels), test.shape[1], int(labels.max()) + 1
-    steps, bound = max(1, n // batch), width ** -0.5
-    weight = test.new_empty(probes, width, classes).uniform_(-bound, bound).requires_grad_()
-    bias = test.new_empty(probes, 1, classes).uniform_(-bound, bound).requires_grad_()
-    optimizer = rule([weight, bias], lr, momentum=0.9, weight_decay=weight_decay)
-    for step in range(epochs * steps):
-        if step % steps == 0:
-            features = draw()
-            order = torch.rand(probes, n, device=test.device).argsort(1)
-        rows = order[:, step % steps * batch:][:, :batch]  # (probes, batch)
-        logits = features[rows] @ weight + bias  # (probes, batch, classes)
-        loss = probes * F.cross_entropy(logits.flatten(0, 1), labels[rows].flatten())
-        optimizer.param_groups[0]["lr"] = learning_rate(step, epochs * steps, 0, lr, final_lr)
+def train_epoch(model, optimizer, images, config, device, epoch):
+    """One pass over the images; returns the means of the loss and its terms over the steps."""
+    steps, sums = len(images) // config.batch_size, {}
+    total, warmup = config.epochs * steps, config.warmup_epochs * steps
+    peak = optimizer.defaults["lr"]
+    epoch_batches = batches(images, config, device, epoch)
+    for step, batch in enumerate(with_progress(epoch_batches, steps, f"epoch {epoch}: step")):
+        now = (epoch - 1) * steps + step
+        for group in optimizer.param_groups:
+            if not group.get("constant"):
+                group["lr"] = learning_rate(now, total, warmup, peak, config.final_lr * peak)
+        loss, terms = model(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    right = 100 * ((test @ weight + bias).argmax(2) == test_labels).float().mean(1)  # (probes,)
-    return right.mean().item(), right.std(correction=0).item()
+        for name, value in {"loss": loss, **terms}.items():
+            sums[name] = sums.get(name, 0) + value.detach()  # .item() would wait for the GPU
+    return {name: value.item() / steps for name, value in sums.items()}
+
+def train(config, data, device):
+    """Trains the epochs that the run in config.out lacks; returns the method and the log.
+
+    The log has a dict of the run, as epoch 0, and one of every epoch.
+    """
+    out = Path(config.out)
+    (images, _), bank, test = data
+    torch.manual_seed(config.seed)
+    # channels_last: in this order of the numbers of an image convolutions are fastest on a GPU
+    method = Method(config).to(device, memory_format=torch.channels_last)
+    if WORLD > 1 and device.type == "cuda":
+        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    optimizer = make_optimizer(method, config)
+    log = [{"epoch": 0, "train_seconds": 0.0, "command": " ".join(["python", *sys.argv]),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "torch": str(torch.__version__), "threads": torch.get_num_threads(),
+            "processes": WORLD}]
+    trained_on = describe(images, config)
+    saved = open_run(config, trained_on)
+    if saved:
+        method.load_state_dict(saved["method"])
+        optimizer.load_state_dict(saved["optimizer"])
+        log = saved["log"]
+    elif RANK == 0:
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
+        draw_views(out / "views.png", method, take(images, random_rows(len(images), 4), device))
+    if config.compile and WORLD == 1:
+        for network in method.children():
+            network.forward = torch.compile(network.forward, dynamic=False)
+    model = nn.parallel.DistributedDataParallel(method) if WORLD > 1 else method
+    done, saved_at = log[-1]["epoch"], time.time()
+    print(f"{out}: {done} of {config.epochs} epochs done", flush=True)
+
+    for epoch in range(done + 1, config.epochs + 1):
+        began = time.time()
+        means = train_epoch(model, optimizer, images, config, device, epoch)
+        finite = all(parameter.isfinite().all() for parameter in method.parameters())
+        if not finite or not math.isfinite(means["loss"]):
+            stop(f"loss or weights are not finite in epoch {epoch}: lower --lr {config.lr:g}")
+        seconds = log[-1]["train_seconds"] + time.time() - began
+        if bank and config.knn_every and epoch % config.knn_every == 0 and RANK == 0:
+            means["knn_top1"] = knn(method, bank, test)
+        log.append({"epoch": epoch, "train_seconds": seconds, **means})
+        left = timedelta(seconds=round(seconds / epoch * (config.epochs - epoch)))
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+        print(f"epoch {epoch}/{config.epochs}  {shown}  {left} left", flush=True)
+        if RANK > 0:
+            continue
+        lines = [json.dumps(line) + "\n" for line in log]
+        (out / "metrics.jsonl").write_text("".join(lines))
+        if epoch == config.epochs or time.time() - saved_at > 60 * config.save_every:
+            (out / "results.json").unlink(missing_ok=True)  # of a run whose checkpoint is gone
+            write(out / "checkpoint.pt", {
+                "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
+                "method": method.state_dict(), "optimizer": optimizer.state_dict()})
+            saved_at = time.time()
+    return method, log
+
+def describe(images, config):
+    """What identifies the training images: a run continues only on the same ones."""
+    sample = images[random_rows(len(images), 64)]
+    trained_on = {"number of images": len(images),
+                  "checksum of 64 images": zlib.crc32(sample.cpu().numpy().tobytes())}
+    names = Path(config.data_root) / "classes.json"
+    if config.dataset in PHOTOS and names.exists():
+        trained_on["class names"] = json.loads(names.read_text())
+    return trained_on
+
+def open_run(config, trained_on):
+    """The checkpoint in config.out or None; ends the program if it is of another run."""
+    path = Path(config.out) / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        then = {"script": saved["script"], **saved["config"], **saved["data"]}
+    except Exception as problem:  # a damaged file can raise nearly anything
+        stop(f"{path} cannot be read ({type(problem).__name__}): remove it or change --out")
+    now = {"script": SCRIPT, **asdict(config), **trained_on}
+    differences = []
+    for name, value in now.items():
+        if name not in FREE and then.get(name) != value:
+            differences.append(f"{name} was {then.get(name)}, is {value}")
+    if differences:
+        stop(f"{config.out} holds another run: {'; '.join(differences)}. Choose another --out")
+    return saved
+
+def write(path, content):
+    """Writes text, or a state for torch.load, to a new file that then takes the name of path."""
+    buffer = io.BytesIO()  # torch.save does not say plainly that a disk is full
+    if isinstance(content, str):
+        buffer.write(content.encode())
+    else:
+        torch.save(content, buffer)
+    beside = path.with_name(path.name + ".new")
+    beside.write_bytes(buffer.getbuffer())
+    os.replace(beside, path)
+
+def draw_views(path, method, images):
+    """A row for each image: the image, its large views, and its small view in all versions."""
+    V_large1, V_large2, v_small = method.views(images)
+    columns = [images, V_large1, V_large2]
+    if v_small is not None:
+        columns += method.transform(v_small).chunk(method.num_versions)
+    tiles = []
+    for row in zip(*columns):
+        tiles += [frame(image, "white") for image in row]
+    save_image(tiles, path, nrow=len(columns))
+
+def frame(image, color):
+    """An image (C, H, W) as a tile of the pictures: 3 channels, 96 pixels wide, with a border."""
+    picture = ImageOps.fit(TF.to_pil_image(image.cpu()).convert("RGB"), (96, 96))
+    return TF.to_tensor(ImageOps.expand(picture, 3, color))
+
+# %% EVALUATE --------------------------------------------------------------------------------------
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # so that nothing is compiled for these sizes, too
+def extract(method, images, view=None, rows=None):
+    """Features (N, D) of images, or of some rows of them, in eval mode.
+
+    view maps images (n, C, H, W) in [0, 1] to what the encoder sees: without it, their middle.
+    """
+    if rows is None:
+        rows = torch.arange(len(images))
+    method.eval()
+    features, parts = [], rows.split(256)
+    for part in with_progress(parts, len(parts), "features: batch"):
+        x = TF.convert_image_dtype(take(images, part, method.mean.device))  # uint8 to [0, 1]
+        x = view(x) if view else middle(x, method.config)
+        features.append(method.features(x))
+    method.train()
+    return torch.cat(features)
+
+def middle(images, config):
+    """Images (N, C, H, W) as evaluation sees them, of side --size; of photographs the middle."""
+    height, width = images.shape[2:]
+    if config.dataset in PHOTOS:  # as Resize(256) and CenterCrop(224) do
+        images = TF.center_crop(images, [height * 7 // 8, width * 7 // 8])
+    return TF.resize(images, [config.size, config.size])
+
+def knn(method, bank, test):
+    """kNN accuracy of the encoder; bank and test are (images, labels)."""
+    return knn_accuracy(extract(method, bank[0]), bank[1], extract(method, test[0]), test[1])
+
+def knn_accuracy(bank, bank_labels, queries, query_labels, k=200, temperature=0.1):
+    """Percent of queries (M, D) whose class gets most votes of the k nearest rows of the bank.
+
+    A row votes for its own class with the weight exp(cosine / temperature).
+    """
+    lengths = bank.norm(dim=1).clamp(min=1e-12)  # saves the memory of a normalised copy
+    queries = F.normalize(queries)
+    classes = int(bank_labels.max()) + 1
+    k, right = min(k, len(bank)), 0
+    for part, labels in zip(queries.split(250), query_labels.split(250)):
+        cosines, nearest = (part @ bank.T / lengths).topk(k)  # (m, k)
+        votes = torch.zeros(len(part), classes, device=part.device)
+        # votes[i, class of nearest[i, j]] += exp(cosines[i, j] / T)
+        votes.scatter_add_(1, bank_labels[nearest], (cosines / temperature).exp())
+        right += (votes.argmax(1) == labels).sum().item()
+    return 100 * right / len(queries)
+
+def linear_probe(draw_features, labels, test, test_labels, lr=30.0, final_lr=0.0, weight_decay=0.0,
+                 epochs=100, probes=5, batch=256, rule=torch.optim.SGD):
+    """Mean and standard deviation of the test accuracy, in percent, of linear classifiers.
+
+    draw_features() gives the training features (N, D) of an epoch. The classifiers differ in their
+    start and in the order of the images.
+    """
+    n, classes = len(labels), int(labels.max()) + 1
+    heads = nn.ModuleList(nn.Linear(test.shape[1], classes) for _ in range(probes)).to(test.device)
+    optimizer = rule(heads.parameters(), lr, momentum=0.9, weight_decay=weight_decay)
+    steps = max(1, n // batch)  # an incomplete last batch is left out
+    for epoch in with_progress(range(epochs), epochs, "linear probe: epoch"):
+        features = draw_features()
+        orders = [torch.randperm(n, device=test.device).split(batch) for _ in heads]
+        for step in range(steps):
+            now = epoch * steps + step
+            optimizer.param_groups[0]["lr"] = learning_rate(now, epochs * steps, 0, lr, final_lr)
+            loss = 0
+            for head, order in zip(heads, orders):
+                rows = order[step]
+                loss += F.cross_entropy(head(features[rows]), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    right = [(head(test).argmax(1) == test_labels).float().mean() for head in heads]
+    accuracies = 100 * torch.stack(right)
+    return accuracies.mean().item(), accuracies.std(correction=0).item()
 
 def probe(method, data, config, bank, test):
-    """linear_probe of fresh crops, by the authors' protocol; --quick: of the bank's features."""
+    """The authors' linear probe: fresh crops and flips in every epoch. --quick: fixed features."""
     _, (images, labels), (test_images, test_labels) = data
-    size, epoch, scale, settings = config.size, count(config.epochs + 1), (0.08, 1.0), {}
+    if config.quick:
+        return linear_probe(lambda: bank, labels, test, test_labels)
+
+    def crop_and_flip(x):
+        return augment(x, config.size, scale=(0.08, 1.0), jitter=None, gray=0)
+
+    settings = {}
     if config.dataset == "imagenet":
-        scale, settings = None, dict(lr=1.6, epochs=90, probes=1, batch=4096, rule=LARS)
+        settings = dict(lr=1.6, epochs=90, probes=1, batch=4096, rule=LARS)
     elif config.dataset == "folder":  # as in simclr_essl.py
-        scale, settings = None, dict(lr=0.3, final_lr=0.3, weight_decay=1e-6)
-    elif not config.quick:
-        zoom = T.Compose([T.Resize(size * 9 // 8), T.CenterCrop(size)])
-        test = extract(method, test_images, lambda x: zoom(x.float() / 255))
-    fresh = lambda x: augment(x, size, scale, jitter=None, gray=0)
-    draw = lambda: bank if config.quick else extract(method, images, fresh, next(epoch))
-    return linear_probe(draw, labels, test, test_labels, **settings)
+        settings = dict(lr=0.3, final_lr=0.3, weight_decay=1e-6)
+    else:  # test images are enlarged by 9/8 and cut
+        zoom = T.Compose([T.Resize(config.size * 9 // 8), T.CenterCrop(config.size)])
+        test = extract(method, test_images, zoom)
+    return linear_probe(lambda: extract(method, images, crop_and_flip), labels, test, test_labels,
+                        **settings)
+
+def evaluate(method, data, config):
+    """Accuracies of the encoder, before and after training. Draws neighbours.png."""
+    _, (images, labels), (test_images, test_labels) = data
+    results = {
+        "knn_protocol": f"k {min(200, len(labels))}, temperature 0.1",
+        "linear_protocol": "the authors' probe on fresh crops and flips; before training and if "
+                           "quick, on fixed features"}
+    torch.manual_seed(config.seed)  # as train does: the weights before training
+    untrained = Method(config).to(method.mean.device, memory_format=torch.channels_last)
+    bank, test = extract(untrained, images), extract(untrained, test_images)
+    results["random_init_knn_top1"] = knn_accuracy(bank, labels, test, test_labels)
+    results["random_init_linear_top1"], _ = linear_probe(lambda: bank, labels, test, test_labels)
+    bank, test = extract(method, images), extract(method, test_images)
+    results["knn_top1"] = knn_accuracy(bank, labels, test, test_labels)
+    draw_neighbours(Path(config.out) / "neighbours.png", data, bank, test)
+    accuracy, std = probe(method, data, config, bank, test)
+    return results | {"linear_top1": accuracy, "linear_top1_std": std}
 
 def draw_neighbours(path, data, bank, test):
     """Eight test images, each with its eight nearest training images, green if of its class."""
-    _, (images, labels), (queries, query_labels) = data
+    _, (images, labels), (test_images, test_labels) = data
     tiles = []
-    for query in first_of(8, len(test)).tolist():
-        nearest = F.cosine_similarity(bank, test[query]).topk(min(8, len(bank))).indices
-        colors = ["lime" if right else "red" for right in labels[nearest] == query_labels[query]]
-        places = [(queries, query), *((images, row) for row in nearest.tolist())]
-        for (source, row), color in zip(places, ["gray", *colors]):
-            image = source[0, row][0][0] if isinstance(source, Folder) else source[row]
-            tiles.append(TF.to_tensor(ImageOps.expand(TF.to_pil_image(image), 2, color)))
-    save_image(F.interpolate(make_grid(tiles, nrow=len(places))[None], scale_factor=2), path)
-
-def evaluate(method, data, config, log):
-    """Measures the encoder: the contents of results.json. Draws neighbours.png beside it."""
-    results = dict.fromkeys(("knn_top1", "random_init_knn_top1", "linear_top1", "linear_top1_std"))
-    results |= {**log[0], **log[-1], "epochs": config.epochs, "seed": config.seed,
-                "peak_memory_gb": torch.cuda.max_memory_allocated() / 2 ** 30 or None}
-    if data[1]:
-        print("evaluating: kNN, and a linear probe", flush=True)
-        torch.manual_seed(config.seed)
-        untrained = Method(config).to(method.mean_std.device)
-        results["random_init_knn_top1"], *_ = knn(untrained, data)
-        results["knn_top1"], bank, test = knn(method, data)
-        results["knn_protocol"] = f"k {min(KNN_K, len(bank))}, temperature {KNN_TEMPERATURE}"
-        draw_neighbours(Path(config.out) / "neighbours.png", data, bank, test)
-        results["linear_top1"], results["linear_top1_std"] = probe(method, data, config, bank, test)
-        probes = "1 probe by LARS" if config.dataset == "imagenet" else "5 probes"
-        results["linear_protocol"] = probes + (
-            ", cached features" if config.quick else ", fresh crops and flips")
-    return {k: float(f"{x:.4g}") if isinstance(x, float) else x for k, x in results.items()}
+    for query in random_rows(len(test), 8).tolist():
+        nearest = (bank @ test[query] / bank.norm(dim=1)).topk(min(8, len(bank))).indices
+        tiles.append(frame(test_images[query], "gray"))
+        for row in nearest.tolist():
+            same = labels[row] == test_labels[query]
+            tiles.append(frame(images[row], "lime" if same else "red"))
+    save_image(tiles, path, nrow=1 + len(nearest))
 
 # %% MAIN ------------------------------------------------------------------------------------------
+def parse_args(argv=None):
+    """The Config of a command line: defaults < preset of the dataset < --quick < flags given."""
+    parser = ArgumentParser(
+        prog=f"{SCRIPT}.py", usage="%(prog)s [flags]", description=__doc__.split("\n")[0],
+        epilog="--dataset and --quick change some of these defaults: see PRESETS in the script.",
+        argument_default=SUPPRESS, allow_abbrev=False)  # SUPPRESS: flags not given are left out
+    for setting in fields(Config):
+        parser.add_argument("--" + setting.name.replace("_", "-"), **setting.metadata)
+    given = settings = vars(parser.parse_args(argv))
+    if "quick" in given:
+        settings = QUICK | given
+    preset = PRESETS.get(settings.get("dataset"), {})
+    config = Config(**(preset | settings))
+    if "warmup_epochs" not in given:
+        config.warmup_epochs = min(config.warmup_epochs, config.epochs // 4)
+    check(config, parser)
+    if not config.out:
+        words = [SCRIPT]
+        words += [f"{name}={given[name]}" for name in asdict(config)
+                  if name in given and name not in FREE]
+        if config.dataset in PHOTOS:
+            words.append(Path(config.data_root).resolve().name)
+        config.out = "runs/" + "-".join(words)
+    config.out = os.path.expanduser(config.out)
+    config.data_root = os.path.expanduser(config.data_root)
+    return config
+
+def check(config, parser):
+    """Ends the program if a setting has an impossible value; nan is neither > 0 nor >= 0."""
+    positive = ("size", "small_size", "bottleneck", "epochs", "batch_size", "lr")
+    for name, value in asdict(config).items():
+        if name in positive and not value > 0:
+            parser.error(f"{name.replace('_', '-')} must be more than 0")
+        if not isinstance(value, str) and not value >= 0:
+            parser.error(f"{name.replace('_', '-')} must be 0 or more")
+    for widths in (config.projector, config.predictor):
+        if not all(width.isdecimal() and int(width) > 0 for width in widths.split("-")):
+            parser.error(f"widths look like 2048-2048, not like {widths}")
+    if config.batch_size % WORLD > 0 or config.batch_size < 2 * WORLD:
+        parser.error(f"a batch of {config.batch_size} must give {WORLD} processes 2 or more each")
+
 def main(argv=None):
-    """Runs a command line. Exit codes: 2 bad input, 1 failed run, 130 Ctrl-C."""
+    """Runs a command line: trains, evaluates and writes the results."""
     config = parse_args(argv)
-    out, results = Path(config.out), Path(config.out, "results.json")
     try:
-        if results.exists() and config.dataset not in STREAMED:
-            open_run(config, {})
-        else:
-            method, data, log = train(config)
-        if dist.is_initialized():  # the first process evaluates, longer than others could wait
+        device = start(config)
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        if RANK > 0:
+            dist.barrier()  # the first process downloads
+        data = load_data(config, device)
+        if WORLD > 1 and RANK == 0:
             dist.barrier()
-            dist.destroy_process_group()
-        if RANK == 0 and not results.exists():
-            write(out / "encoder.pt", {k: v.cpu() for k, v in method.encoder.state_dict().items()})
-            write(results, json.dumps(evaluate(method, data, config, log), indent=1))
+        method, log = train(config, data, device)
+        if WORLD > 1:
+            dist.barrier()
+            dist.destroy_process_group()  # the others need not wait for the evaluation
         if RANK == 0:
-            print(f"{out} is finished, with encoder.pt and results.json")
-            measured = json.loads(results.read_text())
-            for name, value in measured.items():
-                if "top1" in name and value is not None:
-                    print(f"  {name:22}{value} %")
-            if measured["knn_top1"] is not None:
-                print(f"beside other runs: python compare.py {out} OTHERS")
+            finish(method, data, config, log)
     except KeyboardInterrupt:
-        check(False, "stopped; the same command continues from the last checkpoint", 130)
-    except torch.OutOfMemoryError:
-        check(False, "the GPU's memory is full: use a smaller --batch-size", 1, alike=False)
-    except OSError as problem:  # a full disk, or an image, of which a loader sends a traceback
-        text = str(problem).splitlines()[-1].removeprefix("OSError: ")
-        check(False, f"{text}. Mend this, then the same command continues", 1, alike=False)
+        stop("stopped; the same command continues from the last checkpoint")
+    except OSError as problem:  # a full disk, or a folder that cannot be written
+        stop(f"{problem}. When this is mended, the same command continues")
     except RuntimeError as problem:
-        text = str(problem)
-        lost = isinstance(problem, dist.DistError) or "gloo" in text or "worker (pid" in text
-        check("shared memory" not in text, "shared memory is full, by which processes read images: "
-              "start the container with --shm-size 8g or --ipc=host", 1, alike=False)
-        check(not lost, "another process was lost; the same command continues", 1, alike=False)
-        raise
+        if "out of memory" not in str(problem) and "allocate memory" not in str(problem):
+            raise
+        stop("memory is full: use a smaller --batch-size")
+
+def finish(method, data, config, log):
+    """Evaluates, unless that is done; writes encoder.pt and results.json and prints a summary."""
+    out = Path(config.out)
+    if not (out / "results.json").exists():
+        encoder = method.encoder.state_dict()
+        write(out / "encoder.pt", {name: value.cpu() for name, value in encoder.items()})
+        results = log[0] | log[-1] | {"epochs": config.epochs, "seed": config.seed}
+        images = config.epochs * (len(data[0][1]) // config.batch_size) * config.batch_size
+        results["images_per_second"] = images / results["train_seconds"]
+        results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30  # of the GPU
+        if data[1]:
+            results.update(evaluate(method, data, config))
+        for name, value in results.items():
+            if isinstance(value, float):
+                results[name] = float(f"{value:.4g}")
+        write(out / "results.json", json.dumps(results, indent=1))
+    results = json.loads((out / "results.json").read_text())
+    print(f"{out} is finished; it holds encoder.pt, results.json and pictures")
+    for name, value in results.items():
+        if name == "rotation_top1":
+            print(f"  {name:24} {value} %, by chance {100 / method.num_versions:.3g} %")
+        elif "top1" in name:
+            print(f"  {name:24} {value} %")
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of classes that a terminal lacks
-    main()
+    # in a notebook the arguments are those of its kernel: -f FILE
+    in_notebook = "kernel_launcher" in sys.argv[0] or sys.argv[1:2] == ["-f"]
+    main(["--quick"] if in_notebook else None)

@@ -55,12 +55,12 @@ import simclr_essl
 import simsiam_essl
 
 HERE, CPU = Path(__file__).parent, torch.device("cpu")
-IMAGES = [simsiam_essl, care, sfrik, homomorphic]
-SCRIPTS, STREAMING = [*IMAGES, photonics_reg], IMAGES[:3]
+IMAGES = [care, sfrik, homomorphic]
+SCRIPTS, STREAMING = [*IMAGES, photonics_reg], IMAGES[:2]
 of_scripts = lambda which: pytest.mark.parametrize("script", which, ids=lambda script: script.__name__)
 every, images_only, streaming = of_scripts(SCRIPTS), of_scripts(IMAGES), of_scripts(STREAMING)
 # drawn and computed once for all tests: a second for patterns, five for chains, three for labels of cells
-drawn, LABELS = functools.cache(simsiam_essl.draw_patterns), tempfile.TemporaryDirectory()
+drawn, LABELS = functools.cache(sfrik.draw_patterns), tempfile.TemporaryDirectory()
 for module in IMAGES:
     module.draw_patterns = drawn
 care.draw_chains = functools.cache(lambda n, seed, draw=care.draw_chains: draw(min(n, 500), seed))
@@ -76,7 +76,6 @@ MAY_DIFFER = {
     "MEAN_STD": "the paper's datasets",
     "parse_args": "the method's rules",
     "Method": "the method",
-    "view_policies": "the paper's augmentation",
     "make_optimizer": "the paper's optimiser",
     "load_data": "the paper's datasets",
     "Folder": "care has a list of classes and a crop that a chunk shares",
@@ -113,7 +112,7 @@ def fixed_seed():
 def column(*values):
     return torch.tensor(values)[:, None, None, None]
 
-def fails(capsys, code, *argv, script=simsiam_essl):
+def fails(capsys, code, *argv, script=sfrik):
     """The command ends with the exit code and one line that starts with 'error: '; returns the line."""
     with pytest.raises(SystemExit) as stop:
         script.main([str(word) for word in argv])
@@ -191,7 +190,7 @@ def image_tree(root, **counts):
     for i, (folder, n) in enumerate(counts.items()):
         path = root / folder.replace("__", "/")
         path.mkdir(parents=True)
-        for j, image in enumerate(simsiam_essl.draw_patterns(n, i)[0].float() / 255):
+        for j, image in enumerate(sfrik.draw_patterns(n, i)[0].float() / 255):
             save_image(F.interpolate(image[None], (60 + j % 7, 90)), path / f"{j}.jpg")
 
 def same_end(a, b):
@@ -263,8 +262,6 @@ def test_sections_stand_in_order_and_a_script_stands_alone(script):
 # a step of the main branches of every method: flags, and the shapes of the tensors of a batch
 PICTURES, DIGITS, CELLS = [(8, 3, 32, 32)], [(8, 1, 28, 28)], [(8, 32, 32)]
 STEPS = [
-    *((simsiam_essl, f"--dataset patterns {flags}", PICTURES) for flags in ("", "--lam 0")),
-    (simsiam_essl, "--dataset folder --arch small --size 32 --small-size 16", PICTURES * 3),
     *((care, f"--dataset patterns --batch-size 8 --chunks 2 {flags}", PICTURES) for flags in (
         "", "--lam 0", "--base moco --queue 16", "--share-pair --equivariance-batch 4",
         "--contrast uniformity", "--contrast invariance", "--contrast none")),
@@ -337,15 +334,15 @@ def test_knn_equals_brute_force():
         nearest = sorted(range(60), key=lambda i: -s[i])[:7]
         votes = [sum(math.exp(s[i] / 0.1) for i in nearest if bank_labels[i] == c) for c in range(4)]
         right += votes.index(max(votes)) == label
-    got = simsiam_essl.knn_accuracy(bank, bank_labels, queries, query_labels, 7, 0.1, 4)
+    got = sfrik.knn_accuracy(bank, bank_labels, queries, query_labels, 7, 0.1, 4)
     assert got == pytest.approx(100 * right / 31)
     bank = torch.tensor([[1.0, 0], [0, 1], [0, 1]])  # one close neighbour outvotes two far ones
     one = torch.tensor([[1.0, 0.1]]), torch.tensor([0])
-    assert simsiam_essl.knn_accuracy(bank, torch.tensor([0, 1, 1]), *one, 3, 0.1, 2) == 100
+    assert sfrik.knn_accuracy(bank, torch.tensor([0, 1, 1]), *one, 3, 0.1, 2) == 100
 
 def test_learning_rate_equals_the_authors():
     """Golden: E-SSL's schedule, 100 epochs of 10 steps, 10 of warm-up, peak 0.12."""
-    rate = simsiam_essl.learning_rate
+    rate = sfrik.learning_rate
     for step, want in {0: 0.0, 5: 0.006, 99: 0.1188, 100: 0.12, 101: 0.11999963445946742,
                        500: 0.07041889066001583, 999: 3.655405325764249e-07}.items():
         assert rate(step, 1000, 100, 0.12) == pytest.approx(want, rel=1e-9)
@@ -355,7 +352,7 @@ def test_learning_rate_equals_the_authors():
 def test_lars_equals_the_authors():
     """Golden: the VICReg/SFRIK optimiser, 3 steps, lr 0.5, weight decay 0.01; b has one dimension."""
     p, b = wave(4, 3, 0.3, 0.7).requires_grad_(), wave(1, 3, 0.9, 0.2)[0].requires_grad_()
-    optimizer = simsiam_essl.LARS([p, b], 0.5, weight_decay=0.01)
+    optimizer = sfrik.LARS([p, b], 0.5, weight_decay=0.01)
     for s in range(3):
         p.grad, b.grad = wave(4, 3, 0.1 * s + 0.2, 0.4), wave(1, 3, 0.6, 0.3 + s)[0]
         optimizer.step()
@@ -366,14 +363,14 @@ def test_lars_equals_the_authors():
     assert b.tolist() == pytest.approx([0.0, -1.4899934314657473, -0.3685530105552811], rel=1e-9)
     zero = torch.zeros(2, 2, requires_grad=True)  # no ratio: a plain step
     zero.grad = torch.ones(2, 2)
-    simsiam_essl.LARS([zero], 0.5).step()
+    sfrik.LARS([zero], 0.5).step()
     assert (zero == -0.5).all()
 
 def test_patterns():
-    images, labels = simsiam_essl.draw_patterns(500, 1)
+    images, labels = sfrik.draw_patterns(500, 1)
     assert images.shape == (500, 3, 32, 32) and images.dtype == torch.uint8 and labels.dtype == torch.int64
     assert torch.equal(images, drawn.__wrapped__(500, 1)[0])
-    assert not torch.equal(images, simsiam_essl.draw_patterns(500, 2)[0])
+    assert not torch.equal(images, sfrik.draw_patterns(500, 2)[0])
     assert labels.bincount().min() > 25 and len(labels.unique()) == 10
     tint = images.float().mean((2, 3))
     assert ((tint.amax(1) - tint.amin(1)) / tint.mean(1)).max() < 0.05  # nothing to learn from colour
@@ -384,7 +381,7 @@ def test_patterns():
 def test_crop_equals_torchvisions(size):
     x = torch.rand(4, 3, 40, 56)
     boxes = torch.tensor([[0.0, 0, 40, 56], [3, 10, 37, 12], [5, 41, 13, 15], [20, 2, 9, 50]])
-    for image, box, got in zip(x, boxes.int().tolist(), simsiam_essl.crop(x, boxes, size)):
+    for image, box, got in zip(x, boxes.int().tolist(), sfrik.crop(x, boxes, size)):
         assert torch.allclose(got, TF.resized_crop(image, *box, [size, size], antialias=True), atol=1e-5)
 
 def test_operations_equal_torchvisions():
@@ -396,14 +393,14 @@ def test_operations_equal_torchvisions():
         ("blur", lambda image, sigma: TF.gaussian_blur(image, 13, sigma), sigmas),
         ("blur", lambda image, sigma: TF.gaussian_blur(image, 3, sigma), sigmas, 1),
     ):
-        got = getattr(simsiam_essl, name)(x, column(*values), *radius)
+        got = getattr(sfrik, name)(x, column(*values), *radius)
         for image, value, g in zip(x, values, got):
             assert torch.allclose(g, theirs(image, value), atol=1e-5), name
 
 OFF = {"scale": None, "jitter": None, "flip": 0, "gray": 0}
 
 def test_flip_gray_solarize_and_blur_equal_torchvisions():
-    x, augment = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8), simsiam_essl.augment
+    x, augment = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8), sfrik.augment
     for change, want in (({}, x / 255), ({"flip": 1}, TF.hflip(x / 255)), ({"blur": 0, "radius": 1}, x / 255),
                          ({"gray": 1}, TF.rgb_to_grayscale(x / 255, 3)),
                          ({"solarize": 1}, TF.solarize(x / 255, 128 / 255))):
@@ -423,10 +420,10 @@ def distance(a, b):
 
 def test_draws_follow_torchvisions_law(monkeypatch):
     """10,000 draws against as many of torchvision's own, and against uniform ones."""
-    n, drawn, augment = 10_000, {}, simsiam_essl.augment
+    n, drawn, augment = 10_000, {}, sfrik.augment
     for name in ("crop", "brightness", "contrast", "saturation", "shift_hue", "gaussian_blur"):
         spy = lambda x, values, *rest, name=name: drawn.update({name: values}) or x
-        monkeypatch.setattr(simsiam_essl, name, spy)
+        monkeypatch.setattr(sfrik, name, spy)
     x = torch.rand(n, 3, 32, 32)
     augment(x, 32, blur=0.5)
     top, left, height, width = drawn["crop"].T
@@ -450,70 +447,36 @@ def test_draws_follow_torchvisions_law(monkeypatch):
         assert changed.any(1).float().mean() == pytest.approx(0.3, abs=0.02), name
     calls = []
     for name in ("brightness", "contrast", "saturation", "shift_hue"):
-        monkeypatch.setattr(simsiam_essl, name, lambda x, values, name=name: calls.append(name) or x)
+        monkeypatch.setattr(sfrik, name, lambda x, values, name=name: calls.append(name) or x)
     for _ in range(300):
         augment(torch.rand(1, 3, 4, 4), 4, scale=None)
     assert len({tuple(calls[i:i + 4]) for i in range(0, 1200, 4)}) == 24  # every order of the jitter
 
 def test_draws_of_images_chunks_and_processes(monkeypatch):
     """Images of a batch are drawn apart, those of a chunk alike, and processes change nothing."""
-    x = simsiam_essl.draw_patterns(1, 0)[0].expand(16, -1, -1, -1)
+    x = sfrik.draw_patterns(1, 0)[0].expand(16, -1, -1, -1)
 
     def view(images, **how):
         torch.manual_seed(1)
-        return simsiam_essl.augment(images, 24, blur=0.5, solarize=0.3, **how)
+        return sfrik.augment(images, 24, blur=0.5, solarize=0.3, **how)
 
     different = lambda views: (views[:, None] != views[None]).flatten(2).any(2).sum()
     whole, chunks = view(x), view(x, share=4)
     assert different(whole) == 16 * 15 and different(chunks[::4]) == 4 * 3
     assert torch.equal(chunks, chunks[::4].repeat_interleave(4, 0))
-    monkeypatch.setattr(simsiam_essl, "WORLD", 2)
+    monkeypatch.setattr(sfrik, "WORLD", 2)
     parts = []
     for rank in range(2):
-        monkeypatch.setattr(simsiam_essl, "RANK", rank)
+        monkeypatch.setattr(sfrik, "RANK", rank)
         parts.append(view(x[:8]))
     assert torch.equal(torch.cat(parts), whole)
 
 # the method
 
-def algorithm_1(script):
-    """(method, images), the loss of a step, z1 and z2 of its large views, and the rotation's loss by hand."""
-    method, images, labels = method_of(script, "--lam", "0.7")
-    torch.manual_seed(1)
-    loss, terms = method(images, labels)
-    assert method.encoder[1].num_batches_tracked == 3  # three passes, each with statistics of its own
-    torch.manual_seed(1)
-    mean, std = torch.tensor(script.MEAN_STD["patterns"])[..., None, None]
-    embed = lambda x, head: head(method.encoder((x - mean) / std))
-    *large, small = (script.augment(images, **policy) for policy in script.view_policies(method.config))
-    assert [view.shape[2] for view in (*large, small)] == [32, 32, 16]
-    z1, z2 = (embed(view, method.projector) for view in large)
-    logits = embed(torch.cat([torch.rot90(small, k, (2, 3)) for k in range(4)]), method.predictor)
-    rotation = -sum(logits.log_softmax(1)[k * 16 + i, k] for k in range(4) for i in range(16)) / 64
-    right = sum(logits[k * 16 + i].argmax().item() == k for k in range(4) for i in range(16))
-    assert terms["equivariance"].item() == pytest.approx(rotation.item(), rel=1e-5)
-    assert terms["rotation_top1"].item() == pytest.approx(100 * right / 64)
-    assert not any(term.requires_grad for term in terms.values())
-    x = images.float() / 255
-    assert torch.equal(method.embed(x), embed(x, method.projector))
-    return method, loss, z1, z2, rotation
-
 kinds = lambda net: "".join(type(layer).__name__[0] for layer in net)  # Linear, BatchNorm, ...
 
-def test_views_of_the_paper_and_of_the_code():
-    policies = lambda *line: simsiam_essl.view_policies(simsiam_essl.parse_args([*line]))
-    assert policies() == [{"size": size, "scale": (0.2, 1.0)} for size in (32, 32, 16)]
-    assert len(policies("--lam", "0")) == 2
-    for dataset in ("imagenet", "folder"):
-        first, other, small = policies("--dataset", dataset)
-        assert (first["blur"], other["blur"], small["blur"]) == (1.0, 0.1, 0.1)
-        assert "solarize" not in first.keys() | small.keys() and other["solarize"] == 0.2
-        assert first["scale"] == other["scale"] == (0.08, 1.0) and small["scale"] == (0.05, 0.14)
-        assert (first["size"], small["size"]) == (224, 96)
-        assert {policy["jitter"] for policy in (first, other, small)} == {(0.4, 0.4, 0.2, 0.1)}
-
 def test_flags_stand_over_quick_over_presets_over_defaults():
-    parse = lambda line: simsiam_essl.parse_args(line.split())
+    parse = lambda line: sfrik.parse_args(line.split())
     config = parse("--dataset folder")
     assert (config.arch, config.batch_size, config.size) == ("resnet18", 256, 224)
     assert (parse("").dataset, parse("").batch_size, parse("--quick").dataset) == ("cifar10", 512, "patterns")
@@ -523,8 +486,8 @@ def test_flags_stand_over_quick_over_presets_over_defaults():
     assert {line: parse(line).warmup_epochs for line in warmups} == warmups
 
 def test_spread_is_one_for_uniform_and_zero_for_equal_embeddings():
-    assert simsiam_essl.spread(torch.randn(2000, 64)).item() == pytest.approx(1, abs=0.02)
-    assert simsiam_essl.spread(torch.ones(100, 64)).item() == pytest.approx(0, abs=1e-6)
+    assert sfrik.spread(torch.randn(2000, 64)).item() == pytest.approx(1, abs=0.02)
+    assert sfrik.spread(torch.ones(100, 64)).item() == pytest.approx(0, abs=1e-6)
 
 # evaluation
 
@@ -561,7 +524,7 @@ def plain_probes(starts, features, labels, tests, rates, weight_decay):
 # how each script's probe is called, and the rates that it then gives a plain torch.nn.Linear
 cosine = lambda step: 0.1 + 0.4 * (1 + math.cos(math.pi * step / 4)) / 2
 PROBES = [
-    (homomorphic, dict(final_lr=0.1), cosine), (simsiam_essl, dict(final_lr=0.1), cosine),
+    (homomorphic, dict(final_lr=0.1), cosine),
     (care, dict(batch=256, milestones=(1,), rule=functools.partial(SGD, momentum=0.9)),
      lambda step: 0.5 if step < 2 else 0.05),
 ]
@@ -582,13 +545,11 @@ def test_the_probe_equals_plain_linear_layers(script, settings, rates):
 
 # what each paper's probe is: on CIFAR (by default), and what else on ImageNet (or ImageNet100)
 ASKED = {
-    "simsiam_essl": (dict(lr=30, final_lr=0, weight_decay=0, epochs=100, probes=5, batch=256, rule=SGD),
-                     dict(lr=1.6, epochs=90, probes=1, batch=4096, rule=simsiam_essl.LARS)),
     "care": (dict(lr=1e-3, weight_decay=1e-6, epochs=100, probes=3, batch=512, rule=ADAM, milestones=()),
              dict(lr=10.0, weight_decay=1e-4, batch=128, epochs=60, milestones=(30, 40, 50), rule=SGD, momentum=0.9)),
 }
 
-@of_scripts(IMAGES[:2])
+@of_scripts([care])
 def test_the_probe_is_the_authors(script, monkeypatch):
     """Fresh crops and flips in every epoch; E-SSL's test images are enlarged by 9/8 and cut."""
     (cifar, imagenet), calls = ASKED[script.__name__], []
@@ -618,11 +579,11 @@ def test_the_probe_is_the_authors(script, monkeypatch):
 def test_neighbours_are_framed_in_green_and_red(tmp_path):
     """And fewer than eight images are enough."""
     few = [torch.zeros(3, 3, 8, 8).byte(), torch.zeros(3).long()]
-    simsiam_essl.draw_neighbours(tmp_path / "few.png", (None, few, few), torch.eye(3), torch.eye(3))
+    sfrik.draw_neighbours(tmp_path / "few.png", (None, few, few), torch.eye(3), torch.eye(3))
     images = torch.full((20, 3, 32, 32), 128, dtype=torch.uint8)
     bank, labels = torch.randn(20, 4), torch.arange(20) % 2
     data = None, (images, labels), (images, torch.zeros(20).long())
-    simsiam_essl.draw_neighbours(tmp_path / "n.png", data, bank, bank)
+    sfrik.draw_neighbours(tmp_path / "n.png", data, bank, bank)
     picture = TF.pil_to_tensor(datasets.folder.default_loader(tmp_path / "n.png"))[:, ::2, ::2]
     queries = torch.randperm(20, generator=torch.Generator().manual_seed(0))[:8]
     for i, query in enumerate(queries):  # tiles of 36 pixels, 2 apart
@@ -634,7 +595,7 @@ def test_neighbours_are_framed_in_green_and_red(tmp_path):
 # a run, its files, its faults
 
 NUMBERS = {
-    "simsiam_essl": "rotation_top1", "care": "", "homomorphic": "classifier_top1",
+    "care": "", "homomorphic": "classifier_top1",
     "sfrik": "svm_top1 linear_top1_1pc linear_top1_10pc",
 }
 
@@ -665,30 +626,28 @@ def test_encoder_pt_is_torchvisions(tmp_path):
     """A ResNet's keys are those of torchvision, but for the stem of small images and the classifier."""
     encoder = models.resnet18()
     encoder.conv1, encoder.fc = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()
-    assert encoder.state_dict().keys() == simsiam_essl.make_encoder("resnet18", 32).state_dict().keys()
+    assert encoder.state_dict().keys() == sfrik.make_encoder("resnet18", 32).state_dict().keys()
 
-@of_scripts([simsiam_essl, sfrik])
+@of_scripts([sfrik])
 def test_the_rate_follows_the_schedule_step_by_step(script, tmp_path, monkeypatch):
-    """That of SimSiam's h apart, which is constant."""
     rates = spied_rates(script, monkeypatch)
     script.train(script.parse_args(tiny(script, tmp_path / "run", "--final-lr", "0.5")))
     peak, wave = 0.2 * 32 / 256, [math.cos(math.pi * (step - 4) / 8) for step in range(12)]
     want = [peak * (step / 4 if step < 4 else (3 + wave[step]) / 4) for step in range(12)]
     assert [first for first, *_ in rates] == pytest.approx(want)
-    assert [h for _, *others in rates for h in others] == pytest.approx([peak] * 12 * (script is simsiam_essl))
 
 def test_every_step_draws_anew_and_every_epoch_follows_from_its_number(tmp_path, monkeypatch):
-    boxes, crop = [], simsiam_essl.crop
+    boxes, crop = [], sfrik.crop
     spy = lambda x, box, size: boxes.append(tuple(box.flatten().tolist())) or crop(x, box, size)
-    monkeypatch.setattr(simsiam_essl, "crop", spy)
-    config, orders = simsiam_essl.parse_args(tiny(simsiam_essl, tmp_path / "run")), []
-    other = simsiam_essl.parse_args(tiny(simsiam_essl, tmp_path / "other", "--seed", "3"))
-    simsiam_essl.train(config), simsiam_essl.train(other)
-    assert len(boxes) == 72 and len(set(boxes)) == 72
+    monkeypatch.setattr(sfrik, "crop", spy)
+    config, orders = sfrik.parse_args(tiny(sfrik, tmp_path / "run")), []
+    other = sfrik.parse_args(tiny(sfrik, tmp_path / "other", "--seed", "3"))
+    sfrik.train(config), sfrik.train(other)
+    assert len(boxes) == 48 and len(set(boxes)) == 48
     for epoch in (1, 2, 1):
         torch.manual_seed(epoch)
         data = [(torch.arange(150), torch.arange(150))]
-        order = [rows.tolist() for rows, _ in simsiam_essl.batches(data, config, epoch, CPU)]
+        order = [rows.tolist() for rows, _ in sfrik.batches(data, config, epoch, CPU)]
         assert [len(rows) for rows in order] == [32] * 4 and len(set(sum(order, []))) == 128
         orders.append(order)
     assert orders[0] == orders[2] != orders[1]
@@ -697,7 +656,7 @@ def test_every_step_draws_anew_and_every_epoch_follows_from_its_number(tmp_path,
 # so many seconds; its files cannot grow over a size. Answers with exit code, seconds and output.
 ARENA = """
 import functools, importlib, json, os, resource, signal, sys, time
-from simsiam_essl import draw_patterns
+from sfrik import draw_patterns
 drawn = functools.cache(draw_patterns)
 drawn(4000, 1), drawn(1000, 2)  # children find them drawn
 for line in sys.stdin:
@@ -755,8 +714,8 @@ def arena(tmp_path_factory):
 
 @every
 def test_a_killed_run_ends_as_an_uninterrupted_one(script, arena, runs, tmp_path):
-    """Killed in a step; simsiam_essl also before a file is renamed, and while it evaluates."""
-    points = {"learning_rate": 9} | ({"replace": 2, "knn_accuracy": 2} if script is simsiam_essl else {})
+    """Killed in a step; sfrik also before a file is renamed, and while it evaluates."""
+    points = {"learning_rate": 9} | ({"replace": 2, "knn_accuracy": 2} if script is sfrik else {})
     for function, at in points.items():
         out = tmp_path / function
         assert arena(script, out, function, at)[0] == -signal.SIGKILL
@@ -765,7 +724,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(script, arena, runs, tmp_path
         assert unharmed(out, runs(script)), function
 
 @pytest.mark.parametrize("what", ("loss", "weights"))
-@of_scripts([simsiam_essl, photonics_reg])
+@of_scripts([sfrik, photonics_reg])
 def test_what_is_not_finite_is_never_saved(script, what, tmp_path, monkeypatch, capsys):
     """A loss with a finite gradient, or the reverse, at the second epoch's last step; then Ctrl-C."""
     forward, calls, last = script.Method.forward, [], 4 if script is photonics_reg else 8
@@ -835,17 +794,17 @@ def test_a_finished_run_says_so_at_once(script, runs, tmp_path, monkeypatch, cap
     assert torch.load(tmp_path / "run" / "encoder.pt").keys() == torch.load(runs(script) / "encoder.pt").keys()
 
 def test_another_run_in_the_folder_is_refused_and_named(runs, tmp_path, monkeypatch, capsys):
-    shutil.copytree(runs(simsiam_essl), tmp_path / "run")
-    line = tiny(simsiam_essl, tmp_path / "run")
-    message = fails(capsys, 2, *line, "--lam", "0", "--seed", "3")
-    assert "--lam 0.4 then, 0.0 now" in message and "--seed 0 then, 3 now" in message
+    shutil.copytree(runs(sfrik), tmp_path / "run")
+    line = tiny(sfrik, tmp_path / "run")
+    message = fails(capsys, 2, *line, "--final-lr", "0.5", "--seed", "3")
+    assert "--final-lr 0.001 then, 0.5 now" in message and "--seed 0 then, 3 now" in message
     assert "epochs" not in message and "--out" in message
     (tmp_path / "run" / "results.json").unlink()
-    monkeypatch.setattr(simsiam_essl, "precision", lambda *args: "bf16")  # as on a GPU
+    monkeypatch.setattr(sfrik, "precision", lambda *args: "bf16")  # as on a GPU
     assert "--precision fp32 then, bf16 now" in fails(capsys, 2, *line)
     monkeypatch.undo()
-    patterns = simsiam_essl.draw_patterns
-    monkeypatch.setattr(simsiam_essl, "draw_patterns", lambda n, seed: patterns(n - 10, seed))
+    patterns = sfrik.draw_patterns
+    monkeypatch.setattr(sfrik, "draw_patterns", lambda n, seed: patterns(n - 10, seed))
     assert "images [128, 128, 1000] then, [128, 128, 990] now" in fails(capsys, 2, *line)
     (tmp_path / "run" / "results.json").write_text("{}")
     (tmp_path / "run" / "checkpoint.pt").unlink()
@@ -861,11 +820,11 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(runs, tmp_path, capsys):
     ):
         (tmp_path / name).mkdir()
         path = tmp_path / name / "checkpoint.pt"
-        shutil.copy(runs(simsiam_essl) / "checkpoint.pt", path)
+        shutil.copy(runs(sfrik) / "checkpoint.pt", path)
         damage(path)
         if name == "truncated":  # of a finished run, too
-            shutil.copy(runs(simsiam_essl) / "results.json", tmp_path / name)
-        message = fails(capsys, 2, *tiny(simsiam_essl, tmp_path / name))
+            shutil.copy(runs(sfrik) / "results.json", tmp_path / name)
+        message = fails(capsys, 2, *tiny(sfrik, tmp_path / name))
         assert str(path) in message and ("x.py" in message) == (name == "foreign")
 
 BAD = [
@@ -917,15 +876,15 @@ def test_a_folder_is_named_after_the_flags_given_and_help_explains_them(script, 
 
 def test_time_left_is_told_early_with_what_shortens_it(tmp_path, monkeypatch, capsys):
     clock = itertools.count(step=1000)
-    monkeypatch.setattr(simsiam_essl.time, "time", lambda: next(clock))
-    line = tiny(simsiam_essl, tmp_path / "run", "--limit", "256", "--epochs", "100")
-    monkeypatch.setattr(simsiam_essl, "write", lambda *args: sys.exit())
+    monkeypatch.setattr(sfrik.time, "time", lambda: next(clock))
+    line = tiny(sfrik, tmp_path / "run", "--limit", "256", "--epochs", "100")
+    monkeypatch.setattr(sfrik, "write", lambda *args: sys.exit())
     with pytest.raises(SystemExit):
-        simsiam_essl.main(line)
+        sfrik.main(line)
     [told] = [line for line in capsys.readouterr().out.splitlines() if "step" in line[:5]]
     assert told.startswith(" step 2 of 8, about ") and "day" in told and "--quick" in told
 
-@of_scripts([simsiam_essl, care, homomorphic])
+@of_scripts([care, homomorphic])
 def test_compile_changes_neither_names_nor_numbers(script, runs, tmp_path, monkeypatch):
     """With torch's tracer but no compiler behind it: one graph for each network and shape."""
     original = torch.nn.Module.compile
@@ -936,7 +895,7 @@ def test_compile_changes_neither_names_nor_numbers(script, runs, tmp_path, monke
     assert same_end(runs(script), tmp_path / "run")
 
 def test_limit_takes_the_first_of_a_shuffled_split():
-    load = lambda line: simsiam_essl.load_data(simsiam_essl.parse_args(line.split()), CPU)
+    load = lambda line: sfrik.load_data(sfrik.parse_args(line.split()), CPU)
     whole, part = load("--dataset patterns"), load("--dataset patterns --limit 500")
     less = load("--dataset patterns --limit 300 --seed 4")
     assert [len(labels) for _, labels in whole] == [4000, 4000, 1000]
@@ -996,13 +955,12 @@ def test_files_of_cifar_and_stl10(script, tmp_path, monkeypatch):
 
 FOLDER = "--arch small --size 48 --batch-size 64 --epochs 2 --save-every 0 --knn-every 0 --dataset".split()
 FOLDERS = {
-    "simsiam_essl": "folder --small-size 32 --projector 32-32 --predictor 32-32",
     "care": "folder --projector 32-16 --chunks 4",
     "sfrik": "folder --optimizer sgd --projector 32-32",
 }
 on_folder = lambda script, root: [*FOLDER, *FOLDERS[script.__name__].split(), "--data-root", str(root)]
 
-@of_scripts([simsiam_essl, care])
+@of_scripts([sfrik, care])
 def test_a_streamed_folder(script, tmp_path, monkeypatch, capsys):
     """From end to end; stopped and continued; probed on fresh crops."""
     tree, probe = tmp_path / "tree", script.linear_probe
@@ -1066,13 +1024,13 @@ def test_gray_values_of_more_than_8_bits(kind, tmp_path):
         if kind == "holes":
             values[0, :3], want[0, :3] = (np.nan, np.inf, -np.inf), (0, 255, 0)
         Image.fromarray(values.astype(np.float32)).save(path)
-    got = np.asarray(simsiam_essl.read_picture(path)).astype(int)
+    got = np.asarray(sfrik.read_picture(path)).astype(int)
     assert got.shape == (40, 40, 3) and abs(got - want[..., None]).max() <= 1
 
 def test_pictures_are_read_as_a_viewer_shows_them(tmp_path):
     """All eight turns of EXIF; transparency over white; palettes, gray, CMYK."""
     colors = (gray_wave()[:30, :, None] * [200, 120, 250]).astype(np.uint8)
-    upright, read = Image.fromarray(colors), simsiam_essl.read_picture
+    upright, read = Image.fromarray(colors), sfrik.read_picture
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that stores it with the tag
     for tag in range(1, 9):
         exif = Image.Exif()
@@ -1094,7 +1052,7 @@ def test_pictures_are_read_as_a_viewer_shows_them(tmp_path):
     upright.convert("CMYK").save(tmp_path / "x.jpg")
     assert read(tmp_path / "x.jpg").mode == "RGB"
 
-@of_scripts([simsiam_essl, care])
+@of_scripts([sfrik, care])
 def test_which_files_are_images(script, tmp_path, capsys):
     """What PIL opens, whatever the case of its extension; nothing that systems leave behind."""
     picture, train = Image.fromarray(np.zeros((9, 9, 3), np.uint8)), tmp_path / "train"
@@ -1119,9 +1077,9 @@ def test_which_files_are_images(script, tmp_path, capsys):
     assert "no extension 2" in printed and ".txt 2" in printed and ".mpg 1" in printed
 
 def test_folders_that_cannot_be_evaluated_or_read(tmp_path, capsys):
-    run = lambda root: [*on_folder(simsiam_essl, tmp_path / root), "--out", str(tmp_path / f"run-{root}")]
+    run = lambda root: [*on_folder(sfrik, tmp_path / root), "--out", str(tmp_path / f"run-{root}")]
     image_tree(tmp_path / "flat", train=70)
-    simsiam_essl.main(run("flat"))
+    sfrik.main(run("flat"))
     printed = capsys.readouterr().out
     assert "70 images, no classes" in printed and "no evaluation" in printed
     results = json.loads((tmp_path / "run-flat" / "results.json").read_text())
@@ -1150,8 +1108,8 @@ def test_a_killed_reader_ends_the_run_in_one_line(tmp_path, monkeypatch, capsys)
         time.sleep(0.2)
         return 0.1
 
-    monkeypatch.setattr(simsiam_essl, "learning_rate", killing)
-    line = [*on_folder(simsiam_essl, tmp_path), "--out", tmp_path / "run", "--batch-size", "8"]
+    monkeypatch.setattr(sfrik, "learning_rate", killing)
+    line = [*on_folder(sfrik, tmp_path), "--out", tmp_path / "run", "--batch-size", "8"]
     assert "process was lost" in fails(capsys, 1, *line)
 
 # several processes
@@ -1163,13 +1121,13 @@ def free_port():
 
 def test_world_size_left_over_in_the_environment(tmp_path, monkeypatch, capsys):
     """Alone: one line. With the rest: it says for whom it waits, and Ctrl-C works. Empty: see arena."""
-    line = tiny(simsiam_essl, tmp_path / "run")
+    line = tiny(sfrik, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(simsiam_essl, "WORLD", 2)
+        patch.setattr(sfrik, "WORLD", 2)
         patch.delenv("RANK", raising=False)
         assert fails(capsys, 2, *line).startswith("error: WORLD_SIZE is 2")
     there = dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="localhost", MASTER_PORT=free_port())
-    waits = subprocess.Popen([sys.executable, "simsiam_essl.py", *line], cwd=HERE, env=os.environ | there,
+    waits = subprocess.Popen([sys.executable, "sfrik.py", *line], cwd=HERE, env=os.environ | there,
                              stdout=subprocess.PIPE, text=True)
     assert waits.stdout.readline() == "waiting for 2 processes\n"
     time.sleep(1)
@@ -1209,7 +1167,7 @@ if dist.is_initialized():
     dist.destroy_process_group()
 """
 TOGETHER = [
-    ("simsiam_essl", ""), ("care", "--chunks 4"), ("care", "--base moco --queue 100"),
+    ("care", "--chunks 4"), ("care", "--base moco --queue 100"),
     ("care", "--chunks 4 --equivariance-batch 16"), ("sfrik", "--projector 64-64"),
     ("sfrik", "--projector 64-64 --loss vicreg"), ("sfrik", "--projector 64-64 --loss auh"),
     ("homomorphic", "--group rotation"), ("homomorphic", "--group scale --ssl augmented"),
@@ -1312,56 +1270,6 @@ def test_cuda_run_is_saved_continued_and_read_on_the_cpu(script, tmp_path, monke
     method, _, _ = method_of(script)
     method.encoder.load_state_dict(encoder)
     assert all(value.isfinite().all() for value in encoder.values())
-
-# ----------------------------------------------------------------------------------- simsiam_essl
-
-# golden: E-SSL CIFAR-10 code, D(p = z1, z = z2)
-NEGATIVE_COSINE = {
-    (8, 5, 0.3, 0.7, 0.35, 0.72): -0.9735987435868874,
-    (16, 32, 1.1, 0.2, 1.0, 0.25): -0.8007049919128958,
-}
-
-def test_negative_cosine_equals_the_authors_and_stops_at_z():
-    for (n, d, a1, b1, a2, b2), want in NEGATIVE_COSINE.items():
-        p, z = wave(n, d, a1, b1).requires_grad_(), wave(n, d, a2, b2).requires_grad_()
-        loss = simsiam_essl.negative_cosine(p, z)
-        assert loss.item() == pytest.approx(want, rel=1e-9)
-        assert simsiam_essl.negative_cosine(p.bfloat16(), z.bfloat16()).dtype == torch.float32
-        loss.backward()
-        u, v = p / p.norm(dim=1, keepdim=True), z / z.norm(dim=1, keepdim=True)
-        slope = (v - (u * v).sum(1, keepdim=True) * u) / p.norm(dim=1, keepdim=True)  # d cosine / dp
-        assert z.grad is None and torch.allclose(p.grad, -slope / n, atol=1e-12)
-
-def test_e_simsiam_is_algorithm_1():
-    method, loss, z1, z2, rotation = algorithm_1(simsiam_essl)
-    assert method.h[1].num_batches_tracked == 2
-    cosines = [F.cosine_similarity(method.h(a), b.detach()) for a, b in ((z1, z2), (z2, z1))]
-    want = -sum(cosines).mean() / 2 + 0.7 * rotation
-    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
-    parameters = list(method.parameters())
-    gradients = (torch.autograd.grad(value, parameters) for value in (loss, want))
-    for got, wanted in zip(*gradients, strict=True):
-        assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-6) and got.abs().sum() > 0
-    assert method_of(simsiam_essl, "--lam", "0")[0].predictor is None
-
-def test_simsiam_heads_and_presets():
-    method = simsiam_essl.Method(simsiam_essl.Config())
-    assert kinds(method.projector) == "LBRLB" and method.projector[-1].weight is None
-    assert kinds(method.h) == "LBRL" and kinds(method.predictor) == "LLRLLL"
-    assert method.h[0].bias is None and method.h[3].bias is not None
-    assert sum(p.numel() for p in method.encoder.parameters()) == 11_168_832  # the authors' net
-    assert [(layer.in_features, layer.out_features) for layer in (method.h[0], method.h[3])] == [(2048, 512), (512, 2048)]
-    others, h = simsiam_essl.make_optimizer(method, method.config).param_groups
-    assert {id(p) for p in h["params"]} == {id(p) for p in method.h.parameters()}
-    assert len(others["params"] + h["params"]) == len([*method.parameters()])
-    assert (others["weight_decay"], h["weight_decay"], h["lr"]) == (5e-4, 5e-4, 0.12)
-    config = simsiam_essl.parse_args(["--dataset", "imagenet"])
-    values = config.lam, config.batch_size, config.lr, config.warmup_epochs, config.weight_decay, config.epochs
-    assert values == (0.08, 512, 0.05, 0, 1e-4, 100)
-    imagenet = simsiam_essl.Method(config)
-    assert kinds(imagenet.projector) == "LBRLBRLB" and imagenet.projector[-1].weight is None
-    assert kinds(imagenet.predictor) == "LLRLLRLLL" and imagenet.predictor[-3].out_features == 256
-    assert imagenet.encoder.layer1[0].bn3.weight.sum() == 0
 
 # ------------------------------------------------------------------------------------------- care
 
@@ -2658,7 +2566,7 @@ def test_transformations_and_what_pixels_know_of_them():
     assert torch.equal(parameter.argmax(1), turns)
     gray = compare.transformed("blur", x[:, :1] / 255, compare.draw_transformation("blur", 300, 32)[0])
     assert gray.shape == (300, 1, 32, 32)
-    method, _, _ = method_of(simsiam_essl)  # features that are the mean of an image: they tell its brightness
+    method, _, _ = method_of(sfrik)  # features that are the mean of an image: they tell its brightness
     method.features = lambda V: V.mean((2, 3))
     known = compare.what_is_known(method, x[:200], x[200:])
     assert known["brightness"]["mlp"] > 0.5 and known["flip"]["mlp"] < 0.1 and set(known) == set(compare.COLOUR)
@@ -2684,8 +2592,8 @@ def test_compare_from_end_to_end(runs, tmp_path, monkeypatch, capsys):
     """Runs of several scripts, one alone, and what cannot be compared."""
     for name, value in dict(FIT=120, SCORE=50, SHIFTED=50, DRAWS=2, RETRIEVED=20).items():
         monkeypatch.setattr(compare, name, value)
-    probe = simsiam_essl.linear_probe
-    monkeypatch.setattr(simsiam_essl, "linear_probe", lambda *args, **how: probe(*args, **how | {"epochs": 2}))
+    probe = sfrik.linear_probe
+    monkeypatch.setattr(sfrik, "linear_probe", lambda *args, **how: probe(*args, **how | {"epochs": 2}))
     folders = [str(runs(script)) for script in (care, homomorphic)]
     folders.append(str(shutil.copytree(folders[0], tmp_path / "care-seed1")))
     saved = torch.load(tmp_path / "care-seed1" / "checkpoint.pt")
@@ -2796,7 +2704,7 @@ def test_benchmark_of_losses_and_bad_words(capsys):
 # CAMPAIGN=20 python -m pytest -s -k campaign test_all.py
 CAMPAIGN = int(os.environ.get("CAMPAIGN", 1))
 
-campaign = of_scripts(SCRIPTS if CAMPAIGN > 1 else [simsiam_essl])
+campaign = of_scripts(SCRIPTS if CAMPAIGN > 1 else [sfrik])
 
 @campaign
 def test_campaign_of_kills(script, arena, runs, tmp_path):
@@ -2857,7 +2765,7 @@ def children(pid):
     stats = [(int(stat.split()[0]), int(stat.rpartition(")")[2].split()[1])) for stat in stats]
     return [child for child, parent in stats if parent == pid]
 
-@of_scripts(IMAGES if CAMPAIGN > 1 else [simsiam_essl])
+@of_scripts(IMAGES if CAMPAIGN > 1 else [sfrik])
 def test_campaign_of_lost_processes(script, tmp_path):
     """torchrun trains and writes once; one of two is killed: the other ends, too; then the run goes on."""
     draw, name = random.Random(script.__name__), f"{script.__name__}.py"
@@ -2891,14 +2799,28 @@ def test_campaign_of_lost_processes(script, tmp_path):
     assert json.loads((whole / "results.json").read_text())["processes"] == 2
     print(f"\n{script.__name__}: {i + 1} times one of two processes was lost, and the run continued")
 
-# ------------------------------------------------------------------------ the third form: simclr_essl
+# ------------------------------------------------------------------------ the third form: simclr_essl, simsiam_essl
 
 # Scripts in the third form; the others have their tests above until it is their turn.
-THIRD = [simclr_essl]
+THIRD = [simclr_essl, simsiam_essl]
 third = of_scripts(THIRD)
-simclr_essl.draw_patterns = drawn  # the same data; see test_patterns_are_the_same_in_both_forms
+for module in THIRD:
+    module.draw_patterns = drawn  # the same data; see test_patterns_are_the_same_in_both_forms
 # name: why it differs between scripts of this form
-MAY_DIFFER_IN_THIRD = {}
+MAY_DIFFER_IN_THIRD = {
+    "SCRIPT": "the name of the script",
+    "Config": "the method's flags",
+    "PRESETS": "the paper's values",
+    "Method": "the method",
+    "view_arguments": "simclr_essl has Figure 1",
+    "make_projector": "the paper's heads",
+    "make_predictor": "the paper's heads",
+    "make_optimizer": "the paper's optimiser",
+    "train_epoch": "SimSiam's h keeps its rate",
+    "linear_probe": "SimSiam's probe on ImageNet is by LARS",
+    "probe": "the paper's protocol",
+    "check": "the method's flags",
+}
 FULL_BOX = lambda uniform, height, width, scale: torch.tensor([[0.0, 0, height, width]]).expand(len(uniform(0, 1)), 4)
 
 def stopped(capsys, *argv, script=simclr_essl):
@@ -2980,22 +2902,29 @@ def test_every_transformation_against_torchvision():
     assert len(orders) == 24 and all(sorted(order) == sorted(quadrants(x)) for order in orders)
     assert torch.equal(versions["jigsaw"][0], x)
 
-def test_forward_is_algorithm_1():
+@third
+def test_forward_is_algorithm_1(script):
     """The loss of a step, its terms and its gradient, from views drawn alike and sums by hand."""
-    method, images = batch_of(simclr_essl, "--lam", "0.7")
+    method, images = batch_of(script, "--lam", "0.7")
     torch.manual_seed(1)
     loss, terms = method(images)
     assert method.encoder[1].num_batches_tracked == 3  # three passes, each with statistics of its own
     torch.manual_seed(1)
-    mean, std = torch.tensor(simclr_essl.MEAN_STD["patterns"])[..., None, None]
+    mean, std = torch.tensor(script.MEAN_STD["patterns"])[..., None, None]
     embed = lambda x, head: head(method.encoder((x - mean) / std))
-    *large, small = (simclr_essl.augment(images, **how) for how in simclr_essl.view_arguments(method.config))
+    *large, small = (script.augment(images, **how) for how in script.view_arguments(method.config))
     assert [view.shape[2] for view in (*large, small)] == [32, 32, 16]
     z1, z2 = (embed(view, method.projector) for view in large)
     logits = embed(torch.cat([torch.rot90(small, k, (2, 3)) for k in range(4)]), method.predictor)
     rotation = -sum(logits.log_softmax(1)[k * 16 + i, k] for k in range(4) for i in range(16)) / 64
     right = sum(logits[k * 16 + i].argmax().item() == k for k in range(4) for i in range(16))
-    want = simclr_essl.info_nce(z1, z2, 0.5) + 0.7 * rotation
+    if script is simclr_essl:
+        invariance = script.info_nce(z1, z2, 0.5)
+    else:
+        assert method.h[1].num_batches_tracked == 2
+        cosines = [F.cosine_similarity(method.h(a), b.detach()) for a, b in ((z1, z2), (z2, z1))]
+        invariance = -sum(cosines).mean() / 2
+    want = invariance + 0.7 * rotation
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     assert terms["equivariance"].item() == pytest.approx(rotation.item(), rel=1e-5)
     assert terms["rotation_top1"].item() == pytest.approx(100 * right / 64)
@@ -3006,18 +2935,38 @@ def test_forward_is_algorithm_1():
     x = images.float() / 255
     assert torch.equal(method.embed(x), embed(x, method.projector))
 
-def test_lam_0_is_simclr():
-    method, images = batch_of(simclr_essl, "--lam", "0")
+@third
+def test_lam_0_is_the_baseline(script):
+    method, images = batch_of(script, "--lam", "0")
     torch.manual_seed(1)
     loss, terms = method(images)
     assert method.predictor is None and terms.keys() == {"invariance", "std"}
     torch.manual_seed(1)
     V_large1, V_large2, v_small = method.views(images)
-    want = simclr_essl.info_nce(method.embed(V_large1), method.embed(V_large2), 0.5)
+    z1, z2 = method.embed(V_large1), method.embed(V_large2)
+    if script is simclr_essl:
+        want = script.info_nce(z1, z2, 0.5)
+    else:
+        want = (script.negative_cosine(method.h(z1), z2) + script.negative_cosine(method.h(z2), z1)) / 2
     assert v_small is None and loss.item() == pytest.approx(want.item(), rel=1e-5)
 
+# golden: E-SSL CIFAR-10 code, D(p = z1, z = z2)
+NEGATIVE_COSINE = {
+    (8, 5, 0.3, 0.7, 0.35, 0.72): -0.9735987435868874,
+    (16, 32, 1.1, 0.2, 1.0, 0.25): -0.8007049919128958,
+}
+
+def test_negative_cosine_equals_the_authors_and_stops_at_z():
+    for (n, d, a1, b1, a2, b2), want in NEGATIVE_COSINE.items():
+        p, z = wave(n, d, a1, b1).requires_grad_(), wave(n, d, a2, b2).requires_grad_()
+        loss = simsiam_essl.negative_cosine(p, z)
+        assert loss.item() == pytest.approx(want, rel=1e-9)
+        loss.backward()
+        u, v = p / p.norm(dim=1, keepdim=True), z / z.norm(dim=1, keepdim=True)
+        slope = (v - (u * v).sum(1, keepdim=True) * u) / p.norm(dim=1, keepdim=True)  # d cosine / dp
+        assert z.grad is None and torch.allclose(p.grad, -slope / n, atol=1e-12)
+
 def test_simclr_heads_have_the_specified_layers():
-    kinds = lambda net: "".join(type(layer).__name__[0] for layer in net)  # Linear, BatchNorm, ...
     cifar = simclr_essl.Method(simclr_essl.Config())
     assert kinds(cifar.projector) == "LBRLB" and kinds(cifar.predictor) == "LLRLLRL"
     assert cifar.projector[-1].weight is None and cifar.projector[1].weight is not None
@@ -3028,6 +2977,25 @@ def test_simclr_heads_have_the_specified_layers():
     assert imagenet.projector[-1].weight is not None and imagenet.projector[-1].num_features == 128
     assert kinds(imagenet.predictor) == "LLRLLRLLL"  # no ReLU after the last LayerNorm
     assert imagenet.predictor[-3].out_features == 128 and imagenet.encoder.layer1[0].bn3.weight.sum() == 0
+
+def test_simsiam_heads_and_presets():
+    method = simsiam_essl.Method(simsiam_essl.Config())
+    assert kinds(method.projector) == "LBRLB" and method.projector[-1].weight is None
+    assert kinds(method.h) == "LBRL" and kinds(method.predictor) == "LLRLLL"
+    assert method.h[0].bias is None and method.h[3].bias is not None
+    assert sum(p.numel() for p in method.encoder.parameters()) == 11_168_832  # the authors' net
+    assert [(layer.in_features, layer.out_features) for layer in (method.h[0], method.h[3])] == [(2048, 512), (512, 2048)]
+    others, h = simsiam_essl.make_optimizer(method, method.config).param_groups
+    assert {id(p) for p in h["params"]} == {id(p) for p in method.h.parameters()}
+    assert len(others["params"] + h["params"]) == len([*method.parameters()])
+    assert (others["weight_decay"], h["weight_decay"], h["lr"]) == (5e-4, 5e-4, 0.12)
+    config = simsiam_essl.parse_args(["--dataset", "imagenet"])
+    values = config.lam, config.batch_size, config.lr, config.warmup_epochs, config.weight_decay, config.epochs
+    assert values == (0.08, 512, 0.05, 0, 1e-4, 100)
+    imagenet = simsiam_essl.Method(config)
+    assert kinds(imagenet.projector) == "LBRLBRLB" and imagenet.projector[-1].weight is None
+    assert kinds(imagenet.predictor) == "LLRLLRLLL" and imagenet.predictor[-3].out_features == 256
+    assert imagenet.encoder.layer1[0].bn3.weight.sum() == 0
 
 @pytest.mark.parametrize("transform", simclr_essl.TRANSFORMS)
 @pytest.mark.parametrize("role", ("predict", "augment"))
@@ -3069,10 +3037,11 @@ def test_figure_1(transform, role):
     assert torch.equal(V_large1, simclr_essl.augment(one, **method.large1)) and v_small is None
     assert torch.equal(V_large2, simclr_essl.augment(two, **method.large2))
 
-def test_views_of_the_paper_and_of_the_code():
-    arguments = lambda *line: simclr_essl.view_arguments(simclr_essl.parse_args([*line]))
+@third
+def test_views_of_the_paper_and_of_the_code(script):
+    arguments = lambda *line: script.view_arguments(script.parse_args([*line]))
     assert arguments() == ({"size": 32}, {"size": 32}, {"size": 16})
-    defaults = {name: p.default for name, p in inspect.signature(simclr_essl.augment).parameters.items()}
+    defaults = {name: p.default for name, p in inspect.signature(script.augment).parameters.items()}
     assert defaults["scale"] == (0.2, 1.0) and defaults["jitter"] == (0.4, 0.4, 0.4, 0.1)
     assert (defaults["flip"], defaults["gray"], defaults["blur"], defaults["solarize"]) == (0.5, 0.2, 0, 0)
     for dataset in ("imagenet", "folder"):
@@ -3082,11 +3051,13 @@ def test_views_of_the_paper_and_of_the_code():
         assert first["scale"] == other["scale"] == (0.08, 1.0) and small["scale"] == (0.05, 0.14)
         assert (first["size"], small["size"]) == (224, 96)
         assert {how["jitter"] for how in (first, other, small)} == {(0.4, 0.4, 0.2, 0.1)}
-        cropped = arguments("--dataset", dataset, "--crop-only")
-        assert [how["scale"] for how in cropped] == [(0.08, 1.0), (0.08, 1.0), (0.05, 0.14)]
+        if script is simclr_essl:
+            cropped = arguments("--dataset", dataset, "--crop-only")
+            assert [how["scale"] for how in cropped] == [(0.08, 1.0), (0.08, 1.0), (0.05, 0.14)]
     for transform, name in (("hflip", "flip"), ("grayscale", "gray"), ("blur", "blur")):
-        large, _, small = arguments("--transform", transform)
-        assert small[name] == 0 and name not in large  # the version could not be told from the view
+        if script is simclr_essl:
+            large, _, small = arguments("--transform", transform)
+            assert small[name] == 0 and name not in large  # the version could not be told from the view
 
 def test_simclr_presets():
     parse = lambda line: simclr_essl.parse_args(line.split())
@@ -3255,13 +3226,14 @@ def test_third_probe_equals_plain_linear_layers():
     labels = (few[:, 0] > 0).long()
     assert simclr_essl.linear_probe(lambda: few, labels, few, labels, lr=1.0)[0] > 90
 
-def test_third_probe_is_the_authors(monkeypatch):
+@third
+def test_third_probe_is_the_authors(script, monkeypatch):
     """Fresh crops and flips in every epoch; CIFAR's test images are enlarged by 9/8 and cut."""
     calls, seen = [], []
-    defaults = inspect.signature(simclr_essl.linear_probe).parameters
+    defaults = inspect.signature(script.linear_probe).parameters
     settings = dict(lr=30, final_lr=0, weight_decay=0, epochs=100, probes=5)
     assert {key: defaults[key].default for key in settings} == settings
-    method, images = batch_of(simclr_essl)
+    method, images = batch_of(script)
     method.config.quick, labels = False, torch.arange(16) % 3
     encode = method.features
     monkeypatch.setattr(method, "features", lambda x: seen.append(x) or encode(x))
@@ -3270,15 +3242,18 @@ def test_third_probe_is_the_authors(monkeypatch):
         calls.append(settings)
         return draw_features(), draw_features()
 
-    monkeypatch.setattr(simclr_essl, "linear_probe", asked)
+    monkeypatch.setattr(script, "linear_probe", asked)
     data = None, (images, labels), (images[:9], labels[:9])
-    one, two = simclr_essl.probe(method, data, method.config, None, torch.zeros(9, 4))
+    one, two = script.probe(method, data, method.config, None, torch.zeros(9, 4))
     assert one.shape == two.shape and not torch.equal(one, two)
     zoomed = TF.resize(images[:9].float() / 255, [36, 36])
     assert torch.allclose(seen[0], TF.center_crop(zoomed, [32, 32]), atol=1e-6)
     method.config.dataset, kept = "imagenet", torch.zeros(9, 4)
-    simclr_essl.probe(method, data, method.config, None, kept)
-    assert calls == [{}, dict(lr=0.3, final_lr=0.3, weight_decay=1e-6)]
+    script.probe(method, data, method.config, None, kept)
+    imagenet = dict(lr=1.6, epochs=90, probes=1, batch=4096, rule=simsiam_essl.LARS)
+    if script is simclr_essl:
+        imagenet = dict(lr=0.3, final_lr=0.3, weight_decay=1e-6)
+    assert calls == [{}, imagenet]
 
 def test_third_neighbours_are_framed_in_green_and_red(tmp_path):
     """And fewer than eight images are enough."""
@@ -3350,12 +3325,15 @@ def run_training(script, *line):
     Path(config.out).mkdir(parents=True, exist_ok=True)
     return script.train(config, script.load_data(config, device), device)
 
-def test_third_rate_follows_the_schedule_step_by_step(tmp_path, monkeypatch):
-    rates = spied_rates(simclr_essl, monkeypatch)
-    run_training(simclr_essl, *tiny(simclr_essl, tmp_path / "run", "--final-lr", "0.5"))
+@third
+def test_third_rate_follows_the_schedule_step_by_step(script, tmp_path, monkeypatch):
+    """That of SimSiam's h apart, which is constant."""
+    rates = spied_rates(script, monkeypatch)
+    run_training(script, *tiny(script, tmp_path / "run", "--final-lr", "0.5"))
     peak, wave = 0.2 * 32 / 256, [math.cos(math.pi * (step - 4) / 8) for step in range(12)]
     want = [peak * (step / 4 if step < 4 else (3 + wave[step]) / 4) for step in range(12)]
-    assert [rate for [rate] in rates] == pytest.approx(want)
+    assert [first for first, *_ in rates] == pytest.approx(want)
+    assert [h for _, *others in rates for h in others] == pytest.approx([peak] * 12 * (script is simsiam_essl))
 
 def test_third_learning_rate_and_lars_equal_the_authors():
     """Golden: E-SSL's schedule, 100 epochs of 10 steps, 10 of warm-up; the VICReg/SFRIK optimiser."""
@@ -3933,7 +3911,7 @@ if dist.is_initialized():
 """
 
 def test_third_two_processes_compute_what_one_computes(tmp_path):
-    together = [("simclr_essl", ""), ("simclr_essl", "--lam 0")]
+    together = [("simclr_essl", ""), ("simclr_essl", "--lam 0"), ("simsiam_essl", "")]
 
     def launch(name, **env):
         line = [sys.executable, "-c", THIRD_TWO, str(tmp_path / name), json.dumps(together)]
@@ -3964,7 +3942,8 @@ def test_third_run_of_two_processes(tmp_path):
 THIRD_STEPS = [(simclr_essl, f"--dataset patterns {flags}", 32) for flags in (
     "", "--lam 0", "--transform jigsaw", "--transform hflip --crop-only", "--transform grayscale",
     "--transform inversion", "--transform blur", "--role augment --transform vflip")]
-THIRD_STEPS.append((simclr_essl, "--dataset folder --arch small --size 32 --small-size 16", 48))
+THIRD_STEPS += [(simsiam_essl, f"--dataset patterns {flags}", 32) for flags in ("", "--lam 0")]
+THIRD_STEPS += [(script, "--dataset folder --arch small --size 32 --small-size 16", 48) for script in THIRD]
 
 @pytest.mark.parametrize("script, flags, side", THIRD_STEPS, ids=[f"{x.__name__} {flags}" for x, flags, _ in THIRD_STEPS])
 def test_third_step_on_a_gpu_mixes_no_devices_and_never_waits(script, flags, side, tmp_path, monkeypatch):
