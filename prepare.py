@@ -98,8 +98,8 @@ def list_pictures(path, wanted, per_class):
         found = [file for file in files if is_picture(file)][:per_class]
         ignored += [file for file in files if not is_picture(file)]
         if not found and path.name == "train":  # val may lack classes
-            stop(f"{folder} has no image that Pillow reads, only: {count_kinds(files)}"
-                 " (.heic: convert to JPEG first)")
+            stop(f"{folder} has no image that Pillow reads (.heic: convert to JPEG first), but: "
+                 f"{count_kinds(files) or 'nothing'}")
         pictures |= dict.fromkeys(found, name)
     classes = set(pictures.values()) - {"."}
     print(f"{path}: {len(pictures)} images, {len(classes)} classes", flush=True)
@@ -171,7 +171,7 @@ def choose(config):
         if not wanted:
             stop(f"{config.classes} names no classes")
     if not train.is_dir():
-        stop(f"{train} is missing: put the images there, in a folder for each class")
+        stop(f"{train} is missing: put the images there, in folders of classes if there are any")
     splits = {"train": list_pictures(train, wanted, config.per_class), "val": {}}
     if val.is_dir():
         splits["val"] = list_pictures(val, wanted, None)
@@ -181,7 +181,8 @@ def choose(config):
     if missing:
         stop(f"{train} lacks these classes of {config.classes}: {', '.join(missing[:9])}")
     if unknown:
-        stop(f"{val} must have the class folders of {train}, but has: {', '.join(unknown[:9])}")
+        stop(f"images in {val} must lie in the class folders of {train}, not in these: "
+             f"{', '.join(unknown[:9])}")
     return splits, sorted(classes)
 
 def write_arrays(splits, classes, config):
@@ -191,15 +192,21 @@ def write_arrays(splits, classes, config):
     for split, pictures in splits.items():
         files = [f"{file.relative_to(config.path)} {file.lstat().st_size}" for file in pictures]
         source[split] = zlib.crc32(os.fsencode("\n".join(files)))
+    source = json.dumps(source)
     known = out / "source.json"
-    if known.exists() and json.loads(known.read_text()) == source:
+    if known.exists() and known.read_text() == source:
         print(f"{out} holds the arrays of these images already")
         return
     if out.exists() and any(out.iterdir()):
-        stop(f"{out} holds other images or something else: remove it, or choose another --out")
+        stop(f"{out} is not empty: choose another --out")
+    if any(out.is_relative_to((config.path / split).resolve()) for split in splits):
+        stop(f"{out} lies among the images: choose another --out")
     part = out.with_name(out.name + ".part")
+    if part.exists() and not (part / "source.json").exists():
+        stop(f"{part} is in the way: remove or rename it")
     shutil.rmtree(part, ignore_errors=True)  # of a decoding that was killed
     part.mkdir(parents=True)
+    (part / "source.json").write_text(source)
     needed = sum(map(len, splits.values())) * 3 * config.size**2
     free = shutil.disk_usage(part).free
     print(f"arrays of {needed / 1e6:,.0f} MB; {free / 1e6:,.0f} MB are free in {out.parent}")
@@ -218,7 +225,8 @@ def write_arrays(splits, classes, config):
             stop(f"{len(damaged)} files cannot be read; --skip-damaged leaves them out:\n{lines}")
         print(f"left out {len(damaged)} files that cannot be read:\n{lines}")
     (part / "classes.json").write_text(json.dumps(classes))
-    (part / "source.json").write_text(json.dumps(source))
+    if len(damaged) >= len(splits["train"]):
+        stop("no training image is left")
     if out.exists():
         out.rmdir()  # it is empty
     part.rename(out)
@@ -240,8 +248,11 @@ def main(argv=None):
     try:
         splits, classes = choose(config)
         write_arrays(splits, classes, config)
-    except OSError as problem:  # a folder that cannot be read or written, a full disk
+    except (OSError, UnicodeDecodeError) as problem:  # a folder, a full disk, a list not in UTF-8
         stop(problem)
+    except KeyboardInterrupt:
+        stop("stopped; the same command starts anew")
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names that a terminal cannot show
     main()

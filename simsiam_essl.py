@@ -63,9 +63,10 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0  # among t
 # %% CONFIG ----------------------------------------------------------------------------------------
 def option(default, explanation, choices=""):
     """A field of Config; its metadata are what argparse is told of its flag."""
-    flag = {"type": type(default), "help": f"{explanation} (default: {default})"}
     if default is False:
         flag = {"action": "store_true", "help": explanation}
+    else:
+        flag = {"type": type(default), "help": f"{explanation} (default: {default})"}
     if choices:
         flag["choices"] = choices.split()
     return field(default=default, metadata=flag)
@@ -264,8 +265,8 @@ def crop(x, boxes, size):
 def resizing_matrix(start, length, source, size):
     """Weights (N, 1, size, source) of the `source` old pixels of a line in its `size` new ones.
 
-    Bilinear, antialiased: a weight falls linearly with the distance from the new pixel's centre
-    and is 0 from one pixel on, an old or a new one, whichever is larger.
+    Bilinear, antialiased: a weight falls linearly with the distance from the new pixel's centre,
+    to 0 at a distance of one pixel, old or new, whichever is larger.
     """
     center = (torch.arange(size, device=start.device)[:, None] + 0.5) * length / size
     pixel = torch.arange(source, device=start.device) + 0.5 - start  # (N, 1, 1, source)
@@ -366,7 +367,7 @@ MEAN_STD = {"cifar10": CIFAR, "cifar100": CIFAR, "folder": IMAGENET, "imagenet":
             "patterns": ((0.4, 0.4, 0.4), (0.25, 0.25, 0.25))}
 
 def load_data(config, device):
-    """What to train on, to learn kNN and the probe from, and to test: (images, labels) each.
+    """Pairs (images, labels): to train on, to learn kNN and the probe from, and to test on.
 
     Images are uint8 (N, 3, H, W). The last two are None if there is nothing to evaluate.
     """
@@ -409,8 +410,8 @@ def load_photos(root, split):
         stop(f"{problem}; first run: python prepare.py YOUR_IMAGES --out {root}")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3:
         stop(f"{split}-images.npy must be uint8 (N, 3, H, W), not {images.dtype} {images.shape}")
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        stop(f"{split}-labels.npy needs {len(images)} integers, not {labels.dtype} {labels.shape}")
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or (labels < 0).any():
+        stop(f"{split}-labels.npy must be {len(images)} classes: integers from 0")
     with warnings.catch_warnings(action="ignore"):  # torch warns that it could not write to the map
         images = torch.from_numpy(images)
     return images, torch.tensor(labels, dtype=torch.int64)
@@ -823,7 +824,8 @@ def parse_args(argv=None):
         argument_default=SUPPRESS, allow_abbrev=False)  # SUPPRESS: flags not given are left out
     for setting in fields(Config):
         parser.add_argument("--" + setting.name.replace("_", "-"), **setting.metadata)
-    given = settings = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    settings = given
     if "quick" in given:
         settings = QUICK | given
     preset = PRESETS.get(settings.get("dataset"), {})
@@ -844,17 +846,19 @@ def parse_args(argv=None):
 
 def check(config, parser):
     """Ends the program if a setting has an impossible value; nan is neither > 0 nor >= 0."""
-    positive = ("size", "small_size", "bottleneck", "epochs", "batch_size", "lr")
+    positive = ("bottleneck", "epochs", "batch_size", "lr")
     for name, value in asdict(config).items():
         if name in positive and not value > 0:
-            parser.error(f"{name.replace('_', '-')} must be more than 0")
+            parser.error(f"--{name.replace('_', '-')} must be more than 0")
         if not isinstance(value, str) and not value >= 0:
-            parser.error(f"{name.replace('_', '-')} must be 0 or more")
+            parser.error(f"--{name.replace('_', '-')} must be 0 or more")
+    if min(config.size, config.small_size) < 8:
+        parser.error("--size and --small-size must be 8 or more")
     for widths in (config.projector, config.predictor):
         if not all(width.isdecimal() and int(width) > 0 for width in widths.split("-")):
             parser.error(f"widths look like 2048-2048, not like {widths}")
     if config.batch_size % WORLD > 0 or config.batch_size < 2 * WORLD:
-        parser.error(f"a batch of {config.batch_size} must give {WORLD} processes 2 or more each")
+        parser.error(f"--batch-size must be a multiple of {WORLD} and at least {2 * WORLD}")
 
 def main(argv=None):
     """Runs a command line: trains, evaluates and writes the results."""
@@ -874,13 +878,13 @@ def main(argv=None):
         if RANK == 0:
             finish(method, data, config, log)
     except KeyboardInterrupt:
-        stop("stopped; the same command continues from the last checkpoint")
+        stop("stopped; the same command continues from the last checkpoint, if there is one")
     except OSError as problem:  # a full disk, or a folder that cannot be written
         stop(f"{problem}. When this is mended, the same command continues")
     except RuntimeError as problem:
         if "out of memory" not in str(problem) and "allocate memory" not in str(problem):
             raise
-        stop("memory is full: use a smaller --batch-size")
+        stop("memory is full: use a smaller --batch-size, and another --out")
 
 def finish(method, data, config, log):
     """Evaluates, unless that is done; writes encoder.pt and results.json and prints a summary."""
