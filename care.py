@@ -691,10 +691,10 @@ class DeepSets(nn.Module):
 
 def haar_rotations(n, device):
     """n rotations of space (n, 3, 3), uniform: rows that are orthogonal, of random directions."""
-    a, b = torch.randn(2, n, 3, device=device)
+    a, b = torch.randn(2, n, 3, dtype=torch.float64, device=device)  # they may be nearly parallel
     a = F.normalize(a)
     b = F.normalize(b - (a * b).sum(1, keepdim=True) * a)
-    return torch.stack([a, b, torch.linalg.cross(a, b)], dim=1)
+    return torch.stack([a, b, torch.linalg.cross(a, b)], dim=1).float()
 
 def rotate(clouds, rotations):
     """Cloud i, (P, 4), times rotation i: X R."""
