@@ -24,13 +24,14 @@ Usage
   torchrun --nproc_per_node=4 care.py --dataset imagenet100 --data-root PATH
 
 Differences between the paper, the authors' code and this file (more: results/README.md):
-  - The code draws one pair of augmentations for all chunks and all GPUs: --share-pair.
-  - L_equi is as in the code: 2 / m times a sum over chunks of m images. CIFAR-10's lam is the
-    paper's 0.01 (code: 0.03).
+  - The code draws one pair of augmentations for all chunks. So does --share-pair, for all GPUs.
+  - L_equi is as in the code: 2 / m times the sum over a chunk of m images, which the published lam
+    fit. CIFAR-10's lam is the paper's 0.01 (code: 0.03).
   - ImageNet100: L_equi sees crops, as in the paper (code: whole images). SimCLR's negatives come
     from all GPUs (code: from its own). The probe's rate is 10 (the code's README; paper: 30).
   - Probes use BatchNorm in eval mode and crops and flips only (code, CIFAR: neither). A batch has
     one order of the colour operations; on a GPU the backbone is in bfloat16, products in TF32.
+  - Photographs are decoded once, to a middle square, and the views are cropped from that.
 """
 import io
 import json
@@ -229,15 +230,13 @@ class Method(nn.Module):
 
         x1_eq and x2_eq: two views by augmentations that a chunk shares. SimCLR and MoCo have none.
         """
-        config = self.config
+        config, n = self.config, self.config.equivariance_batch
         x1_inv = self.augmented(images)
         x2_inv = self.augmented(images)
         if config.lam == 0:
             return x1_inv, x2_inv, None, None
-        images = images[:config.equivariance_batch // WORLD]
-        share = config.equivariance_batch  # so many images have the same augmentation
-        if not config.share_pair:
-            share = config.equivariance_batch // config.chunks
+        images = images[:n // WORLD]
+        share = n if config.share_pair else n // config.chunks  # so many have one augmentation
         x1_eq = self.augmented(images, share)
         x2_eq = self.augmented(images, share)
         return x1_inv, x2_inv, x1_eq, x2_eq
@@ -584,6 +583,7 @@ def draw_patterns(n, seed):
 
 # %% PROTEINS --------------------------------------------------------------------------------------
 # Section 5.1 of the paper: proteins as clouds of points, and rotations of space as augmentations.
+# --dataset proteins reads the .pdb files in DATA_ROOT/proteins; chains are random walks.
 # A cloud is (P, 4): coordinates, with mean 0 and mean square 1, and 1 for a point, 0 for padding.
 def read_chain(path):
     """Coordinates (P, 3) in angstrom of the CA atoms of the first model in a .pdb file.

@@ -79,14 +79,14 @@ MAY_DIFFER = {
     "view_policies": "the paper's augmentation",
     "make_optimizer": "the paper's optimiser",
     "load_data": "the paper's datasets",
-    "Folder": "care has a list of classes and a crop that a chunk shares",
+    "Folder": "sfrik chooses images of every class",
     "FREE": "photonics_reg evaluates errors, not kNN",
     "batches": "homomorphic and photonics_reg stream no images",
     "extract": "homomorphic streams no images, and asks its classifier too",
     "draw_neighbours": "homomorphic streams no images",
     "start": "photonics_reg runs on one device",
     "train": "SimSiam's h keeps its rate; photonics_reg has stages",
-    "main": "what cannot fail where no images are streamed or on one device; care's axes",
+    "main": "what cannot fail where no images are streamed or on one device",
     "KNN_K, KNN_TEMPERATURE": "the paper's protocol",
     "linear_probe": "the paper's protocol",
     "probe": "the paper's protocol",
@@ -3263,22 +3263,24 @@ def test_third_operations_equal_torchvisions():
         for image, value, g in zip(x, values, got):
             assert torch.allclose(g, theirs(image, value), atol=1e-5), name
 
-def test_third_flip_gray_and_solarize_equal_torchvisions(monkeypatch):
-    monkeypatch.setattr(simclr_essl, "draw_boxes", FULL_BOX)
+@third
+def test_third_flip_gray_and_solarize_equal_torchvisions(script, monkeypatch):
+    monkeypatch.setattr(script, "draw_boxes", FULL_BOX)
     x, off = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8), {"jitter": None, "flip": 0, "gray": 0}
     for change, want in (({}, x / 255), ({"flip": 1}, TF.hflip(x / 255)),
                          ({"gray": 1}, TF.rgb_to_grayscale(x / 255, 3)),
                          ({"solarize": 1}, TF.solarize(x / 255, 128 / 255))):
-        assert torch.allclose(simclr_essl.augment(x, 32, **off | change), want, atol=1e-6)
-        assert torch.allclose(simclr_essl.augment(x / 255, 32, **off | change), want, atol=1e-6)
+        assert torch.allclose(script.augment(x, 32, **off | change), want, atol=1e-6)
+        assert torch.allclose(script.augment(x / 255, 32, **off | change), want, atol=1e-6)
 
-def test_third_draws_follow_torchvisions_law(monkeypatch):
+@third
+def test_third_draws_follow_torchvisions_law(script, monkeypatch):
     """10,000 draws against as many of torchvision's own, and against uniform ones."""
-    n, drawn_values, augment = 10_000, {}, simclr_essl.augment
+    n, drawn_values, augment = 10_000, {}, script.augment
     names = ("brightness", "contrast", "saturation", "shift_hue")
     for name in ("crop", *names, "gaussian_blur"):
         spy = lambda x, values, *rest, name=name: drawn_values.update({name: values}) or x
-        monkeypatch.setattr(simclr_essl, name, spy)
+        monkeypatch.setattr(script, name, spy)
     x = torch.rand(n, 3, 32, 32)
     augment(x, 32, blur=0.5)
     top, left, height, width = drawn_values["crop"].T
@@ -3294,21 +3296,22 @@ def test_third_draws_follow_torchvisions_law(monkeypatch):
         assert (values[~jittered] == 0).all()  # no change
         assert distance(values[jittered], torch.linspace(-most, most, n)) < 0.03, name
     assert distance(drawn_values["gaussian_blur"].flatten(), torch.linspace(0.1, 2.0, n)) < 0.0276
-    monkeypatch.setattr(simclr_essl, "gaussian_blur", lambda x, sigma: 2 - x)
+    monkeypatch.setattr(script, "gaussian_blur", lambda x, sigma, *radius: 2 - x)
     for name in ("flip", "gray", "solarize", "blur"):
         small = x[:, :, :4, :4]
         changed = augment(small, 4, **{"flip": 0, "jitter": None, "gray": 0} | {name: 0.3}) != small
         assert changed.flatten(1).any(1).float().mean() == pytest.approx(0.3, abs=0.02), name
     calls = []
     for name in names:
-        monkeypatch.setattr(simclr_essl, name, lambda x, values, name=name: calls.append(name) or x)
+        monkeypatch.setattr(script, name, lambda x, values, name=name: calls.append(name) or x)
     for _ in range(300):
         augment(torch.rand(1, 3, 4, 4), 4)
     assert len({tuple(calls[i:i + 4]) for i in range(0, 1200, 4)}) == 24  # every order of the jitter
 
-def test_third_images_of_a_batch_are_drawn_apart():
-    x = simclr_essl.draw_patterns(1, 0)[0].expand(16, -1, -1, -1)
-    views = simclr_essl.augment(x, 24, blur=0.5, solarize=0.3)
+@third
+def test_third_images_of_a_batch_are_drawn_apart(script):
+    x = script.draw_patterns(1, 0)[0].expand(16, -1, -1, -1)
+    views = script.augment(x, 24, blur=0.5, solarize=0.3)
     assert (views[:, None] != views[None]).flatten(2).any(2).sum() == 16 * 15
 
 def test_a_crop_of_a_photograph_is_torchvisions():
