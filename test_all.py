@@ -959,9 +959,8 @@ def test_files_of_cifar_and_stl10(script, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
     monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, md5=None: True)
     # sfrik trains on the unlabelled images, and keeps STL-10's own size
-    stl = ([50, 210, 20], [96] * 3) if script is sfrik else ([260, 210, 20], [96, 32, 32])
     for dataset, counts, sizes in (("cifar10", [300, 300, 40], [32] * 3), ("cifar100", [250, 250, 30], [32] * 3),
-                                   ("stl10", *stl)):
+                                   ("stl10", [50, 210, 20], [96] * 3)):
         if dataset not in script.PRESETS:
             continue
         line = ["--dataset", dataset, "--data-root", str(tmp_path)]
@@ -3751,6 +3750,7 @@ def test_patterns_are_the_same_in_both_forms():
 
 PHOTO_FLAGS = ("--arch small --size 48 --small-size 32 --projector 32-32 --predictor 32-32 --batch-size 64 --epochs 2 "
                "--save-every 0 --knn-every 0 --dataset folder --data-root").split()
+CARES_PHOTO_FLAGS = [*"--chunks 4 --arch small --size 48 --projector 32-32".split(), *PHOTO_FLAGS[10:]]
 
 def write_arrays(root, **counts):
     """Arrays as prepare.py writes them: write_arrays(root, train=80, val=9), of two classes."""
@@ -3761,27 +3761,28 @@ def write_arrays(root, **counts):
         np.save(root / f"{split}-labels.npy", np.arange(n) % 2)
     (root / "classes.json").write_text('["cat", "dog"]')
 
-def test_photographs_from_end_to_end(tmp_path, monkeypatch, capsys):
+@third
+def test_photographs_from_end_to_end(script, tmp_path, monkeypatch, capsys):
     """Stopped and continued; probed on fresh crops; refused when the arrays are others."""
-    root, probe = tmp_path / "photos", simclr_essl.linear_probe
+    root, probe = tmp_path / "photos", script.linear_probe
     write_arrays(root, train=150, val=17)
-    monkeypatch.setattr(simclr_essl, "linear_probe", lambda *args, **how: probe(*args, **how | {"epochs": 1}))
-    line = [*PHOTO_FLAGS, str(root)]
-    simclr_essl.main([*line, "--out", str(tmp_path / "whole")])
+    monkeypatch.setattr(script, "linear_probe", lambda *args, **how: probe(*args, **how | {"epochs": 1}))
+    line = [*(CARES_PHOTO_FLAGS if script is care else PHOTO_FLAGS), str(root)]
+    script.main([*line, "--out", str(tmp_path / "whole")])
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert results["knn_top1"] > 0 and results["linear_top1"] > 0
     part = [*line, "--out", str(tmp_path / "part")]
-    interrupted(simclr_essl, 4, part, monkeypatch, capsys)  # in the second step of the second epoch
-    run_training(simclr_essl, *part)
+    interrupted(script, 4, part, monkeypatch, capsys)  # in the second step of the second epoch
+    run_training(script, *part)
     assert "1 of 2 epochs done" in capsys.readouterr().out
     assert same_end(tmp_path / "whole", tmp_path / "part")
     line += ["--out", str(tmp_path / "whole")]
     (root / "classes.json").write_text('["cat", "cow"]')
-    assert "class names was ['cat', 'dog'], is ['cat', 'cow']" in stopped(capsys, *line)
+    assert "class names was ['cat', 'dog'], is ['cat', 'cow']" in stopped(capsys, *line, script=script)
     write_arrays(root, train=160, val=17)
-    message = stopped(capsys, *line)
+    message = stopped(capsys, *line, script=script)
     assert "number of images was 150, is 160" in message and "checksum" in message
-    assert len(simclr_essl.load_data(simclr_essl.parse_args([*line, "--limit", "70"]), CPU)[0][0]) == 70
+    assert len(script.load_data(script.parse_args([*line, "--limit", "70"]), CPU)[0][0]) == 70
 
 def test_photographs_without_classes_are_not_evaluated(tmp_path, capsys):
     write_arrays(tmp_path, train=70, val=0)
