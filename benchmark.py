@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import ImageFolder
 
-THIRD_FORM = ["simclr_essl", "simsiam_essl"]  # whose methods take images alone, and whose config is definite
+THIRD_FORM = ["simclr_essl", "simsiam_essl", "care"]  # methods that take images alone
 SCRIPTS = ["simclr_essl", "simsiam_essl", "care", "sfrik", "homomorphic", "photonics_reg"]
 
 def milliseconds(functions, device, repeats):
@@ -53,9 +53,6 @@ def views(script, method, images):
     config = method.config
     if script.__name__ in THIRD_FORM:
         return method.views(images)
-    if script.__name__ == "care":
-        shares = [1, 1] + 2 * [config.batch_size // config.chunks] * (config.lam > 0)
-        return [method.a(images, share=share) for share in shares]
     if script.__name__ == "homomorphic":
         x, group = method.canvas(images.float() / 255), config.group
         augmented = config.ssl == "augmented"

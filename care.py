@@ -3,44 +3,35 @@
 S. Gupta, J. Robinson, D. Lim, S. Villar, S. Jegelka, "Structuring Representation Geometry with
 Rotationally Equivariant Contrastive Learning" (CARE), ICLR 2024, arXiv:2306.13924.
 
-Idea. InfoNCE only asks that two views of an image have similar embeddings. CARE also asks that an
+InfoNCE only asks that two views of an image have similar embeddings. CARE also asks that an
 augmentation a moves the embeddings f(x) of all images by one and the same orthogonal matrix:
-f(a(x)) = R_a f(x). That is so exactly when a leaves all inner products between embeddings as they
-are (Proposition 1), so CARE compares the Gram matrices of a batch under two augmentations.
+f(a(x)) = R_a f(x). This holds exactly if a leaves all inner products of embeddings as they are
+(Proposition 1), so CARE compares the Gram matrices of a batch under two augmentations.
 
-Algorithm 1 (appendix E) for a batch x of N images, f: backbone and head, normalised to the sphere:
+Algorithm 1 of the paper, for a batch x of N images; f is backbone and head, on the unit sphere:
   1. draw augmentations a1, a2 for every image; z1_inv = f(a1(x)), z2_inv = f(a2(x));
-  2. cut x into K chunks; draw one pair of augmentations for each, which all its images share, and
-     embed both versions: z1_eq, z2_eq;
-  3. loss = InfoNCE(z1_inv, z2_inv) + lam * L_equi(z1_eq, z2_eq): inside every chunk, the squared
-     difference of the two Gram matrices. lam = 0 is SimCLR or, with --base moco, MoCo-v2.
+  2. cut x into K chunks and draw one pair of augmentations for each chunk, which all its images
+     share; z1_eq and z2_eq are the embeddings of x under the first and the second of each pair;
+  3. step f on InfoNCE(z1_inv, z2_inv) + lam * L_equi(z1_eq, z2_eq), where L_equi compares the two
+     Gram matrices of every chunk. lam = 0 is SimCLR or, with --base moco, MoCo-v2.
 
 Usage
-  python care.py --quick                              built-in data, a CPU, two minutes
-  python care.py --dataset cifar100                   the paper's CIFAR-100 run, one GPU
-  python care.py --dataset cifar100 --lam 0           its SimCLR baseline
-  python care.py --quick --dataset proteins           point clouds: the section PROTEINS
-  torchrun --nproc_per_node=4 care.py --dataset imagenet100 --data-root PATH --classes LIST.txt
+  python care.py --quick                            built-in data, two minutes on a CPU
+  python care.py --dataset cifar100                 the paper's CIFAR-100 run, on one GPU
+  python care.py --dataset cifar100 --lam 0         its SimCLR baseline
+  python care.py --quick --dataset chains           point clouds: see PROTEINS
+  python care.py --dataset folder --data-root PATH  your images, decoded by prepare.py
+  torchrun --nproc_per_node=4 care.py --dataset imagenet100 --data-root PATH
 
-Paper, linear probe, ResNet-50 (Table 1), SimCLR and CARE: CIFAR-10 90.98, 91.92 %, CIFAR-100 66.77,
-68.05, STL-10 84.19, 84.64, ImageNet100 72.79, 76.69. Measured here: README.md.
-
-What changes a number, against the paper [P] and the authors' code [C]:
-  1. In [C] one pair of augmentations serves all chunks (--share-pair); here, as in [P], one each.
-  2. As in [C], L_equi is 2 / m times the sum over a chunk of m images, which the published lam fit
-     (inferred), and each view has a forward pass. CIFAR-10's lam is [P]'s 0.01 ([C]: 0.03).
-  3. As in [C], the jitter is weaker than SimCLR's and 32-pixel images are blurred too. Views are
-     drawn in floating point, in one order of the jitter for a batch; on a GPU the backbone is in
-     bf16, products in TF32. STL-10's equivariance crops are antialiased ([C]: not).
-  4. [C] probes CIFAR and STL-10 with BatchNorm in train mode, on strongly augmented images; here it
-     is in eval mode, on crops and flips. kNN's temperature is 0.5 for all ([C]: that of the loss).
-  5. STL-10: momentum 0.9 ([C] reads one and never uses it); 10 epochs of warm-up ([P]: steps).
-  6. ImageNet100: [C] has no crop in the equivariance views and contrasts on each GPU alone; here
-     they are cropped, as in [P], and negatives come from all GPUs. lam and its 128 images in chunks
-     of 8 are [C]'s ([P], MoCo: lam 0.01, 8 chunks), batch 512, rate 0.8 [P]'s; a cosine per step.
-  7. MoCo-v2 on CIFAR: [P] gives the temperature; queue, momentum and SGD: FAIR's demo (inferred).
-  8. Point clouds: [P]'s are DeepSets, R^16, the turns, the target; settings and probes are ours.
-Ours: folders, patterns, chains. Left out: BYOL, Barlow Twins, EquiMod, 2-dimensional embeddings.
+Differences between the paper, the authors' code and this file (more: results/README.md):
+  - The code draws one pair of augmentations for all chunks. So does --share-pair, for all GPUs.
+  - L_equi is as in the code: 2 / m times the sum over a chunk of m images, which the published lam
+    fit. CIFAR-10's lam is the paper's 0.01 (code: 0.03).
+  - ImageNet100: L_equi sees crops, as in the paper (code: whole images). SimCLR's negatives come
+    from all GPUs (code: from its own). The probe's rate is 10 (the code's README; paper: 30).
+  - Probes use BatchNorm in eval mode and crops and flips only (code, CIFAR: neither). A batch has
+    one order of the colour operations; on a GPU the backbone is in bfloat16, products in TF32.
+  - Photographs are decoded once, to a middle square, and the views are cropped from that.
 """
 import io
 import json
@@ -49,12 +40,13 @@ import os
 import signal
 import sys
 import time
+import warnings
+import zlib
 from argparse import SUPPRESS, ArgumentParser
-from collections import Counter
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -63,827 +55,557 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
-from PIL import Image, ImageOps
-from torchvision import datasets, models, transforms as T
-from torchvision.utils import make_grid, save_image
+from PIL import ImageOps
+from torchvision import datasets, models
+from torchvision.utils import save_image
 
 SCRIPT = "care"
-WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes that torchrun started
-RANK = int(os.environ.get("RANK") or 0) if WORLD > 1 else 0  # of this process among them
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)  # among those of this machine
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes, set by torchrun
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # of this process among all
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0  # among those of its machine
 
 # %% CONFIG ----------------------------------------------------------------------------------------
-STREAMED = ("folder", "imagenet100")  # image files, read while the run goes on
-PHOTO = dict(size=224, knn_every=0, optimizer="sgd", final_lr=0.0, weight_decay=1e-4, lam=0.005,
-             projector="2048-128")
-CLOUD = dict(lam=1.0, epochs=100, projector="128-16")
-PRESETS = {
-    "cifar10": {}, "cifar100": dict(lam=0.001, chunks=4),
-    "stl10": dict(chunks=8, optimizer="sgd", lr=0.06, final_lr=0.0, warmup_epochs=10,
-                  weight_decay=5e-4),
-    "imagenet100": dict(PHOTO, equivariance_batch=128, epochs=200, batch_size=512, lr=0.8,
-                        temperature=0.2, queue=65536),  # batch and rate: paper; others: code
-    "folder": dict(PHOTO, chunks=8, lr=0.4),
-    "patterns": dict(arch="small", epochs=100),
-    "proteins": CLOUD, "chains": CLOUD,
-}
-MOCO = dict(temperature=0.1, optimizer="sgd", lr=0.03, final_lr=0.0, weight_decay=5e-4)  # for CIFAR
-QUICK = dict(arch="small", epochs=8, knn_every=2, limit=4000)
-FREE = ("data_root", "out", "device", "compile", "save_every", "knn_every")  # may change in a run
-LEAST = dict(epochs=1, batch_size=2, lr=1e-9, temperature=1e-9, size=8, chunks=1)  # others: 0
-
-def option(group, default, help, choices=None):
-    """A field of Config, with its group and line in --help."""
-    return field(default=default, metadata={"group": group, "help": help, "choices": choices})
+def option(default, explanation, choices=""):
+    """A field of Config; its metadata are what argparse is told of its flag."""
+    if default is False:
+        flag = {"action": "store_true", "help": explanation}
+    else:
+        flag = {"type": type(default), "help": f"{explanation} (default: {default})"}
+    if choices:
+        flag["choices"] = choices.split()
+    return field(default=default, metadata=flag)
 
 @dataclass
 class Config:
-    """One field, one flag. Defaults: the paper's CIFAR-10 run. Other datasets: PRESETS."""
-    dataset: str = option("data", "cifar10", "folder: your own images", tuple(PRESETS))
-    data_root: str = option("data", "data", "where data are or go, or train/ and val/ are")
-    classes: str = option("data", "", "file of the class folders to use, one a line")
-    limit: int = option("data", 0, "train on N images, drawn once (0: all)")
-    size: int = option("data", 32, "side of the views in pixels")
-    arch: str = option("training", "resnet50", "backbone", ("resnet18", "resnet50", "small"))
-    epochs: int = option("training", 400, "passes over the training images (paper: 400)")
-    batch_size: int = option("training", 256, "images per step of all processes (paper: 256)")
-    optimizer: str = option("training", "adam", "paper, STL-10: sgd", ("adam", "sgd"))
-    lr: float = option("training", 1e-3, "peak rate, whatever the batch (paper, CIFAR: 1e-3)")
-    final_lr: float = option("training", 1.0, "share left at the end (code, CIFAR: 1)")
-    warmup_epochs: int = option("training", 0, "of linear warm-up (code, STL-10: 10)")
-    weight_decay: float = option("training", 1e-6, "on every parameter (paper, CIFAR: 1e-6)")
-    seed: int = option("training", 0, "of the weights, the order and the augmentation")
-    device: str = option("run", "auto", "cpu, cuda, cuda:1 (auto: cuda where there is one)")
-    precision: str = option("run", "auto", "auto: bf16 if the GPU has it", ("auto", "bf16", "fp32"))
-    compile: bool = option("run", False, "torch.compile the networks")
-    knn_every: int = option("run", 10, "epochs between kNN evaluations (0: only at the end)")
-    save_every: float = option("run", 5.0, "minutes between checkpoints, at the end of an epoch")
-    out: str = option("run", "", "folder of the run (default: runs/, named after the flags)")
-    quick: bool = option("run", False, "built-in data, small network: two minutes on a CPU")
-    lam: float = option("method", 0.01, "weight of L_equi; 0: the baseline (paper: 0.01)")
-    chunks: int = option("method", 16, "with augmentations of their own (paper, CIFAR-10: 16)")
-    base: str = option("method", "simclr", "the contrastive method", ("simclr", "moco"))
-    contrast: str = option("method", "infonce", "or, in its place, for the ablation", (
-        "infonce", "uniformity", "invariance", "none"))
-    temperature: float = option("method", 0.5, "of InfoNCE (paper: 0.5, MoCo 0.1)")
-    share_pair: bool = option("method", False, "one pair of augmentations for all chunks (code)")
-    equivariance_batch: int = option("method", 0, "images of a batch that L_equi sees (0: all)")
-    queue: int = option("method", 4096, "MoCo's negatives (FAIR's CIFAR demo: 4096)")
-    key_momentum: float = option("method", 0.99, "of MoCo's keys (paper, ImageNet100: 0.99)")
-    projector: str = option("method", "512-128", "widths of the head (code: 512-128)")
+    """The paper's CIFAR-10 run. PRESETS has what other datasets change."""
+    dataset: str = option("cifar10", "what to train on (folder: your own images)",
+                          "cifar10 cifar100 stl10 folder imagenet100 patterns proteins chains")
+    data_root: str = option("data", "folder that holds the dataset, or to download it to")
+    limit: int = option(0, "train on this many images, always the same (0: all)")
+    size: int = option(32, "side of the views, in pixels")
+    lam: float = option(0.01, "weight of the equivariance loss (0: the baseline)")
+    chunks: int = option(16, "parts of a batch, each with augmentations that its images share")
+    share_pair: bool = option(False, "one pair of augmentations for all chunks of all processes")
+    equivariance_batch: int = option(0, "images of a batch for the equivariance loss (0: all)")
+    base: str = option("simclr", "contrastive method that CARE extends", "simclr moco")
+    contrast: str = option("infonce", "contrastive loss (others than infonce: for the ablation)",
+                           "infonce uniformity invariance none")
+    temperature: float = option(0.5, "temperature of InfoNCE")
+    queue: int = option(4096, "how many earlier keys MoCo contrasts an image with")
+    key_momentum: float = option(0.99, "share of its weights that MoCo's key encoder keeps a step")
+    projector: str = option("512-128", "widths of the layers of the head")
+    arch: str = option("resnet50", "backbone", "resnet18 resnet50 small")
+    epochs: int = option(400, "passes over the training images")
+    batch_size: int = option(256, "images per step, over all processes")
+    optimizer: str = option("adam", "optimizer", "adam sgd")
+    lr: float = option(1e-3, "peak learning rate, whatever the size of the batch")
+    final_lr: float = option(1.0, "learning rate at the end, as a share of the peak")
+    warmup_epochs: int = option(0, "epochs of linear warm-up (of short runs, a quarter)")
+    weight_decay: float = option(1e-6, "weight decay")
+    seed: int = option(0, "random seed of the weights, the batches and the views")
+    knn_every: int = option(10, "epochs between kNN evaluations (0: only at the end)")
+    save_every: float = option(5.0, "minutes between checkpoints")
+    device: str = option("auto", "cpu, cuda or cuda:1 (auto: cuda if there is one)")
+    precision: str = option("auto", "precision of the backbone (auto: bf16 if the GPU has it)",
+                            "auto bf16 fp32")
+    compile: bool = option(False, "use torch.compile, unless there are several processes")
+    out: str = option("", "folder for the results (empty: in runs/, named after the flags)")
+    quick: bool = option(False, "small network and built-in data: two minutes on a CPU")
 
-def check(condition, message, code=2, alike=True):
-    """Ends the program with one line unless the condition holds; one process speaks for all."""
-    if not condition:
-        if LOCAL_RANK == 0 or not alike:
-            print("error:", *message.split(), file=sys.stderr)
-        raise SystemExit(code)
+PRESETS = {  # what datasets change
+    "cifar100": dict(lam=0.001, chunks=4),
+    "stl10": dict(chunks=8, optimizer="sgd", lr=0.06, final_lr=0.0, warmup_epochs=10,
+                  weight_decay=5e-4),  # paper: 10 steps of warm-up; authors' code: no momentum
+    "imagenet100": dict(size=224, lam=0.005, equivariance_batch=128, temperature=0.2, queue=65536,
+                        projector="2048-128", epochs=200, batch_size=512, optimizer="sgd", lr=0.8,
+                        final_lr=0.0, weight_decay=1e-4, knn_every=0),
+    "folder": dict(size=224, lam=0.005, chunks=8, projector="2048-128", optimizer="sgd", lr=0.4,
+                   final_lr=0.0, weight_decay=1e-4, knn_every=0),  # ours
+    "patterns": dict(arch="small", epochs=100),  # ours
+    "proteins": dict(lam=1.0, epochs=100, projector="128-16"),  # R^16: paper; others: ours
+}
+PRESETS["chains"] = PRESETS["proteins"]
+# what --base moco changes besides: on CIFAR to FAIR's demo, else the paper's temperature alone
+MOCO_CIFAR = dict(temperature=0.1, optimizer="sgd", lr=0.03, final_lr=0.0, weight_decay=5e-4)
+MOCO = {"cifar10": MOCO_CIFAR, "cifar100": MOCO_CIFAR, "imagenet100": {}}
+QUICK = PRESETS["patterns"] | dict(dataset="patterns", epochs=8, knn_every=2, limit=4000)
+# what may change when a run is continued
+FREE = ("data_root", "out", "device", "compile", "save_every", "knn_every")
+PHOTOS = ("folder", "imagenet100")  # photographs, decoded by prepare.py
+CLOUDS = ("proteins", "chains")  # clouds of points: see PROTEINS
 
-def parse_args(argv=None):
-    """Config of a command line: defaults < preset of the dataset < --quick < explicit flags."""
-    parser = ArgumentParser(f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0],
-                            Config.__doc__, argument_default=SUPPRESS, allow_abbrev=False)
-    parser.error = lambda message: check(False, f"{message} (see --help)")
-    groups = {g: parser.add_argument_group(g) for g in ("data", "training", "run", "method")}
-    for f in fields(Config):
-        group, words, choices = f.metadata.values()
-        words += f": {', '.join(choices)}" if choices else ""
-        kind = {"type": f.type, "choices": choices, "metavar": f.type.__name__.upper()}
-        groups[group].add_argument(f"--{f.name.replace('_', '-')}", help=f"{words} [{f.default}]",
-                                   **{"action": "store_true"} if f.type is bool else kind)
-    given = vars(parser.parse_args(argv))
-    quick = QUICK if "quick" in given else {}
-    dataset = given.get("dataset", "patterns" if quick else Config.dataset)
-    preset = PRESETS[dataset] | quick
-    if given.get("base") == "moco" and dataset != "imagenet100":
-        preset |= MOCO if dataset in ("cifar10", "cifar100") else {"temperature": 0.1}
-    config = Config(**asdict(Config(dataset)) | preset | given)
-    config.warmup_epochs = given.get("warmup_epochs", min(config.warmup_epochs, config.epochs // 4))
-    for name, value in vars(config).items():
-        check(isinstance(value, str) or LEAST.get(name, 0) <= value < 2 ** 32,
-              f"--{name.replace('_', '-')} is {LEAST.get(name, 0)} to 4294967295, not {value}")
-    check(all(w.isdecimal() and int(w) for w in config.projector.split("-")),
-          f"widths look like 512-128, not like {config.projector}")
-    check(config.batch_size % WORLD == 0 and config.batch_size >= 2 * WORLD,
-          f"--batch-size {config.batch_size} must give {WORLD} processes 2 or more images each")
-    n, chunks = config.batch_size, config.chunks
-    few = config.equivariance_batch or n
-    equal = n % few == 0 and few % chunks == 0 and few > chunks and chunks % WORLD == 0
-    check(config.lam == 0 or equal, f"--chunks {chunks} must cut {few} of {n} images into equal "
-          f"parts of 2 or more, and be a multiple of the number of processes, {WORLD}")
-    check(config.base == "simclr" or config.contrast == "infonce", "--base moco needs InfoNCE")
-    check(config.base == "simclr" or config.queue >= n, "--queue must hold a batch or more")
-    check(not config.classes or dataset in STREAMED, "--classes is for folders")
-    name = SCRIPT
-    for flag, value in vars(config).items():
-        if flag in given and (flag not in FREE or flag == "data_root" and dataset in STREAMED):
-            value = f"{value:g}" if isinstance(value, float) else Path(str(value)).resolve().name
-            name += f"-{flag.replace('_', '-')}" + (f"={value}" if value != "True" else "")
-    config.out = os.path.expanduser(config.out or f"runs/{name}")  # no shell does it for --out=~/x
-    return config
-
-# %% DATA ------------------------------------------------------------------------------------------
-MEAN_STD = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # authors' code
-            "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-            "stl10": ((0.4406, 0.4273, 0.3858), (0.2312, 0.2265, 0.2237)),
-            "patterns": ((0.4, 0.4, 0.4), (0.25, 0.25, 0.25)),
-            "proteins": ((0.0,), (1.0,)), "chains": ((0.0,), (1.0,))}
-MEAN_STD |= dict.fromkeys(STREAMED, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-NO_PICTURES = "BUFR EPS FITS FLI GRIB HDF5 IPTC MPEG PALM PDF WMF".split()  # but PIL knows them
-LEFTOVERS = (".", "__MACOSX")  # how names begin that systems leave beside one's own
-
-def draw_patterns(n, seed):
-    """Built-in data: uint8 (n, 3, 32, 32), labels (n,); a class is a level set of a Fourier sum."""
-    waves = [(i, j) for i in range(-2, 3) for j in range(3) if (j, i) > (0, 0)]
-    phases = 2 * math.pi * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(10, (n,), generator=generator)
-    zoom, tilt, light, shift_x, shift_y = torch.rand(5, n, 1, 1, generator=generator)
-    zoom, tilt, light = 1.2 + zoom, (2 * tilt - 1) * math.radians(20), 2 * math.pi * light
-    y, x = torch.meshgrid(*[(torch.arange(32) - 15.5) / 32] * 2, indexing="ij")
-    u = zoom * (tilt.cos() * x - tilt.sin() * y) + shift_x  # (n, 32, 32)
-    v = zoom * (tilt.sin() * x + tilt.cos() * y) + shift_y
-    pattern = sum(torch.cos(2 * math.pi * (i * u + j * v) + phase[labels, None, None])
-                  / (i * i + j * j) for (i, j), phase in zip(waves, phases))
-    tone = 0.1 + 0.6 * torch.sigmoid(6 * pattern / pattern.std())
-    lit = tone * (1 + 0.6 * (light.cos() * x + light.sin() * y))
-    tint = 0.98 + 0.04 * torch.rand(n, 3, 1, 1, generator=generator)
-    noise = 0.02 * torch.randn(n, 3, 32, 32, generator=generator)
-    return ((lit[:, None] * tint + noise).clamp(0, 1) * 255).byte(), labels
-
-def first_of(limit, n):
-    """Indices of the first `limit` of n things in a fixed random order; for limit 0 of all."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    return order[:limit] if limit else torch.arange(n)
-
-def read_picture(path):
-    """The RGB picture a viewer shows of a file. Raises OSError, which names a damaged file."""
-    try:
-        with open(path, "rb") as file:
-            image = ImageOps.exif_transpose(Image.open(file))
-        if image.mode[0] in "IF":  # 16 bits are scaled by their range, others by that of the image
-            grays = np.asarray(image, dtype=np.float64)
-            known = grays[np.isfinite(grays)]
-            low, high = (0, 65535) if ";16" in image.mode else (known.min(), known.max())
-            grays = np.nan_to_num((grays - low) / (high - low or 1)).clip(0, 1)
-            image = Image.fromarray(np.uint8(255 * grays))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except Exception as problem:  # a damaged file can raise nearly anything
-        raise OSError(f"cannot read the image {path} ({problem})") from None
-
-class Folder(datasets.ImageFolder):
-    """Image files. self[epoch, i] is a list of uint8 crops (3, S, S) of image i, and its label."""
-
-    def __init__(self, path, config):
-        self.config, self.ignored = config, Counter()
-        super().__init__(path, is_valid_file=self.is_picture)
-        rows = first_of(config.limit if path.name == "train" else 0, len(self.samples))
-        self.samples = [self.samples[row] for row in rows.tolist()]
-        self.labels = torch.tensor([label for _, label in self.samples])
-        view = T.RandomResizedCrop(config.size, view_policy(config)["scale"])
-        center = T.Compose([T.Resize(config.size * 8 // 7), T.CenterCrop(config.size)])
-        self.views = [view, view, center]  # the last is for L_equi, which crops chunks alike
-        ignored = ", ".join(f"{kind} {n}" for kind, n in self.ignored.most_common(5))
-        classes = "no" if self.classes == ["."] else len(self.classes)
-        print(f"{path}: {len(self)} images, {classes} classes" + (
-            f"; {self.ignored.total()} other files ignored ({ignored})" if ignored else ""))
-
-    def find_classes(self, directory):
-        names = sorted(entry.name for entry in os.scandir(directory)
-                       if entry.is_dir() and not entry.name.startswith(LEFTOVERS)) or ["."]
-        if self.config.classes:  # ImageFolder refuses one that has no folder or no image
-            lines = Path(self.config.classes).read_text().splitlines()
-            names = sorted({line.strip() for line in lines} - {""})
-        return names, {name: label for label, name in enumerate(names)}
-
-    def is_picture(self, path):
-        hidden = any(name.startswith(LEFTOVERS) for name in Path(path).relative_to(self.root).parts)
-        kind = Path(path).suffix.lower()
-        known = Image.registered_extensions().get(kind) not in [None, *NO_PICTURES]
-        if not (hidden or known):
-            self.ignored[kind or "no extension"] += 1
-        return known and not hidden
-
-    def __getitem__(self, key):
-        epoch, i = key
-        path, label = self.samples[i]
-        image, size = read_picture(path), self.config.size
-        if epoch == 0:  # for kNN
-            crops = [T.Compose([T.Resize(size * 8 // 7), T.CenterCrop(size)])]
-        else:  # for training, then for the probe
-            crops = self.views if epoch <= self.config.epochs else [T.RandomResizedCrop(size)]
-        torch.manual_seed(hash((self.config.seed, epoch, i)))  # in any worker or process
-        return [TF.pil_to_tensor(crop(image)) for crop in crops], label
-
-    def load(self, epoch, rows, batch_size):
-        cores = getattr(os, "process_cpu_count", os.cpu_count)()
-        return torch.utils.data.DataLoader(
-            self, batch_size, sampler=[(epoch, row) for row in rows], prefetch_factor=1,
-            num_workers=max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)),
-            pin_memory=torch.cuda.is_available())
-
-def load_data(config, device):
-    """(images, labels) to train on, to learn kNN from, to test (last: or None); uint8 or Folder."""
-    root, name = Path(config.data_root).expanduser(), config.dataset
-    kind = getattr(datasets, name.upper(), None)  # CIFAR10, CIFAR100, STL10
-    needs = f"{kind.filename}, or try --quick" if kind else "a folder train/CLASS/ of images"
-    if name in ("proteins", "chains"):
-        return load_chains(config, device)
-    try:
-        if name in STREAMED:
-            splits = [Folder(root / "train", config)]
-            splits += [Folder(root / "val", config)] if (root / "val").is_dir() else []
-        elif name == "patterns":
-            splits = [draw_patterns(4000, 1), draw_patterns(1000, 2)]
-        else:
-            parts = ("train+unlabeled", "train", "test") if name == "stl10" else (True, False)
-            splits = [kind(root, part, download=True) for part in parts]
-            splits = [(x.data, x.labels if name == "stl10" else x.targets) for x in splits]
-            splits = [(torch.tensor(x), torch.tensor(y).long()) for x, y in splits]
-            splits = [(x.permute(0, 3, 1, 2) if x.shape[3] == 3 else x, y) for x, y in splits]
-    except (OSError, RuntimeError, ValueError) as problem:
-        check(False, f"cannot read {name} in {root} ({problem}): it needs {needs}")
-    if name not in STREAMED:
-        *splits, test = splits
-        splits = [[x[first_of(config.limit, len(y))] for x in (images, y)] for images, y in splits]
-        train, test = ((TF.resize(x, config.size).to(device), y.to(device))
-                       for x, y in (splits[-1], test))
-        crops = tuple(x.to(device) for x in splits[0])  # STL-10's are cut out of its 96 pixels
-        return crops if name == "stl10" else train, train, test
-    train, *val = ((folder, folder.labels.to(device)) for folder in splits)
-    check(name == "folder" or len(splits[0].classes) in (1, 100),
-          f"imagenet100 has 100 classes, {root} has {len(splits[0].classes)}: use --classes")
-    if not val or splits[0].classes == ["."]:
-        print(f"no evaluation: it needs class folders in train/ and val/ of {root}")
-        return train, None, None
-    differ = ", ".join(sorted(set(splits[0].classes) ^ set(splits[1].classes))[:9])
-    check(not differ, f"train/ and val/ of {root} need the same class folders, unlike: {differ}")
-    for path, _ in splits[1].samples:  # else found only when training has ended
-        Image.open(path).close()
-    return train, train, *val
-
-def batches(data, config, epoch, device):
-    """Yields this process's images and labels of each batch of an epoch, in a random order."""
-    images, labels = data[0]
-    steps = len(labels) // config.batch_size  # the ragged rest is left out
-    rows = torch.randperm(len(labels))[:steps * config.batch_size].view(steps, WORLD, -1)[:, RANK]
-    if isinstance(images, torch.Tensor):
-        yield from ((images[row], labels[row]) for row in rows.to(device))
-    else:
-        for views, labels in images.load(epoch, rows.flatten().tolist(), rows.shape[1]):
-            yield [view.to(device, non_blocking=True) for view in views], labels
-
-# %% AUGMENT ---------------------------------------------------------------------------------------
-def view_policy(config):
-    """Arguments of augment for all views (authors' code, but that all are cropped)."""
-    least, radius = (0.2, 2) if config.size > 64 else (0.08, 1)
-    return {"size": config.size, "scale": (least, 1.0), "blur": 0.5, "radius": radius}
-
-@torch.no_grad()
-def augment(images, size, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), flip=0.5, gray=0.2, blur=0,
-            radius=6, solarize=0, jitter_p=0.8, share=1):
-    """Random views of images (N, 3, H, W), uint8 or in [0, 1]: float (N, 3, size, size) in [0, 1].
-
-    scale: least and greatest share of the area that is cropped, or None. jitter: of brightness,
-    contrast, saturation and hue, with probability jitter_p, or None. flip, gray, blur, solarize:
-    probabilities. radius: of blur. share: so many consecutive images get one draw.
-    """
-    n, _, height, width = images.shape
-
-    def uniform(low, high, *shape):  # drawn for the images of all processes
-        drawn = torch.empty(WORLD * n // share, *shape, device=images.device).uniform_(low, high)
-        return drawn.repeat_interleave(share, dim=0).unflatten(0, (WORLD, n))[RANK]
-
-    chosen = lambda probability: uniform(0, 1, 1, 1, 1) < probability  # (N, 1, 1, 1)
-    x = images.float() / 255 if images.dtype == torch.uint8 else images
-    x = crop(x, draw_box(uniform, height, width, scale), size) if scale else x
-    x = torch.where(chosen(flip), x.flip(3), x)
-    if jitter:
-        jittered = chosen(jitter_p)
-        for i in torch.randperm(4).tolist():
-            change, none = ((brightness, 1), (contrast, 1), (saturation, 1), (shift_hue, 0))[i]
-            amount = uniform(max(none - jitter[i], none - 1), none + jitter[i], 1, 1, 1)
-            x = change(x, torch.where(jittered, amount, none))
-    x = torch.where(chosen(gray), TF.rgb_to_grayscale(x), x) if gray else x
-    if blur:
-        x = gaussian_blur(x, torch.where(chosen(blur), uniform(0.1, 2.0, 1, 1, 1), 1e-3), radius)
-    x = torch.where(chosen(solarize) & (x >= 128 / 255), 1 - x, x) if solarize else x
-    return x
-
-def draw_box(uniform, height, width, scale):
-    """Boxes (N, 4) of RandomResizedCrop: top, left, height, width of the first of ten that fits."""
-    area = height * width * uniform(*scale, 10)  # (N, 10)
-    ratio = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
-    h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
-    first = ((h <= height) & (w <= width)).byte().argmax(1, keepdim=True)
-    h, w = h.gather(1, first).clamp(max=height), w.gather(1, first).clamp(max=width)  # (N, 1)
-    corner = uniform(0, 1, 2) * torch.cat([height - h + 1, width - w + 1], dim=1)
-    return torch.cat([corner.floor(), h, w], dim=1)
-
-def crop(x, box, size):
-    """Boxes (N, 4) cut out of x and resized, bilinear and antialiased: (N, 3, size, size)."""
-    def weights(start, length, source):  # (N, 1, size, source): triangles, wider when shrinking
-        center = (torch.arange(size, device=x.device)[:, None] + 0.5) * length / size
-        pixel = torch.arange(source, device=x.device) + 0.5 - start
-        triangle = (1 - (pixel - center).abs() / (length / size).clamp(min=1)).clamp(min=0)
-        triangle = triangle * ((pixel > 0) & (pixel < length))
-        return triangle / triangle.sum(3, keepdim=True)
-
-    top, left, height, width = box.T[..., None, None, None]  # (N, 1, 1, 1)
-    return weights(top, height, x.shape[2]) @ (x @ weights(left, width, x.shape[3]).mT)
-
-def brightness(x, factor):
-    """A mix of x with black; factor (N, 1, 1, 1), 1 changes nothing. So in the next two."""
-    return (x * factor).clamp_(0, 1)
-
-def contrast(x, factor):
-    """A mix with the mean luma of the image."""
-    return torch.lerp(TF.rgb_to_grayscale(x).mean((2, 3), True), x, factor).clamp_(0, 1)
-
-def saturation(x, factor):
-    """A mix with the luma of each pixel."""
-    return torch.lerp(TF.rgb_to_grayscale(x), x, factor).clamp_(0, 1)
-
-def shift_hue(x, turns):
-    """Hue moved by turns (N, 1, 1, 1); value and chroma of the HSV colour stay."""
-    red, green, blue = x.split(1, dim=1)
-    value = x.amax(1, keepdim=True)
-    chroma = value - x.amin(1, keepdim=True)
-    safe = torch.where(chroma > 0, chroma, 1.0)
-    sextant = torch.where(value == red, (green - blue) / safe, torch.where(
-        value == green, (blue - red) / safe + 2, (red - green) / safe + 4))
-    offset = torch.arange(5, 0, -2, device=x.device)[:, None, None]  # red 5, green 3, blue 1
-    k = (sextant + 6 * turns + offset).remainder_(6)
-    return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
-
-def blur(x, sigma, radius=6):
-    """Gaussian of sigma (N, 1, 1, 1) pixels, cut off at the radius, over mirrored borders."""
-    reach = torch.arange(-radius, radius + 1, device=x.device)
-    taps = torch.exp(-0.5 * (reach / sigma) ** 2)  # (N, 1, 1, 2 radius + 1)
-    taps = (taps / taps.sum(3, keepdim=True)).repeat_interleave(3, dim=0)
-    padded = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1)  # (3N, H + 2 radius, ...)
-    blurred = F.conv2d(F.conv2d(padded, taps, groups=len(taps)), taps.mT, groups=len(taps))
-    return blurred.view_as(x)
-
-gaussian_blur = blur  # inside augment, blur is a probability
-
-# %% MODEL -----------------------------------------------------------------------------------------
-def make_encoder(arch, size):
-    """Backbone: images (N, 3, H, W) to features (N, D), D = 512, 2048 or, for small, 128."""
-    if arch == "small":
-        blocks = [(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(),
-                   nn.MaxPool2d(2)) for a, b in pairwise((3, 16, 32, 64, 128))]
-        return nn.Sequential(*sum(blocks, ())[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    encoder = models.get_model(arch, zero_init_residual=size > 64)
-    encoder.fc = nn.Identity()
-    if size <= 64:  # a 3x3 stem, no max-pool
-        encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
-        encoder.maxpool = nn.Identity()
-    return encoder
-
-def mlp_layers(widths, norm, bias=True):
-    """Linear, norm and ReLU from each width to the next: a tuple of modules."""
-    blocks = [(nn.Linear(a, b, bias), norm(b), nn.ReLU()) for a, b in pairwise(widths)]
-    return sum(blocks, ())
+def stop(message):
+    """Ends the program with one line."""
+    raise SystemExit(f"error: {message}")
 
 # %% METHOD ----------------------------------------------------------------------------------------
-def sphere(z):
-    """Rows (N, D) divided by their norms, in float32 or better."""
-    return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)))
-
+# augment is defined in AUGMENT, the networks in MODEL, gather (for several processes) in TRAIN,
+# what is done to clouds of points in PROTEINS.
 def nt_xent(z1, z2, temperature):
-    """InfoNCE of two views (N, D): each of 2N rows against its other view and 2N - 2 negatives."""
-    z = sphere(torch.cat([z1, z2]))
-    s = z @ z.T / temperature  # (2N, 2N), cosines
-    s = s.masked_fill(torch.eye(len(s), dtype=torch.bool, device=s.device), -torch.inf)
-    return F.cross_entropy(s, torch.arange(len(s), device=s.device).roll(len(z1)))
+    """InfoNCE of the embeddings (N, D) of two views, by cosine similarity.
+
+    Each of the 2N rows must find the other view of its image among all rows but itself.
+    """
+    z = F.normalize(torch.cat([z1, z2]))
+    similarity = z @ z.T / temperature  # (2N, 2N)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    similarity = similarity.masked_fill(itself, -torch.inf)
+    other_view = torch.arange(len(z), device=z.device).roll(len(z1))
+    return F.cross_entropy(similarity, other_view)
 
 def equivariance_loss(z1, z2, chunks):
     """L_equi of embeddings (N, D) under two augmentations that all rows of a chunk share.
 
-    For a chunk of m rows, 2 / m times the sum of squared differences of the two Gram matrices of
-    the normalised rows (authors' code); the mean over chunks. Zero where z2 = z1 R.
+    Of a chunk of m rows, 2 / m times the sum of the squared differences of the two Gram matrices
+    (authors' code); the mean over the chunks. It is 0 if z2 = z1 R in every chunk.
     """
-    z1, z2 = (sphere(z).unflatten(0, (chunks, -1)) for z in (z1, z2))  # (K, m, D)
-    difference = z1 @ z1.mT - z2 @ z2.mT  # (K, m, m), zero on the diagonals
+    z1 = F.normalize(z1).unflatten(0, (chunks, -1))  # (K, m, D)
+    z2 = F.normalize(z2).unflatten(0, (chunks, -1))
+    difference = z1 @ z1.mT - z2 @ z2.mT  # (K, m, m), 0 on the diagonals
     return 2 * difference.square().sum(2).mean()
 
+def invariance_loss(z1, z2):
+    """L_inv: the mean distance of the two embeddings of an image, both (N, D), on the sphere."""
+    return (F.normalize(z1) - F.normalize(z2)).norm(dim=1).mean()
+
 def uniformity_loss(z1, z2):
-    """L_unif: the logarithm of the mean of exp(z z') over the pairs of 2N normalised rows."""
-    z = sphere(torch.cat([z1, z2]))
+    """L_unif: the logarithm of the mean of exp(z z') over all pairs of the 2N embeddings."""
+    z = F.normalize(torch.cat([z1, z2]))
     return (z @ z.T).exp().mean().log()
 
-def invariance_loss(z1, z2):
-    """L_inv: the mean distance of the two normalised views (N, D)."""
-    return (sphere(z1) - sphere(z2)).norm(dim=1).mean()
-
-def moco_loss(q, k, queue, temperature):
-    """InfoNCE of queries q against their keys k (N, D) and a queue of other keys (Q, D)."""
-    q, k = sphere(q), sphere(k)
-    s = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1) / temperature  # (N, 1 + Q)
-    return F.cross_entropy(s, torch.zeros(len(s), dtype=torch.int64, device=s.device))
+def moco_loss(queries, keys, queue, temperature):
+    """InfoNCE of MoCo: a query (N, D) must find its key (N, D) among those of the queue (Q, D)."""
+    queries, keys = F.normalize(queries), F.normalize(keys)
+    own = (queries * keys).sum(1, keepdim=True)  # (N, 1)
+    similarity = torch.cat([own, queries @ queue.T], dim=1) / temperature  # (N, 1 + Q)
+    return F.cross_entropy(similarity, torch.zeros_like(own[:, 0], dtype=torch.int64))
 
 class Method(nn.Module):
-    """CARE: uint8 images (N, 3, H, W), lists of crops, or clouds (N, P, 4), to loss and terms."""
+    """CARE: uint8 images (N, 3, H, W) to the loss of Algorithm 1 and terms for the log.
+
+    Instead of images it also takes clouds of points (N, P, 4).
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.clouds = config, config.dataset in ("proteins", "chains")
-        self.encoder = DeepSets() if self.clouds else make_encoder(config.arch, config.size)
-        width = {"resnet18": 512, "resnet50": 2048, "small": 128}[config.arch]
-        widths = [256 if self.clouds else width, *map(int, config.projector.split("-"))]
-        norm = nn.BatchNorm1d if config.size <= 64 else nn.Identity
-        layers = mlp_layers(widths[:-1], norm, bias=norm is nn.Identity)
-        self.projector = nn.Sequential(*layers, nn.Linear(*widths[-2:]))
+        self.config = config
+        if config.dataset in CLOUDS:
+            self.encoder, width = DeepSets(), 256
+        else:
+            self.encoder, width = make_encoder(config.arch, config.size)
+        self.projector = make_projector(config, width)
         if config.base == "moco":
             self.key_encoder = deepcopy(self.encoder).requires_grad_(False)
             self.key_projector = deepcopy(self.projector).requires_grad_(False)
-            self.register_buffer("queue", F.normalize(torch.randn(config.queue, widths[-1])))
-            self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))
-        mean_std = torch.tensor(MEAN_STD[config.dataset])[..., None, None]  # (2, 3, 1, 1)
-        self.register_buffer("mean_std", mean_std, persistent=False)
+            random_keys = torch.randn(config.queue, self.projector[-1].out_features)
+            self.register_buffer("queue", F.normalize(random_keys))
+            self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))  # row of the queue
+        mean, std = MEAN_STD[config.dataset]  # constants: they need not be saved
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
-    def forward(self, images, labels):
-        f, a, config = self.embed, self.a, self.config
-        cropped = isinstance(images, list)
-        x1, x2, x = images if cropped else [images] * 3
-        z1_inv = f(a(x1, cropped))  # (N, D)
-        z2_inv = f(a(x2, cropped)) if config.base == "simclr" else self.keys(a(x2, cropped))
-        loss = self.contrast(gather(z1_inv), gather(z2_inv))
-        terms = {"contrast": loss.detach(), "std": spread(z1_inv)}
+    def forward(self, images):
+        config, f = self.config, self.embed
+        x1_inv, x2_inv, x1_eq, x2_eq = self.views(images)
+        z1_inv = gather(f(x1_inv))  # (N, D)
+        if config.base == "moco":
+            self.update_key_networks()
+            keys = gather(self.embed_keys(x2_inv))
+            loss_inv = moco_loss(z1_inv, keys, self.queue.clone(), config.temperature)
+            self.update_queue(keys)
+        else:
+            z2_inv = gather(f(x2_inv))
+            loss_inv = self.contrast(z1_inv, z2_inv)
+        terms = {"contrast": loss_inv, "std": spread(z1_inv)}
         if config.lam == 0:
-            return loss, terms
+            return loss_inv, terms
 
-        few = config.equivariance_batch or config.batch_size
-        x = x[::config.batch_size // few]
-        m = few if config.share_pair else few // config.chunks  # images with one augmentation
-        z1_eq = f(a(x, share=m))  # (N, D)
-        z2_eq = f(a(x, share=m))
-        loss_equi = equivariance_loss(gather(z1_eq), gather(z2_eq), config.chunks)
-        terms["equivariance"] = loss_equi.detach()
-        return loss + config.lam * loss_equi, terms
+        z1_eq = gather(f(x1_eq))  # (N, D)
+        z2_eq = gather(f(x2_eq))
+        loss_equi = equivariance_loss(z1_eq, z2_eq, config.chunks)
+        terms["equivariance"] = loss_equi
+        return loss_inv + config.lam * loss_equi, terms
+
+    def views(self, images):
+        """x1_inv and x2_inv: two views of each image, each by an augmentation of its own.
+
+        x1_eq and x2_eq: two views by augmentations that a chunk shares. SimCLR and MoCo have none.
+        """
+        config, n = self.config, self.config.equivariance_batch
+        x1_inv = self.augmented(images)
+        x2_inv = self.augmented(images)
+        if config.lam == 0:
+            return x1_inv, x2_inv, None, None
+        images = images[:n // WORLD]
+        share = n if config.share_pair else n // config.chunks  # so many have one augmentation
+        x1_eq = self.augmented(images, share)
+        x2_eq = self.augmented(images, share)
+        return x1_inv, x2_inv, x1_eq, x2_eq
+
+    def augmented(self, images, share=1):
+        """A random view of each image; `share` consecutive images get the same augmentation."""
+        if self.config.dataset in CLOUDS:
+            return rotate_randomly(images, share)
+        return augment(images, **view_arguments(self.config), share=share)
 
     def contrast(self, z1, z2):
-        """InfoNCE, or what --contrast puts in its place, of all embeddings (N, D) of two views."""
-        ablation = {"uniformity": uniformity_loss, "invariance": invariance_loss,
-                    "none": lambda z1, z2: 0 * z1.sum()}
-        if self.config.contrast in ablation:
-            return ablation[self.config.contrast](z1, z2)
-        if self.config.base == "simclr":
+        """InfoNCE of two views, or what --contrast puts in its place for the ablation."""
+        if self.config.contrast == "infonce":
             return nt_xent(z1, z2, self.config.temperature)
-        loss = moco_loss(z1, z2, self.queue.clone(), self.config.temperature)
-        places = (self.oldest + torch.arange(len(z2), device=z2.device)) % len(self.queue)
-        self.queue[places] = sphere(z2)
-        self.oldest.add_(len(z2)).remainder_(len(self.queue))
-        return loss
-
-    def a(self, x, cropped=False, share=1):
-        """x augmented, in [0, 1]; `share` consecutive images alike. Clouds are rotated."""
-        if self.clouds:
-            rotations = haar_rotations(WORLD * len(x) // share, x.device)
-            rotations = rotations.repeat_interleave(share, dim=0).unflatten(0, (WORLD, -1))
-            return rotate(x, rotations[RANK])
-        policy = view_policy(self.config) | ({"scale": None} if cropped else {})
-        return augment(x, **policy, share=share)
-
-    def features(self, x, encoder=None):
-        """Features (N, width), float32, of images in [0, 1], normalised first, or of clouds."""
-        mean, std = self.mean_std
-        bf16 = precision(self.config, x.device) == "bf16"
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            return (encoder or self.encoder)(x if self.clouds else (x - mean) / std).float()
-
-    def embed(self, x):
-        """Embeddings (N, D) of images in [0, 1] or clouds; the losses normalise them."""
-        return self.projector(self.features(x))
+        if self.config.contrast == "uniformity":
+            return uniformity_loss(z1, z2)
+        if self.config.contrast == "invariance":
+            return invariance_loss(z1, z2)
+        return 0 * z1.sum()
 
     @torch.no_grad()
-    def keys(self, x):
-        """MoCo's keys (N, D), after a step of the key encoder towards the query encoder."""
-        for key, query in ((self.key_encoder, self.encoder), (self.key_projector, self.projector)):
-            for p, q in zip(key.parameters(), query.parameters()):
-                p.lerp_(q, 1 - self.config.key_momentum)
-        return self.key_projector(self.features(x, self.key_encoder))
+    def update_key_networks(self):
+        """Moves the weights of MoCo's key encoder and its head towards the trained ones."""
+        trained = [*self.encoder.parameters(), *self.projector.parameters()]
+        keys = [*self.key_encoder.parameters(), *self.key_projector.parameters()]
+        for key, query in zip(keys, trained):
+            key.lerp_(query, 1 - self.config.key_momentum)
 
-def precision(config, device):
-    """Of the backbone: bf16 on GPUs that have it, unless --precision says otherwise."""
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return config.precision if config.precision != "auto" else "bf16" if able else "fp32"
+    @torch.no_grad()
+    def embed_keys(self, x):
+        """MoCo's keys (N, D) of images in [0, 1]."""
+        return self.key_projector(self.encode(self.key_encoder, x))
+
+    @torch.no_grad()
+    def update_queue(self, keys):
+        """Puts the keys (N, D) of all processes in the place of the oldest ones of the queue."""
+        places = self.oldest + torch.arange(len(keys), device=keys.device)
+        self.queue[places % len(self.queue)] = F.normalize(keys)
+        self.oldest.add_(len(keys)).remainder_(len(self.queue))
+
+    def encode(self, encoder, x):
+        """What an encoder makes of images in [0, 1], or of clouds: (N, D), float32."""
+        bf16 = self.config.precision == "bf16"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            return encoder((x - self.mean) / self.std).float()
+
+    def features(self, x):
+        """Features (N, D), float32, of images in [0, 1], or of clouds."""
+        return self.encode(self.encoder, x)
+
+    def embed(self, x):
+        """Embeddings (N, D) of images in [0, 1]."""
+        return self.projector(self.features(x))
 
 def spread(z):
-    """Std of the normalised embeddings (N, D) over its ideal 1 / sqrt(D); 0 if all are equal."""
-    return F.normalize(z.detach().float()).std(0).mean() * z.shape[1] ** 0.5
+    """Standard deviation of the normalised embeddings (N, D) times sqrt(D): 0 if they collapse."""
+    return F.normalize(z.detach()).std(0).mean() * z.shape[1] ** 0.5
 
-# %% TRAIN -----------------------------------------------------------------------------------------
-def gather(z):
-    """Embeddings (N, D) of all processes in the order of the batch; one's own have a gradient."""
-    if WORLD == 1:
-        return z
-    parts = [torch.empty_like(z) for _ in range(WORLD)]
-    dist.all_gather(parts, z.detach().contiguous())
-    parts[RANK] = z.detach() + WORLD * (z - z.detach())  # DistributedDataParallel takes the mean
-    return torch.cat(parts)
-
-def learning_rate(step, total_steps, warmup_steps, peak, final=0.0):
-    """Linear from 0 to peak at warmup_steps, then a cosine to final at total_steps."""
-    if step < warmup_steps:
-        return peak * step / warmup_steps
-    turn = (step - warmup_steps) / (total_steps - warmup_steps) if step < total_steps else 1
-    return final + (peak - final) * (1 + math.cos(math.pi * turn)) / 2
-
-def make_optimizer(method, config):
-    """Adam or SGD at the peak rate; train sets the rate of every step."""
-    parameters = [p for p in method.parameters() if p.requires_grad]
-    how = dict(lr=config.lr, weight_decay=config.weight_decay, fused=method.mean_std.is_cuda)
-    if config.optimizer == "adam":
-        return torch.optim.Adam(parameters, **how)
-    return torch.optim.SGD(parameters, momentum=0.9, **how)
-
-def write(path, content):
-    """Writes text, or a state for torch.load, whole or not at all: beside, then renamed."""
-    buffer = io.BytesIO(content.encode() if isinstance(content, str) else b"")
-    if not isinstance(content, str):
-        torch.save(content, buffer)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(buffer.getbuffer())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-def open_run(config, data):
-    """The checkpoint in the run's folder, which must be of this config and data, or None."""
-    path = Path(config.out, "checkpoint.pt")
-    if not path.exists():
-        check(not path.with_name("results.json").exists(), f"{path} is lost: choose another --out")
-        return None
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        script, stored = saved["script"], saved["data"]
-        then = saved["config"] | {name: stored.get(name) for name in data}
-    except Exception as problem:  # a damaged file can raise nearly anything
-        check(False, f"{path} is damaged ({type(problem).__name__}): remove it or change --out")
-    check(script == SCRIPT, f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
-    differ = "; --".join(f"{name.replace('_', '-')} {then.get(name)} then, {value} now"
-                         for name, value in (asdict(config) | data).items()
-                         if name not in FREE and then.get(name) != value)
-    check(not differ, f"{config.out} holds another run (--{differ}): use its flags or a new --out")
-    return saved
-
-def start(config):
-    """The device. Under torchrun also the process group, of which only the first process prints."""
-    name = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
-    here = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    check(name in here, f"there is no device {name}; here are {', '.join(here)}", alike=False)
-    if name != "cpu":
-        torch.cuda.set_device(name)
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
-    if WORLD > 1:
-        check("MASTER_PORT" in os.environ, f"WORLD_SIZE is {WORLD}: unset it, or use torchrun")
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-        print(f"waiting for {WORLD} processes", flush=True)
-        ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's would wait with us
-        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
-        signal.signal(signal.SIGINT, ctrl_c)
-        store.set_timeout(timedelta(hours=12))  # for downloads and evaluations by the first process
-        dist.init_process_group("gloo" if name == "cpu" else "nccl", timeout=store.timeout,
-                                world_size=WORLD, rank=RANK, store=store)
-    return torch.device(name)
-
-def train(config):
-    """Trains what is left of the run of config.out: returns method, data and a dict per epoch."""
-    device, out = start(config), Path(config.out)
-    data = load_data(config, device) if RANK == 0 else None  # the first process downloads
-    if WORLD > 1:
-        dist.barrier()
-    data = data or load_data(config, device)
-    images, labels = data[0]
-    steps = len(labels) // config.batch_size
-    check(steps > 0, f"--batch-size {config.batch_size} is more than the {len(labels)} images")
-    trained_on = {"classes": getattr(images, "classes", config.dataset),
-                  "images": [len(split[1]) for split in data if split],
-                  "precision": precision(config, device)}
-    saved = open_run(config, trained_on)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
-    except OSError as problem:
-        check(False, f"cannot write to {out} ({problem}): choose another --out")
-    torch.manual_seed(config.seed)
-    method = Method(config).to(device, memory_format=torch.channels_last)
-    if device.type == "cuda" and WORLD > 1:
-        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
-    optimizer = make_optimizer(method, config)
-    log = [{"epoch": 0, "train_seconds": 0.0, "command": " ".join(["python", *sys.argv]),
-            "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(), "torch":
-            str(torch.__version__), "threads": torch.get_num_threads(), "processes": WORLD}]
-    if saved:
-        log = saved["log"]
-        method.load_state_dict(saved["method"])
-        optimizer.load_state_dict(saved["optimizer"])
-    for network in method.children() if config.compile else ():
-        network.compile(dynamic=False)  # in place: the names of the parameters stay
-    model = nn.parallel.DistributedDataParallel(method) if WORLD > 1 else method
-    done, total, peak = log[-1]["epoch"], config.epochs * steps, optimizer.defaults["lr"]
-    warmup, saved_at = config.warmup_epochs * steps, time.time()
-    terminal, told = sys.stdout.isatty(), False
-    print(f"{out}: {done} of {config.epochs} epochs done, {steps} steps each, peak rate {peak:g}")
-
-    for epoch in range(done + 1, config.epochs + 1):
-        torch.manual_seed(hash((config.seed, epoch)))  # all chance of an epoch follows from this
-        began, sums = time.time(), Counter()
-        for step, (images, labels) in enumerate(batches(data, config, epoch, device), start=1):
-            now = (epoch - 1) * steps + step - 1
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(now, total, warmup, peak, config.final_lr * peak)
-            loss, terms = model(images, labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            sums.update({"loss": loss.detach(), **terms})  # a Counter adds
-            if step == 1:
-                warm = time.time()  # the first step takes longer
-            elif terminal or time.time() - warm > 5 and not told:
-                left, told = (time.time() - warm) / (step - 1) * (total - now), True
-                print(f" step {step} of {steps}, about {timedelta(seconds=round(left))} left"
-                      + " (sooner: --quick, --arch small, fewer --epochs)" * (left > 7200),
-                      end="\r" if terminal else "\n", flush=True)
-        means = {name: value.item() / steps for name, value in sums.items()}
-        finite = all(x.isfinite().all() for x in (sums["loss"], *method.parameters()))
-        check(finite, f"loss or weights not finite in epoch {epoch}: lower --lr {config.lr:g}", 1)
-        seconds = log[-1]["train_seconds"] + time.time() - began
-        means["images_per_second"] = epoch * steps * config.batch_size / seconds
-        if data[1] and config.knn_every and epoch % config.knn_every == 0 and RANK == 0:
-            means["knn_top1"], *_ = knn(method, data)
-        log.append({"epoch": epoch, "train_seconds": seconds, **means})
-        left = timedelta(seconds=round(seconds / epoch * (config.epochs - epoch)))
-        print(f"epoch {epoch}/{config.epochs}", *(f" {k} {v:.4g}" for k, v in means.items()),
-              f" {left} left", flush=True)
-        if RANK == 0:
-            (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-            if epoch == config.epochs or time.time() - saved_at >= 60 * config.save_every:
-                write(out / "checkpoint.pt", {
-                    "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
-                    "method": method.state_dict(), "optimizer": optimizer.state_dict()})
-                saved_at = time.time()
-    return method, data, log
-
-# %% EVALUATE --------------------------------------------------------------------------------------
-KNN_K, KNN_TEMPERATURE = 200, 0.5  # authors' code, CIFAR and STL-10
+# %% AUGMENT ---------------------------------------------------------------------------------------
+def view_arguments(config):
+    """Arguments of augment for all views: as in the authors' code, except that all are cropped."""
+    if config.dataset in PHOTOS:
+        return dict(size=config.size, scale=(0.2, 1.0), blur=0.5, radius=2)
+    return dict(size=config.size, scale=(0.08, 1.0), blur=0.5, radius=1)
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # else --compile would compile again for these sizes
-def extract(method, images, prepare=lambda x: x.float() / 255, epoch=0):
-    """Features (N, D) of prepare(parts of the images), in eval mode; of a Folder, of its crops."""
-    parts = images.load(epoch, range(len(images)), 256) if isinstance(images, Folder) else (
-        ([part], None) for part in images.split(256))
-    method.eval()
-    features = [method.features(prepare(part.to(method.mean_std.device))) for [part], _ in parts]
-    method.train()
-    return torch.cat(features)
+def augment(images, size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2,
+            blur=0, solarize=0, radius=6, share=1):
+    """Random views (N, 3, size, size) in [0, 1] of images (N, 3, H, W), uint8 or in [0, 1].
 
-def knn_accuracy(bank, bank_labels, queries, query_labels, k, temperature, classes):
-    """Percent of queries (M, D) whose class has most of the k votes, exp(cosine / T), in bank."""
-    bank, queries, right = F.normalize(bank), F.normalize(queries), 0
-    for part, labels in zip(queries.split(250), query_labels.split(250)):
-        s, nearest = (part @ bank.T).topk(k)  # (m, k)
-        votes = s.new_zeros(len(part), classes)
-        votes.scatter_add_(1, bank_labels[nearest], (s / temperature).exp())
-        right += (votes.argmax(1) == labels).sum().item()
-    return 100 * right / len(queries)
+    scale: smallest and largest share of the area that a crop keeps. jitter: by how much at most
+    brightness, contrast, saturation and hue (in turns) change, in 80 % of the images. flip, gray,
+    blur and solarize are probabilities. radius: of the blur, in pixels. share: so many consecutive
+    images of the batch get the same augmentation.
+    """
+    n, _, height, width = images.shape
+    x = TF.convert_image_dtype(images)  # uint8 to [0, 1]
 
-def knn(method, data):
-    """knn_accuracy of the encoder on the whole test set, and the features of bank and test."""
-    _, (bank, bank_labels), (test, test_labels) = data
-    bank, test = extract(method, bank), extract(method, test)
-    k, classes = min(KNN_K, len(bank)), int(bank_labels.max()) + 1
-    accuracy = knn_accuracy(bank, bank_labels, test, test_labels, k, KNN_TEMPERATURE, classes)
-    return accuracy, bank, test
+    def uniform(low, high, draws=1):
+        # every process draws for the images of all, since several may have a part of one chunk
+        drawn = x.new_empty(math.ceil(WORLD * n / share), draws, 1, 1).uniform_(low, high)
+        return drawn.repeat_interleave(share, dim=0)[RANK * n:RANK * n + n]
 
-def linear_probe(draw, labels, test, test_labels, rule=torch.optim.Adam, lr=1e-3, weight_decay=1e-6,
-                 batch=512, epochs=100, milestones=(), probes=3, **momentum):
-    """Mean and std, over probes, of percent right on test (M, D); draw(): (N, D) for an epoch."""
-    n, width, classes = len(labels), test.shape[1], int(labels.max()) + 1
-    steps, bound = max(1, n // batch), width ** -0.5
-    weight = test.new_empty(probes, width, classes).uniform_(-bound, bound).requires_grad_()
-    bias = test.new_empty(probes, 1, classes).uniform_(-bound, bound).requires_grad_()
-    optimizer = rule([weight, bias], lr, weight_decay=weight_decay, **momentum)
-    for step in range(epochs * steps):
-        if step % steps == 0:
-            features = draw()
-            order = torch.rand(probes, n, device=test.device).argsort(1)
-        rows = order[:, step % steps * batch:][:, :batch]  # (probes, batch)
-        logits = features[rows] @ weight + bias  # (probes, batch, classes)
-        loss = probes * F.cross_entropy(logits.flatten(0, 1), labels[rows].flatten())
-        passed = sum(step // steps >= milestone for milestone in milestones)
-        optimizer.param_groups[0]["lr"] = lr * 0.1 ** passed
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    right = 100 * ((test @ weight + bias).argmax(2) == test_labels).float().mean(1)  # (probes,)
-    return right.mean().item(), right.std(correction=0).item()
+    def chosen(probability):
+        return uniform(0, 1) < probability
 
-def probe(method, data, config, bank, test):
-    """linear_probe of fresh crops, ImageNet100's by its rule; --quick: of the bank's features."""
-    _, (images, labels), (_, test_labels) = data
-    size, epoch, settings = config.size, count(config.epochs + 1), {}
-    if config.dataset == "imagenet100":
-        settings = dict(rule=torch.optim.SGD, momentum=0.9, lr=10.0, weight_decay=1e-4,
-                        batch=128, epochs=60, milestones=(30, 40, 50))
-    scale = None if config.dataset in STREAMED else (0.08, 1.0)
-    fresh = lambda x: augment(x, size, scale, jitter=None, gray=0)
-    draw = lambda: bank if config.quick else extract(method, images, fresh, next(epoch))
-    return linear_probe(draw, labels, test, test_labels, **settings)
+    x = crop(x, draw_boxes(uniform, height, width, scale), size)
+    x = torch.where(chosen(flip), x.flip(3), x)
+    if jitter:
+        operations = [brightness, contrast, saturation, shift_hue]
+        jittered = chosen(0.8)
+        for i in torch.randperm(4).tolist():  # one order for the batch
+            change = jittered * uniform(-jitter[i], jitter[i])
+            x = operations[i](x, change)
+    if gray:
+        x = torch.where(chosen(gray), TF.rgb_to_grayscale(x, 3), x)
+    if blur:
+        x = torch.where(chosen(blur), gaussian_blur(x, uniform(0.1, 2.0), radius), x)
+    if solarize:
+        x = torch.where(chosen(solarize) & (x >= 128 / 255), 1 - x, x)
+    return x
 
-def draw_neighbours(path, data, bank, test):
-    """Eight test images, each with its eight nearest training images, green if of its class."""
-    _, (images, labels), (queries, query_labels) = data
-    tiles = []
-    for query in first_of(8, len(test)).tolist():
-        nearest = F.cosine_similarity(bank, test[query]).topk(min(8, len(bank))).indices
-        colors = ["lime" if right else "red" for right in labels[nearest] == query_labels[query]]
-        places = [(queries, query), *((images, row) for row in nearest.tolist())]
-        for (source, row), color in zip(places, ["gray", *colors]):
-            image = source[0, row][0][0] if isinstance(source, Folder) else source[row]
-            tiles.append(TF.to_tensor(ImageOps.expand(TF.to_pil_image(image), 2, color)))
-    save_image(F.interpolate(make_grid(tiles, nrow=len(places))[None], scale_factor=2), path)
+def draw_boxes(uniform, height, width, scale):
+    """Boxes (N, 4), top, left, height, width, drawn as by torchvision's RandomResizedCrop.
 
-def evaluate(method, data, config, log):
-    """Measures the encoder: the contents of results.json. Draws neighbours.png beside it."""
-    results = dict.fromkeys(("knn_top1", "random_init_knn_top1", "linear_top1", "linear_top1_std"))
-    results |= {**log[0], **log[-1], "epochs": config.epochs, "seed": config.seed,
-                "peak_memory_gb": torch.cuda.max_memory_allocated() / 2 ** 30 or None}
-    torch.manual_seed(config.seed)
-    untrained = Method(config).to(method.mean_std.device)
-    if method.clouds:
-        print("evaluating: probes of the principal axis", flush=True)
-        for encoder, prefix in ((untrained, "random_init_"), (method, "")):
-            results |= {prefix + name: x for name, x in axis_probes(encoder, data).items()}
-    elif data[1]:
-        print("evaluating: kNN, and a linear probe", flush=True)
-        results["random_init_knn_top1"], *_ = knn(untrained, data)
-        results["knn_top1"], bank, test = knn(method, data)
-        results["knn_protocol"] = f"k {min(KNN_K, len(bank))}, temperature {KNN_TEMPERATURE}"
-        draw_neighbours(Path(config.out) / "neighbours.png", data, bank, test)
-        results["linear_top1"], results["linear_top1_std"] = probe(method, data, config, bank, test)
-        results["linear_protocol"] = ("3 probes, cached features" if config.quick else
-                                      "3 probes, fresh crops and flips each epoch")
-    return {k: float(f"{x:.4g}") if isinstance(x, float) else x for k, x in results.items()}
+    Of ten random boxes the first that fits into the image is taken. uniform(low, high, draws)
+    returns random numbers (N, draws, 1, 1).
+    """
+    area = height * width * uniform(*scale, 10)  # (N, 10, 1, 1)
+    ratio = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
+    h = (area / ratio).sqrt().round()
+    w = (area * ratio).sqrt().round()
+    fits = (h <= height) & (w <= width)
+    first = fits.byte().argmax(1, keepdim=True)  # (N, 1, 1, 1): if none fits, box 0
+    h = h.gather(1, first).clamp(max=height)
+    w = w.gather(1, first).clamp(max=width)
+    top = (uniform(0, 1) * (height - h + 1)).floor()
+    left = (uniform(0, 1) * (width - w + 1)).floor()
+    return torch.cat([top, left, h, w], dim=1).flatten(1)
 
-# %% MAIN ------------------------------------------------------------------------------------------
-def main(argv=None):
-    """Runs a command line. Exit codes: 2 bad input, 1 failed run, 130 Ctrl-C."""
-    config = parse_args(argv)
-    out, results = Path(config.out), Path(config.out, "results.json")
-    try:
-        if results.exists() and config.dataset not in STREAMED:
-            open_run(config, {})
+def crop(x, boxes, size):
+    """The boxes (N, 4) cut out of x and resized, bilinear and antialiased: (N, 3, size, size).
+
+    A new pixel is a weighted mean of old ones, first along rows, then along columns. Both means
+    are products with a small matrix of weights.
+    """
+    top, left, height, width = boxes[:, :, None, None, None].unbind(1)  # (N, 1, 1, 1)
+    rows = resizing_matrix(top, height, x.shape[2], size)  # (N, 1, size, H)
+    columns = resizing_matrix(left, width, x.shape[3], size)  # (N, 1, size, W)
+    return rows @ (x @ columns.mT)
+
+def resizing_matrix(start, length, source, size):
+    """Weights (N, 1, size, source) of the `source` old pixels of a line in its `size` new ones.
+
+    Bilinear, antialiased: a weight falls linearly with the distance from the new pixel's centre,
+    to 0 at a distance of one pixel, old or new, whichever is larger.
+    """
+    center = (torch.arange(size, device=start.device)[:, None] + 0.5) * length / size
+    pixel = torch.arange(source, device=start.device) + 0.5 - start  # (N, 1, 1, source)
+    reach = (length / size).clamp(min=1)
+    weight = (1 - (pixel - center).abs() / reach).clamp(min=0)
+    weight = weight * ((pixel > 0) & (pixel < length))  # nothing from outside of the box
+    return weight / weight.sum(3, keepdim=True)
+
+def brightness(x, change):
+    """Brighter by a change (N, 1, 1, 1): 0 leaves x as it is, -1 makes it black."""
+    return (x * (1 + change)).clamp_(0, 1)
+
+def contrast(x, change):
+    """Further from the mean of the gray version by a change: -1 leaves only this mean."""
+    mean = TF.rgb_to_grayscale(x).mean((2, 3), keepdim=True)
+    return torch.lerp(mean, x, 1 + change).clamp_(0, 1)
+
+def saturation(x, change):
+    """Further from the gray version by a change: -1 leaves only this version."""
+    return torch.lerp(TF.rgb_to_grayscale(x), x, 1 + change).clamp_(0, 1)
+
+def shift_hue(x, turns):
+    """The hue moved by turns (N, 1, 1, 1); value and chroma of the HSV colour stay."""
+    red, green, blue = x.split(1, dim=1)
+    value = x.amax(1, keepdim=True)
+    chroma = value - x.amin(1, keepdim=True)
+    safe = torch.where(chroma > 0, chroma, 1.0)
+    # hue in sixths of a turn: 0 is red, 2 green, 4 blue
+    hue = torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
+    hue = torch.where(value == red, (green - blue) / safe, hue)
+    # the usual formula from HSV to RGB, with an offset of 5 for red, 3 for green, 1 for blue
+    offset = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)
+    k = (hue + 6 * turns + offset).remainder_(6)
+    return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+def gaussian_blur(x, sigma, radius=6):
+    """Gaussian blur of sigma (N, 1, 1, 1) pixels, cut off at the radius, over mirrored borders."""
+    distance = torch.arange(-radius, radius + 1, device=x.device)
+    kernel = torch.exp(-0.5 * (distance / sigma) ** 2)  # (N, 1, 1, 2 radius + 1)
+    kernel = kernel / kernel.sum(3, keepdim=True)
+    kernel = kernel.repeat_interleave(3, dim=0)  # one kernel and one group for each channel
+    x = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1)  # (3N, H + 2 radius, ...)
+    x = F.conv2d(x, kernel, groups=len(kernel))
+    x = F.conv2d(x, kernel.mT, groups=len(kernel))
+    return x.unflatten(0, (-1, 3))
+
+# %% MODEL -----------------------------------------------------------------------------------------
+def make_encoder(arch, size):
+    """The backbone, from images (N, 3, H, W) to features (N, D), and D."""
+    if arch == "small":
+        layers = []
+        for inputs, outputs in pairwise((3, 16, 32, 64, 128)):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+                       nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+        layers[-1] = nn.AdaptiveAvgPool2d(1)  # in place of the last max-pool
+        return nn.Sequential(*layers, nn.Flatten()), 128
+    encoder = models.get_model(arch)
+    width = encoder.fc.in_features
+    encoder.fc = nn.Identity()
+    if size <= 64:  # small images: a 3x3 stem without max-pool, with torchvision's initialisation
+        encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+        encoder.maxpool = nn.Identity()
+    return encoder, width
+
+def make_projector(config, width):
+    """The head: linear layers with BatchNorm and ReLU, for photographs without BatchNorm."""
+    layers = []
+    *hidden, last = map(int, config.projector.split("-"))
+    for outputs in hidden:
+        if config.dataset in PHOTOS:  # authors' code
+            layers += [nn.Linear(width, outputs), nn.ReLU()]
         else:
-            method, data, log = train(config)
-        if dist.is_initialized():  # the first process evaluates, longer than others could wait
-            dist.barrier()
-            dist.destroy_process_group()
-        if RANK == 0 and not results.exists():
-            write(out / "encoder.pt", {k: v.cpu() for k, v in method.encoder.state_dict().items()})
-            write(results, json.dumps(evaluate(method, data, config, log), indent=1))
-        if RANK == 0:
-            print(f"{out} is finished, with encoder.pt and results.json")
-            measured = json.loads(results.read_text())
-            for name, value in measured.items():
-                if ("top1" in name or "angle" in name) and value is not None:
-                    print(f"  {name:42}{value}" + " %" * ("top1" in name))
-            if measured["knn_top1"] is not None:
-                print(f"beside other runs: python compare.py {out} OTHERS")
-    except KeyboardInterrupt:
-        check(False, "stopped; the same command continues from the last checkpoint", 130)
-    except torch.OutOfMemoryError:
-        check(False, "the GPU's memory is full: use a smaller --batch-size", 1, alike=False)
-    except OSError as problem:  # a full disk, or an image, of which a loader sends a traceback
-        text = str(problem).splitlines()[-1].removeprefix("OSError: ")
-        check(False, f"{text}. Mend this, then the same command continues", 1, alike=False)
-    except RuntimeError as problem:
-        text = str(problem)
-        lost = isinstance(problem, dist.DistError) or "gloo" in text or "worker (pid" in text
-        check("shared memory" not in text, "shared memory is full, by which processes read images: "
-              "start the container with --shm-size 8g or --ipc=host", 1, alike=False)
-        check(not lost, "another process was lost; the same command continues", 1, alike=False)
-        raise
+            layers += [nn.Linear(width, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU()]
+        width = outputs
+    return nn.Sequential(*layers, nn.Linear(width, last))
+
+# %% DATA ------------------------------------------------------------------------------------------
+# mean and standard deviation of the channels, as in the authors' code; clouds are left as they are
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+MEAN_STD = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+            "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+            "stl10": ((0.4406, 0.4273, 0.3858), (0.2312, 0.2265, 0.2237)),
+            "folder": IMAGENET, "imagenet100": IMAGENET,
+            "patterns": ((0.4, 0.4, 0.4), (0.25, 0.25, 0.25)),
+            "proteins": ((0.0,), (1.0,)), "chains": ((0.0,), (1.0,))}
+
+def load_data(config, device):
+    """Pairs (images, labels): to train on, to learn kNN and the probe from, and to test on.
+
+    Images are uint8 (N, 3, H, W), clouds float (N, P, 4). The last two are None if there is nothing
+    to evaluate; of clouds the second is.
+    """
+    root = Path(config.data_root)
+    bank = None  # for other datasets than STL-10 it is what to train on
+    if config.dataset == "patterns":
+        train, test = draw_patterns(4000, seed=1), draw_patterns(1000, seed=2)
+    elif config.dataset in PHOTOS:
+        train, test = load_photos(root, "train"), load_photos(root, "val")
+    elif config.dataset in CLOUDS:
+        train, test = load_chains(root, config)
+    elif config.dataset == "stl10":
+        train, bank, test = load_stl10(root)
+    else:
+        train, test = load_cifar(root, config)
+    if config.limit:
+        rows = random_rows(len(train[1]), config.limit)
+        train = train[0][rows], train[1][rows]
+    if len(train[1]) < config.batch_size:
+        stop(f"--batch-size {config.batch_size} is more than the {len(train[1])} images")
+    train = place(train, device)
+    if config.dataset in CLOUDS:
+        return train, None, place(test, device)
+    if len(test[1]) == 0 or int(train[1].max()) == 0:
+        print("no evaluation: it needs test images, and two or more classes")
+        return train, None, None
+    bank = place(bank, device) if bank else train
+    return train, bank, place(test, device)
+
+def load_cifar(root, config):
+    """Training and test images and labels of CIFAR-10 or CIFAR-100."""
+    cifar = datasets.CIFAR10 if config.dataset == "cifar10" else datasets.CIFAR100
+    try:
+        splits = [cifar(root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as problem:
+        folder = root / cifar.base_folder
+        state = "is damaged" if folder.exists() else "is missing"
+        stop(f"{folder} {state} and cannot be downloaded ({problem}); --quick needs no data")
+    return [(torch.tensor(split.data).permute(0, 3, 1, 2).contiguous(),
+             torch.tensor(split.targets)) for split in splits]
+
+def load_stl10(root):
+    """Images (N, 3, 96, 96) and labels of STL-10: to train on, with labels, to test.
+
+    Of the images to train on most have no label (-1).
+    """
+    parts = ("train+unlabeled", "train", "test")
+    try:
+        splits = [datasets.STL10(root, part, download=True) for part in parts]
+    except (OSError, RuntimeError) as problem:
+        folder = root / datasets.STL10.base_folder
+        state = "is damaged" if folder.exists() else "is missing"
+        stop(f"{folder} {state} and cannot be downloaded ({problem}); --quick needs no data")
+    return [(torch.tensor(split.data), torch.tensor(split.labels, dtype=torch.int64))
+            for split in splits]
+
+def load_photos(root, split):
+    """Images and labels of a split that prepare.py wrote; the images may be larger than memory."""
+    try:  # mapped into memory: a row is read from the disk when it is used
+        images = np.load(root / f"{split}-images.npy", mmap_mode="r")
+        labels = np.load(root / f"{split}-labels.npy")
+    except (OSError, ValueError, EOFError) as problem:
+        stop(f"{problem}; first run: python prepare.py YOUR_IMAGES --out {root}")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        stop(f"{split}-images.npy must be uint8 (N, 3, H, W), not {images.dtype} {images.shape}")
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or (labels < 0).any():
+        stop(f"{split}-labels.npy must be {len(images)} classes: integers from 0")
+    with warnings.catch_warnings(action="ignore"):  # torch warns that it could not write to the map
+        images = torch.from_numpy(images)
+    return images, torch.tensor(labels, dtype=torch.int64)
+
+def place(data, device):
+    """Labels on the device; images, too, if they take less than a quarter of its free memory."""
+    images, labels = data
+    if device.type == "cpu" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+        images = images.to(device)
+    return images, labels.to(device)
+
+def take(images, rows, device):
+    """The images of these rows, on the device."""
+    batch = images[rows]
+    if batch.device.type == device.type:
+        return batch
+    return batch.pin_memory().to(device, non_blocking=True)  # nobody waits for a pinned copy
+
+def random_rows(n, count):
+    """The first `count` of n indices in a random order that is always the same."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:count]
+
+def draw_patterns(n, seed):
+    """Built-in data: uint8 images (n, 3, 32, 32) and labels (n,).
+
+    A class is a periodic pattern, a sum of waves, seen at a random zoom, tilt, place and light.
+    """
+    # frequencies; half of them are enough, since (-i, -j) is the same wave as (i, j)
+    waves = [(i, j) for i in range(-2, 3) for j in range(3) if j > 0 or i > 0]
+    phases = math.tau * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (n,), generator=generator)
+    zoom, tilt, light, shift_x, shift_y = torch.rand(5, n, 1, 1, generator=generator)
+    zoom = 1.2 + zoom  # (n, 1, 1)
+    tilt = (2 * tilt - 1) * math.radians(20)
+    light = math.tau * light
+    x = (torch.arange(32) - 15.5) / 32
+    y = x[:, None]
+    u = zoom * (tilt.cos() * x - tilt.sin() * y) + shift_x  # (n, 32, 32)
+    v = zoom * (tilt.sin() * x + tilt.cos() * y) + shift_y
+    pattern = 0
+    for (i, j), phase in zip(waves, phases):
+        wave = torch.cos(math.tau * (i * u + j * v) + phase[labels, None, None])
+        pattern = pattern + wave / (i * i + j * j)
+    tone = 0.1 + 0.6 * torch.sigmoid(6 * pattern / pattern.std())
+    lit = tone * (1 + 0.6 * (light.cos() * x + light.sin() * y))
+    tint = 0.98 + 0.04 * torch.rand(n, 3, 1, 1, generator=generator)
+    noise = 0.02 * torch.randn(n, 3, 32, 32, generator=generator)
+    images = (lit[:, None] * tint + noise).clamp(0, 1)
+    return (255 * images).byte(), labels
 
 # %% PROTEINS --------------------------------------------------------------------------------------
 # Section 5.1 of the paper: proteins as clouds of points, and rotations of space as augmentations.
+# --dataset proteins reads the .pdb files in DATA_ROOT/proteins; chains are random walks.
 # A cloud is (P, 4): coordinates, with mean 0 and mean square 1, and 1 for a point, 0 for padding.
 def read_chain(path):
-    """Coordinates (P, 3) in angstrom of the CA atoms of the first model in a .pdb file."""
-    first_model, *_ = path.read_text(errors="replace").split("\nENDMDL")
-    lines = [line for line in first_model.splitlines() if line.startswith("ATOM")
-             and line[12:16] == " CA " and line[16:17] in " A"]
-    points = [[float(line[i:i + 8]) for i in (30, 38, 46)] for line in lines]
+    """Coordinates (P, 3) in angstrom of the CA atoms of the first model in a .pdb file.
+
+    MSE, a methionine with selenium that files keep among the HETATM, counts as a methionine.
+    """
+    points = []
+    for line in path.read_text(errors="replace").splitlines():
+        if line.startswith("ENDMDL"):
+            break
+        residue = line.startswith("ATOM") or line.startswith("HETATM") and line[17:20] == "MSE"
+        if residue and line[12:16] == " CA " and line[16:17] in " A":  # A: the first of two places
+            try:
+                point = [float(line[start:start + 8]) for start in (30, 38, 46)]
+            except ValueError:
+                point = [math.nan]
+            if not all(map(math.isfinite, point)):
+                stop(f"{path} has no finite coordinates in the line {line[:60].rstrip()!r}")
+            points.append(point)
+    if points and min(points) == max(points):
+        stop(f"{path} has all its atoms in one place, {points[0]}")
     return torch.tensor(points).view(-1, 3)
 
 def draw_chains(n, seed):
@@ -897,94 +619,597 @@ def draw_chains(n, seed):
         chains.append(torch.stack(steps).cumsum(0))
     return chains
 
-def load_chains(config, device):
-    """Clouds (N, P, 4) and labels, all -1, to train on and to test; none to learn kNN from.
-
-    data_root/proteins/*.pdb; train.txt and val.txt list the splits, else one in ten is to test.
-    """
+def load_chains(root, config):
+    """Clouds (N, P, 4) and labels, which are all 0, to train on and to test."""
     if config.dataset == "chains" or config.quick:
         print("data: the built-in random walks, no proteins")
-        splits = [draw_chains(2000, 1), draw_chains(200, 2)]
+        splits = draw_chains(2000, seed=1), draw_chains(200, seed=2)
     else:
-        root = Path(config.data_root).expanduser() / "proteins"
-        files = {path.stem: path for path in sorted(root.rglob("*.pdb"))}
-        check(files, f"no .pdb files in {root}; built in is --dataset chains")
-        names = [[name for i, name in enumerate(files) if i % 10 < 9], [*files][9::10]]
-        if (root / "train.txt").is_file() and (root / "val.txt").is_file():
-            names = [[Path(name).stem for name in (root / f"{part}.txt").read_text().split()]
-                     for part in ("train", "val")]
-        missing = [name for part in names for name in part if name not in files]
-        check(not missing, f"{root} lacks {len(missing)} files of its lists, {missing[:1]}")
-        splits = [[read_chain(files[name]) for name in part] for part in names]
-        splits = [[chain for chain in part if len(chain) >= 20] for part in splits]
-        check(all(splits), f"{root} has too few chains of 20 residues to train and validate on")
-    splits[0] = [splits[0][i] for i in first_of(config.limit, len(splits[0])).tolist()]
-    chains = [chain - chain.mean(0) for part in splits for chain in part]
-    chains = [F.pad(x / x.square().sum(1).mean().sqrt(), (0, 1), value=1.0) for x in chains]
-    clouds = nn.utils.rnn.pad_sequence(chains, batch_first=True).to(device)  # (N, P, 4)
-    labels = torch.full((len(clouds),), -1, device=device)
-    train, test = zip(*(x.split([len(part) for part in splits]) for x in (clouds, labels)))
-    return train, None, test
+        splits = read_proteins(root / "proteins")
+    clouds = []
+    for chain in [*splits[0], *splits[1]]:
+        points = chain - chain.mean(0)
+        points = points / points.square().sum(1).mean().sqrt()
+        clouds.append(F.pad(points, (0, 1), value=1.0))
+    clouds = nn.utils.rnn.pad_sequence(clouds, batch_first=True)  # (N, P, 4)
+    labels = torch.zeros(len(clouds), dtype=torch.int64)
+    n = len(splits[0])
+    return (clouds[:n], labels[:n]), (clouds[n:], labels[n:])
+
+def read_proteins(folder):
+    """Chains (P, 3) of 20 residues or more to train on and to test, of the .pdb files in a folder.
+
+    A file's name is its path in the folder, without .pdb. If there are train.txt and val.txt, they
+    list the names, one a line; if not, every tenth chain is to test.
+    """
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() == ".pdb":
+            files[path.relative_to(folder).with_suffix("").as_posix()] = path
+    if not files:
+        stop(f"{folder} is missing or has no .pdb files; --dataset chains needs no data")
+    names = [*files]
+    test_names = names[9::10]
+    train_names = [name for i, name in enumerate(names) if i % 10 < 9]
+    if (folder / "train.txt").exists() and (folder / "val.txt").exists():
+        train_names = read_list(folder / "train.txt", files)
+        test_names = read_list(folder / "val.txt", files)
+    splits, too_short, without_ca = [], 0, 0
+    for split_names in (train_names, test_names):
+        chains = [read_chain(files[name]) for name in split_names]
+        splits.append([chain for chain in chains if len(chain) >= 20])
+        too_short += sum(0 < len(chain) < 20 for chain in chains)
+        without_ca += sum(len(chain) == 0 for chain in chains)
+    print(f"{folder}: {len(splits[0])} chains to train on, {len(splits[1])} to test; left out: "
+          f"{too_short} of fewer than 20 residues, {without_ca} without CA atoms", flush=True)
+    if not splits[0] or not splits[1]:
+        stop(f"{folder} has too few chains of 20 residues to train on and to test")
+    return splits
+
+def read_list(path, files):
+    """The names of files that a text file lists, one a line, with or without .pdb."""
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    names = [line.strip().removesuffix(".pdb").removesuffix(".PDB") for line in lines]
+    names = [name for name in names if name]
+    missing = [name for name in names if name not in files]
+    if missing:
+        stop(f"{path} lists {len(missing)} names without a file, the first is {missing[0]}")
+    return names
 
 class DeepSets(nn.Module):
     """Clouds (N, P, 4) to features (N, 256): an MLP of each point, and the mean over the points."""
 
     def __init__(self):
         super().__init__()
-        self.phi = nn.Sequential(*mlp_layers((3, 128, 256, 256), nn.Identity))
+        layers = []
+        for inputs, outputs in pairwise((3, 128, 256, 256)):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        self.phi = nn.Sequential(*layers)
 
     def forward(self, clouds):
         points, there = clouds.split((3, 1), dim=2)
         return (self.phi(points) * there).sum(1) / there.sum(1)
 
 def haar_rotations(n, device):
-    """n rotations of space (n, 3, 3), uniform, from normalised Gaussian quaternions."""
-    a, b, c, d = F.normalize(torch.randn(n, 4, device=device)).T
-    return torch.stack([
-        a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c),
-        2 * (b * c + a * d), a * a - b * b + c * c - d * d, 2 * (c * d - a * b),
-        2 * (b * d - a * c), 2 * (c * d + a * b), a * a - b * b - c * c + d * d], 1).view(n, 3, 3)
+    """n rotations of space (n, 3, 3), uniform: rows that are orthogonal, of random directions."""
+    a, b = torch.randn(2, n, 3, dtype=torch.float64, device=device)  # they may be nearly parallel
+    a = F.normalize(a)
+    b = F.normalize(b - (a * b).sum(1, keepdim=True) * a)
+    return torch.stack([a, b, torch.linalg.cross(a, b)], dim=1).float()
 
 def rotate(clouds, rotations):
     """Cloud i, (P, 4), times rotation i: X R."""
     return torch.cat([clouds[..., :3] @ rotations, clouds[..., 3:]], dim=2)
 
+def rotate_randomly(clouds, share):
+    """Clouds (N, P, 4) turned at random, `share` consecutive ones alike: see augment."""
+    n = len(clouds)
+    rotations = haar_rotations(math.ceil(WORLD * n / share), clouds.device)
+    rotations = rotations.repeat_interleave(share, dim=0)[RANK * n:RANK * n + n]
+    return rotate(clouds, rotations)
+
 def principal_axis(clouds):
     """First principal components (N, 3), signed so that the third moment along them is positive."""
     points = clouds[..., :3].double()
     axis = torch.linalg.eigh(points.mT @ points).eigenvectors[:, :, -1:]  # (N, 3, 1)
-    axis = axis * torch.where((points @ axis).pow(3).sum(1, keepdim=True) < 0, -1, 1)
-    return axis[..., 0].float()
+    moment = (points @ axis).pow(3).sum(1, keepdim=True)
+    return torch.where(moment < 0, -axis, axis)[..., 0].float()
 
 def axis_probes(method, data):
-    """How well an MLP, or ridge_: a linear map, tells the axis of turned chains from embeddings.
+    """How well the principal axis of a turned chain can be read from its embedding.
 
-    Mean squared error and angle of unit vectors, of four random rotations of every chain.
+    axis: by an MLP; ridge_axis: by ridge regression. Mean squared error and angle of unit vectors,
+    over four random rotations of every chain.
     """
+    train, _, test = data
     torch.manual_seed(0)
-    clouds = [part.repeat(4, 1, 1) for part, _ in (data[0], data[2])]
-    clouds = [rotate(part, haar_rotations(len(part), part.device)) for part in clouds]
-    axes, test_axes = map(principal_axis, clouds)
+    embeddings, axes = [], []
     method.eval()
-    z, test_z = (torch.cat([F.normalize(method.embed(x)).detach() for x in part.split(256)])
-                 for part in clouds)
-    mean, std = z.mean(0), z.std(0).clamp(min=1e-6)
-    z, test_z = (F.pad((part - mean) / std, (0, 1), value=1.0) for part in (z, test_z))
-    ridge = torch.linalg.solve(z.T @ z + torch.eye(len(z.T), device=z.device), z.T @ axes)
-    mlp = nn.Sequential(nn.Linear(len(z.T), 128), nn.ReLU(), nn.Linear(128, 3)).to(z.device)
+    for clouds, _ in (train, test):
+        clouds = clouds.repeat(4, 1, 1)
+        clouds = rotate(clouds, haar_rotations(len(clouds), clouds.device))
+        with torch.no_grad():
+            z = torch.cat([F.normalize(method.embed(part)) for part in clouds.split(256)])
+        embeddings.append(z.double())
+        axes.append(principal_axis(clouds).double())
+    method.train()
+    mean, std = embeddings[0].mean(0), embeddings[0].std(0).clamp(min=1e-6)
+    z, test_z = [F.pad((z - mean) / std, (0, 1), value=1.0) for z in embeddings]  # 1: the intercept
+    width = z.shape[1]
+    ridge = torch.linalg.solve(z.T @ z + torch.eye(width).to(z), z.T @ axes[0])
+    mlp = nn.Sequential(nn.Linear(width, 128), nn.ReLU(), nn.Linear(128, 3)).to(z)
     optimizer = torch.optim.Adam(mlp.parameters(), 1e-2)
     for _ in range(300):
-        loss = (mlp(z) - axes).square().sum(1).mean()
+        loss = (mlp(z) - axes[0]).square().sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     results = {}
     for name, guess in (("axis", mlp(test_z).detach()), ("ridge_axis", test_z @ ridge)):
-        cosine = F.cosine_similarity(guess, test_axes).clamp(-1, 1)
-        results[f"{name}_mse"] = (guess - test_axes).square().sum(1).mean().item()
+        cosine = F.cosine_similarity(guess, axes[1]).clamp(-1, 1)
+        results[f"{name}_mse"] = (guess - axes[1]).square().sum(1).mean().item()
         results[f"{name}_angle_degrees"] = cosine.acos().rad2deg().mean().item()
     return results
 
+# %% TRAIN -----------------------------------------------------------------------------------------
+def gather(z):
+    """Embeddings (N, D) of all processes in the order of the batch; one's own have a gradient."""
+    if WORLD == 1:
+        return z
+    parts = [torch.empty_like(z) for _ in range(WORLD)]
+    dist.all_gather(parts, z.detach())
+    # all_gather passes no gradient on, so one's own part is replaced: by the value of z with WORLD
+    # times its gradient, since DistributedDataParallel divides the sum of gradients by WORLD
+    parts[RANK] = z.detach() + WORLD * (z - z.detach())
+    return torch.cat(parts)
+
+def learning_rate(step, total_steps, warmup_steps, peak, final=0.0):
+    """Linear from 0 to peak at warmup_steps, then a cosine to final at total_steps."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if step >= total_steps:
+        return final
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
+
+def make_optimizer(method, config):
+    """Adam or SGD at the peak rate; train_epoch sets the rate of every step."""
+    trained = [p for p in method.parameters() if p.requires_grad]  # MoCo's keys have no gradient
+    if config.optimizer == "adam":
+        return torch.optim.Adam(trained, config.lr, weight_decay=config.weight_decay,
+                                fused=method.mean.is_cuda)
+    return torch.optim.SGD(trained, config.lr, momentum=0.9, weight_decay=config.weight_decay,
+                           fused=method.mean.is_cuda)
+
+def start(config):
+    """The device. Writes it and the precision into config, in place of "auto"."""
+    if config.device == "auto":
+        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device == "cuda":
+        config.device = f"cuda:{LOCAL_RANK}"
+    here = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if config.device not in here:
+        stop(f"there is no device {config.device} here, only {', '.join(here)}")
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.benchmark = True
+    if config.precision == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        config.precision = "bf16" if bf16 else "fp32"
+    if WORLD > 1:
+        join_processes(device)
+    print(f"on {config.device}, {config.precision}, {torch.get_num_threads()} threads", flush=True)
+    return device
+
+def join_processes(device):
+    """Waits for the other processes of torchrun. Only the first process prints."""
+    if "MASTER_ADDR" not in os.environ:
+        stop(f"WORLD_SIZE is {WORLD}: unset it, or start the script with torchrun")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+    print(f"waiting for {WORLD} processes", flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # lets Ctrl-C end the wait
+    backend, own_gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    long = timedelta(hours=2)  # the others may have to wait for an evaluation by the first
+    dist.init_process_group(backend, timeout=long, device_id=own_gpu)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def with_progress(items, total, name):
+    """Yields the items; says after ten seconds, and then every now and then, how far they are."""
+    began, pause, terminal = time.time(), 10, sys.stdout.isatty()
+    for done, item in enumerate(items):
+        passed = time.time() - began
+        if done > 0 and passed > pause:
+            left = timedelta(seconds=round(passed / done * (total - done)))
+            end = "\r" if terminal else "\n"  # on a terminal the same line, every second
+            print(f" {name} {done} of {total}, {left} left", end=end, flush=True)
+            pause = passed + 1 if terminal else 2 * passed
+        yield item
+
+def batches(images, config, device, epoch):
+    """Yields this process's images of every batch of an epoch, in a random order."""
+    # All processes draw the same order of the images, and the same views: see augment. The hash of
+    # a tuple of integers is the same in every run.
+    torch.manual_seed(hash((config.seed, epoch)))
+    order = torch.randperm(len(images)).to(images.device)
+    mine = config.batch_size // WORLD
+    for step in range(len(images) // config.batch_size):
+        first = step * config.batch_size + RANK * mine
+        yield take(images, order[first:first + mine], device)
+
+def train_epoch(model, optimizer, images, config, device, epoch):
+    """One pass over the images; returns the means of the loss and its terms over the steps."""
+    steps, sums = len(images) // config.batch_size, {}
+    total, warmup = config.epochs * steps, config.warmup_epochs * steps
+    peak = optimizer.defaults["lr"]
+    epoch_batches = batches(images, config, device, epoch)
+    for step, batch in enumerate(with_progress(epoch_batches, steps, f"epoch {epoch}: step")):
+        now = (epoch - 1) * steps + step
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(now, total, warmup, peak, config.final_lr * peak)
+        loss, terms = model(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for name, value in {"loss": loss, **terms}.items():
+            sums[name] = sums.get(name, 0) + value.detach()  # .item() would wait for the GPU
+    return {name: value.item() / steps for name, value in sums.items()}
+
+def train(config, data, device):
+    """Trains the epochs that the run in config.out lacks; returns the method and the log.
+
+    The log has a dict of the run, as epoch 0, and one of every epoch.
+    """
+    out = Path(config.out)
+    (images, _), bank, test = data
+    torch.manual_seed(config.seed)
+    # channels_last: in this order of the numbers of an image convolutions are fastest on a GPU
+    method = Method(config).to(device, memory_format=torch.channels_last)
+    if WORLD > 1 and device.type == "cuda":
+        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    optimizer = make_optimizer(method, config)
+    log = [{"epoch": 0, "train_seconds": 0.0, "command": " ".join(["python", *sys.argv]),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "torch": str(torch.__version__), "threads": torch.get_num_threads(),
+            "processes": WORLD}]
+    trained_on = describe(images, config)
+    saved = open_run(config, trained_on)
+    if saved:
+        method.load_state_dict(saved["method"])
+        optimizer.load_state_dict(saved["optimizer"])
+        log = saved["log"]
+    elif RANK == 0:
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
+        draw_views(out / "views.png", method, take(images, random_rows(len(images), 4), device))
+    if config.compile and WORLD == 1:
+        for network in method.children():
+            network.forward = torch.compile(network.forward, dynamic=False)
+    model = nn.parallel.DistributedDataParallel(method) if WORLD > 1 else method
+    done, saved_at = log[-1]["epoch"], time.time()
+    print(f"{out}: {done} of {config.epochs} epochs done", flush=True)
+
+    for epoch in range(done + 1, config.epochs + 1):
+        began = time.time()
+        means = train_epoch(model, optimizer, images, config, device, epoch)
+        finite = all(parameter.isfinite().all() for parameter in method.parameters())
+        if not finite or not math.isfinite(means["loss"]):
+            stop(f"loss or weights are not finite in epoch {epoch}: lower --lr {config.lr:g}")
+        seconds = log[-1]["train_seconds"] + time.time() - began
+        if bank and config.knn_every and epoch % config.knn_every == 0 and RANK == 0:
+            means["knn_top1"] = knn(method, bank, test)
+        log.append({"epoch": epoch, "train_seconds": seconds, **means})
+        left = timedelta(seconds=round(seconds / epoch * (config.epochs - epoch)))
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+        print(f"epoch {epoch}/{config.epochs}  {shown}  {left} left", flush=True)
+        if RANK > 0:
+            continue
+        lines = [json.dumps(line) + "\n" for line in log]
+        (out / "metrics.jsonl").write_text("".join(lines))
+        if epoch == config.epochs or time.time() - saved_at > 60 * config.save_every:
+            (out / "results.json").unlink(missing_ok=True)  # of a run whose checkpoint is gone
+            write(out / "checkpoint.pt", {
+                "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
+                "method": method.state_dict(), "optimizer": optimizer.state_dict()})
+            saved_at = time.time()
+    return method, log
+
+def describe(images, config):
+    """What identifies the training images: a run continues only on the same ones."""
+    sample = images[random_rows(len(images), 64)]
+    trained_on = {"number of images": len(images),
+                  "checksum of 64 images": zlib.crc32(sample.cpu().numpy().tobytes())}
+    names = Path(config.data_root) / "classes.json"
+    if config.dataset in PHOTOS and names.exists():
+        trained_on["class names"] = json.loads(names.read_text())
+    return trained_on
+
+def open_run(config, trained_on):
+    """The checkpoint in config.out or None; ends the program if it is of another run."""
+    path = Path(config.out) / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        then = {"script": saved["script"], **saved["config"], **saved["data"]}
+    except Exception as problem:  # a damaged file can raise nearly anything
+        stop(f"{path} cannot be read ({type(problem).__name__}): remove it or change --out")
+    now = {"script": SCRIPT, **asdict(config), **trained_on}
+    differences = []
+    for name, value in now.items():
+        if name not in FREE and then.get(name) != value:
+            differences.append(f"{name} was {then.get(name)}, is {value}")
+    if differences:
+        stop(f"{config.out} holds another run: {'; '.join(differences)}. Choose another --out")
+    return saved
+
+def write(path, content):
+    """Writes text, or a state for torch.load, to a new file that then takes the name of path."""
+    buffer = io.BytesIO()  # torch.save does not say plainly that a disk is full
+    if isinstance(content, str):
+        buffer.write(content.encode())
+    else:
+        torch.save(content, buffer)
+    beside = path.with_name(path.name + ".new")
+    beside.write_bytes(buffer.getbuffer())
+    os.replace(beside, path)
+
+def draw_views(path, method, images):
+    """A row for each image: the image, two views of its own, and two that its chunk shares."""
+    if method.config.dataset in CLOUDS:
+        return
+    columns = [images] + [view for view in method.views(images) if view is not None]
+    tiles = []
+    for row in zip(*columns):
+        tiles += [frame(image, "white") for image in row]
+    save_image(tiles, path, nrow=len(columns))
+
+def frame(image, color):
+    """An image (C, H, W) as a tile of the pictures: 3 channels, 96 pixels wide, with a border."""
+    picture = ImageOps.fit(TF.to_pil_image(image.cpu()).convert("RGB"), (96, 96))
+    return TF.to_tensor(ImageOps.expand(picture, 3, color))
+
+# %% EVALUATE --------------------------------------------------------------------------------------
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # so that nothing is compiled for these sizes, too
+def extract(method, images, view=None, rows=None):
+    """Features (N, D) of images, or of some rows of them, in eval mode.
+
+    view maps images (n, C, H, W) in [0, 1] to what the encoder sees: without it, their middle.
+    """
+    if rows is None:
+        rows = torch.arange(len(images))
+    method.eval()
+    features, parts = [], rows.split(256)
+    for part in with_progress(parts, len(parts), "features: batch"):
+        x = TF.convert_image_dtype(take(images, part, method.mean.device))  # uint8 to [0, 1]
+        x = view(x) if view else middle(x, method.config)
+        features.append(method.features(x))
+    method.train()
+    return torch.cat(features)
+
+def middle(images, config):
+    """Images (N, C, H, W) as evaluation sees them, of side --size; of photographs the middle."""
+    height, width = images.shape[2:]
+    if config.dataset in PHOTOS:  # as Resize(256) and CenterCrop(224) do
+        images = TF.center_crop(images, [height * 7 // 8, width * 7 // 8])
+    return TF.resize(images, [config.size, config.size])
+
+def knn(method, bank, test):
+    """kNN accuracy of the encoder; bank and test are (images, labels)."""
+    return knn_accuracy(extract(method, bank[0]), bank[1], extract(method, test[0]), test[1])
+
+def knn_accuracy(bank, bank_labels, queries, query_labels, k=200, temperature=0.5):
+    """Percent of queries (M, D) whose class gets most votes of the k nearest rows of the bank.
+
+    A row votes for its own class with the weight exp(cosine / temperature).
+    """
+    lengths = bank.norm(dim=1).clamp(min=1e-12)  # saves the memory of a normalised copy
+    queries = F.normalize(queries)
+    classes = int(bank_labels.max()) + 1
+    k, right = min(k, len(bank)), 0
+    for part, labels in zip(queries.split(250), query_labels.split(250)):
+        cosines, nearest = (part @ bank.T / lengths).topk(k)  # (m, k)
+        votes = torch.zeros(len(part), classes, device=part.device)
+        # votes[i, class of nearest[i, j]] += exp(cosines[i, j] / T)
+        votes.scatter_add_(1, bank_labels[nearest], (cosines / temperature).exp())
+        right += (votes.argmax(1) == labels).sum().item()
+    return 100 * right / len(queries)
+
+def linear_probe(draw_features, labels, test, test_labels, sgd=False, lr=1e-3, weight_decay=1e-6,
+                 batch_size=512, epochs=100, milestones=(), probes=3):
+    """Mean and standard deviation of the test accuracy, in percent, of linear classifiers.
+
+    draw_features() gives the training features (N, D) of an epoch. The classifiers differ in their
+    start and in the order of the images. They are trained by Adam, or by SGD; after each of the
+    milestones, numbers of epochs, the rate is a tenth of what it was.
+    """
+    n, classes = len(labels), int(labels.max()) + 1
+    heads = nn.ModuleList(nn.Linear(test.shape[1], classes) for _ in range(probes)).to(test.device)
+    optimizer = torch.optim.Adam(heads.parameters(), lr, weight_decay=weight_decay)
+    if sgd:
+        optimizer = torch.optim.SGD(heads.parameters(), lr, momentum=0.9, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
+    steps = max(1, n // batch_size)  # an incomplete last batch is left out
+    for _ in with_progress(range(epochs), epochs, "linear probe: epoch"):
+        features = draw_features()
+        orders = [torch.randperm(n, device=test.device).split(batch_size) for _ in heads]
+        for step in range(steps):
+            loss = 0
+            for head, order in zip(heads, orders):
+                rows = order[step]
+                loss += F.cross_entropy(head(features[rows]), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+    right = [(head(test).argmax(1) == test_labels).float().mean() for head in heads]
+    accuracies = 100 * torch.stack(right)
+    return accuracies.mean().item(), accuracies.std(correction=0).item()
+
+def probe(method, data, config, bank, test):
+    """A linear probe on fresh crops and flips in every epoch. --quick: on fixed features."""
+    _, (images, labels), (_, test_labels) = data
+    if config.quick:
+        return linear_probe(lambda: bank, labels, test, test_labels)
+
+    def crop_and_flip(x):
+        return augment(x, config.size, scale=(0.08, 1.0), jitter=None, gray=0)
+
+    settings = {}
+    if config.dataset == "imagenet100":  # the rate of the code's README; the paper's is 30
+        settings = dict(sgd=True, lr=10.0, weight_decay=1e-4, batch_size=128, epochs=60,
+                        milestones=(30, 40, 50))
+    return linear_probe(lambda: extract(method, images, crop_and_flip), labels, test, test_labels,
+                        **settings)
+
+def evaluate(method, data, config):
+    """Accuracies of the encoder, before and after training. Draws neighbours.png.
+
+    Of clouds: how well the principal axis can be read from embeddings.
+    """
+    torch.manual_seed(config.seed)  # as train does: the weights before training
+    untrained = Method(config).to(method.mean.device, memory_format=torch.channels_last)
+    if config.dataset in CLOUDS:
+        before = axis_probes(untrained, data)
+        results = {f"random_init_{name}": value for name, value in before.items()}
+        return results | axis_probes(method, data)
+    _, (images, labels), (test_images, test_labels) = data
+    results = {
+        "knn_protocol": f"k {min(200, len(labels))}, temperature 0.5",
+        "linear_protocol": "3 probes on fresh crops and flips; before training and if quick, "
+                           "on fixed features"}
+    bank, test = extract(untrained, images), extract(untrained, test_images)
+    results["random_init_knn_top1"] = knn_accuracy(bank, labels, test, test_labels)
+    results["random_init_linear_top1"], _ = linear_probe(lambda: bank, labels, test, test_labels)
+    bank, test = extract(method, images), extract(method, test_images)
+    results["knn_top1"] = knn_accuracy(bank, labels, test, test_labels)
+    draw_neighbours(Path(config.out) / "neighbours.png", data, bank, test)
+    accuracy, std = probe(method, data, config, bank, test)
+    return results | {"linear_top1": accuracy, "linear_top1_std": std}
+
+def draw_neighbours(path, data, bank, test):
+    """Eight test images, each with its eight nearest training images, green if of its class."""
+    _, (images, labels), (test_images, test_labels) = data
+    tiles = []
+    for query in random_rows(len(test), 8).tolist():
+        nearest = (bank @ test[query] / bank.norm(dim=1)).topk(min(8, len(bank))).indices
+        tiles.append(frame(test_images[query], "gray"))
+        for row in nearest.tolist():
+            same = labels[row] == test_labels[query]
+            tiles.append(frame(images[row], "lime" if same else "red"))
+    save_image(tiles, path, nrow=1 + len(nearest))
+
+# %% MAIN ------------------------------------------------------------------------------------------
+def parse_args(argv=None):
+    """The Config of a command line: defaults < preset of the dataset < --quick < flags given."""
+    parser = ArgumentParser(
+        prog=f"{SCRIPT}.py", usage="%(prog)s [flags]", description=__doc__.split("\n")[0],
+        epilog="--dataset, --base and --quick change some of these defaults: see PRESETS and MOCO "
+               "in the script.",
+        argument_default=SUPPRESS, allow_abbrev=False)  # SUPPRESS: flags not given are left out
+    for setting in fields(Config):
+        parser.add_argument("--" + setting.name.replace("_", "-"), **setting.metadata)
+    given = vars(parser.parse_args(argv))
+    settings = given
+    if "quick" in given:
+        settings = QUICK | given
+    dataset = settings.get("dataset", Config.dataset)
+    preset = PRESETS.get(dataset, {})
+    if given.get("base") == "moco":
+        preset = preset | MOCO.get(dataset, {"temperature": 0.1})
+    config = Config(**(preset | settings))
+    if "warmup_epochs" not in given:
+        config.warmup_epochs = min(config.warmup_epochs, config.epochs // 4)
+    if config.equivariance_batch == 0:
+        config.equivariance_batch = config.batch_size
+    check(config, parser)
+    if not config.out:
+        words = [SCRIPT]
+        words += [f"{name}={given[name]}" for name in asdict(config)
+                  if name in given and name not in FREE]
+        if config.dataset in PHOTOS:
+            words.append(Path(config.data_root).resolve().name)
+        config.out = "runs/" + "-".join(words)
+    config.out = os.path.expanduser(config.out)
+    config.data_root = os.path.expanduser(config.data_root)
+    return config
+
+def check(config, parser):
+    """Ends the program if a setting has an impossible value; nan is neither > 0 nor >= 0."""
+    positive = ("size", "temperature", "epochs", "batch_size", "lr", "chunks", "queue")
+    for name, value in asdict(config).items():
+        if name in positive and not value > 0:
+            parser.error(f"--{name.replace('_', '-')} must be more than 0")
+        if not isinstance(value, str) and not value >= 0:
+            parser.error(f"--{name.replace('_', '-')} must be 0 or more")
+    if not all(width.isdecimal() and int(width) > 0 for width in config.projector.split("-")):
+        parser.error(f"widths look like 512-128, not like {config.projector}")
+    if config.batch_size % WORLD > 0 or config.batch_size < 2 * WORLD:
+        parser.error(f"--batch-size must be a multiple of {WORLD} and at least {2 * WORLD}")
+    n, chunks = config.equivariance_batch, config.chunks
+    if n > config.batch_size or n % WORLD > 0:
+        parser.error(f"equivariance-batch {n} must be a part of a batch of {config.batch_size}, "
+                     f"of {WORLD} processes alike")
+    if config.lam > 0 and (n % chunks > 0 or n == chunks):
+        parser.error(f"{chunks} chunks must cut {n} images into equal parts of 2 or more")
+    if config.base == "moco" and config.contrast != "infonce":
+        parser.error(f"MoCo has no contrast {config.contrast}, only infonce")
+    if config.base == "moco" and config.queue < config.batch_size:
+        parser.error(f"a queue of {config.queue} must hold a batch of {config.batch_size}")
+
+def main(argv=None):
+    """Runs a command line: trains, evaluates and writes the results."""
+    config = parse_args(argv)
+    try:
+        device = start(config)
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        if RANK > 0:
+            dist.barrier()  # the first process downloads
+        data = load_data(config, device)
+        if WORLD > 1 and RANK == 0:
+            dist.barrier()
+        method, log = train(config, data, device)
+        if WORLD > 1:
+            dist.barrier()
+            dist.destroy_process_group()  # the others need not wait for the evaluation
+        if RANK == 0:
+            finish(method, data, config, log)
+    except KeyboardInterrupt:
+        stop("stopped; the same command continues from the last checkpoint, if there is one")
+    except OSError as problem:  # a full disk, or a folder that cannot be written
+        stop(f"{problem}. When this is mended, the same command continues")
+    except RuntimeError as problem:
+        if "out of memory" not in str(problem) and "allocate memory" not in str(problem):
+            raise
+        stop("memory is full: use a smaller --batch-size, and another --out")
+
+def finish(method, data, config, log):
+    """Evaluates, unless that is done; writes encoder.pt and results.json and prints a summary."""
+    out = Path(config.out)
+    if not (out / "results.json").exists():
+        encoder = method.encoder.state_dict()
+        write(out / "encoder.pt", {name: value.cpu() for name, value in encoder.items()})
+        results = log[0] | log[-1] | {"epochs": config.epochs, "seed": config.seed}
+        images = config.epochs * (len(data[0][1]) // config.batch_size) * config.batch_size
+        results["images_per_second"] = images / results["train_seconds"]
+        results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30  # of the GPU
+        if data[2]:
+            results.update(evaluate(method, data, config))
+        for name, value in results.items():
+            if isinstance(value, float):
+                results[name] = float(f"{value:.4g}")
+        write(out / "results.json", json.dumps(results, indent=1))
+    results = json.loads((out / "results.json").read_text())
+    print(f"{out} is finished; it holds encoder.pt, results.json and pictures")
+    for name, value in results.items():
+        if "top1" in name:
+            print(f"  {name:24} {value} %")
+        elif "angle" in name:
+            print(f"  {name:36} {value}")
+
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of classes that a terminal lacks
-    main()
+    # in a notebook the arguments are those of its kernel: -f FILE
+    in_notebook = "kernel_launcher" in sys.argv[0] or sys.argv[1:2] == ["-f"]
+    main(["--quick"] if in_notebook else None)

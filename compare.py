@@ -65,7 +65,7 @@ def load_run(folder, data_root, device):
     check((path / "results.json").is_file(), f"{folder} has no results.json of a finished run")
     try:
         saved = torch.load(path / "checkpoint.pt", map_location=device, weights_only=True)
-        check(saved["script"] not in ("simclr_essl", "simsiam_essl"), f"{folder} is a run of "
+        check(saved["script"] not in ("simclr_essl", "simsiam_essl", "care"), f"{folder} is a run of "
               f"{saved['script']}.py, whose new form compare.py does not read yet")
         script = importlib.import_module(saved["script"])
         config = script.Config(**saved["config"])
@@ -488,7 +488,8 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         check(False, f"cannot write to {out} ({problem}): choose another --out")
-    alone = first.script is photonics_reg or getattr(first.method, "clouds", False)
+    clouds = first.config.dataset in getattr(first.script, "CLOUDS", ())
+    alone = first.script is photonics_reg or clouds
     check(not alone or len(runs) == 1, "runs on cells or clouds are measured one at a time")
     if first.script is photonics_reg:
         draw_spectra(out / "spectra.png", first, device)
@@ -496,7 +497,7 @@ def main(argv=None):
         return
     if alone:
         *_, (clouds, _) = first.script.load_data(first.config, device)
-        rotated = lambda x, share: first.method.a(x, share=share)
+        rotated = lambda x, share: first.method.augmented(x, share)
         rows = [{"name": name} | geometry(method, clouds[:SHIFTED], rotated, DRAWS)
                 for name, method in ((first.name, first.method), ("untrained", first.untrained))]
         draw_paths(out / "paths.png", turned_paths(first.method, clouds[0]))
