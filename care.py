@@ -667,11 +667,22 @@ def read_proteins(folder):
     return splits
 
 def read_list(path, files):
-    """The names of files that a text file lists, one a line, with or without .pdb."""
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    names = [line.strip().removesuffix(".pdb").removesuffix(".PDB") for line in lines]
-    names = [name for name in names if name]
-    missing = [name for name in names if name not in files]
+    """The names of files that a text file lists, one a line, with or without .pdb.
+
+    The last part of a name is enough where only one file has it.
+    """
+    last_parts = {}
+    for name in files:
+        last_parts.setdefault(name.split("/")[-1], []).append(name)
+    names, missing = [], []
+    for line in path.read_text(encoding="utf-8-sig").split("\n"):
+        name = line.strip().removesuffix(".pdb").removesuffix(".PDB")
+        if name in files:
+            names.append(name)
+        elif len(last_parts.get(name, [])) == 1:
+            names += last_parts[name]
+        elif name:
+            missing.append(name)
     if missing:
         stop(f"{path} lists {len(missing)} names without a file, the first is {missing[0]}")
     return names

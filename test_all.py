@@ -1506,6 +1506,11 @@ def test_protein_files(tmp_path, capsys):
     (root / "train.txt").write_text("a/1abc.A\nb/1abc.A\n")
     (root / "val.txt").write_text("p29")
     assert [len(labels) for labels in (care.load_data(config, CPU)[i][1] for i in (0, 2))] == [2, 1]
+    shutil.copy(root / "p11.pdb", root / "a" / "only.pdb")
+    (root / "train.txt").write_text("only\np01")  # the last part of a path, where it is enough
+    assert len(care.load_data(config, CPU)[0][1]) == 2
+    (root / "train.txt").write_text("1abc.A\np01")
+    assert "the first is 1abc.A" in stopped(capsys, *line, script=care)
     (root / "empty.pdb").write_text("")
     (root / "train.txt").write_text("empty\np01\np02")
     care.load_data(config, CPU)
