@@ -225,7 +225,7 @@ def write_arrays(splits, classes, config):
             stop(f"{len(damaged)} files cannot be read; --skip-damaged leaves them out:\n{lines}")
         print(f"left out {len(damaged)} files that cannot be read:\n{lines}")
     (part / "classes.json").write_text(json.dumps(classes))
-    if len(damaged) >= len(splits["train"]):
+    if damaged.keys() >= splits["train"].keys():
         stop("no training image is left")
     if out.exists():
         out.rmdir()  # it is empty
