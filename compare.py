@@ -323,13 +323,16 @@ def augmented(x, share):
     views = augment(x.expand(-1, 3, -1, -1), x.shape[3], share=share)
     return views[:, :x.shape[1]]  # gray images stay gray
 
-def geometry(method, images, augmented):
-    """What augmentations, each applied to all images alike, do to embeddings: means over draws."""
+def geometry(method, images, change):
+    """What augmentations, each applied to all images alike, do to embeddings: means over draws.
+
+    change(x, share) augments images or clouds, `share` consecutive ones alike.
+    """
     z, draws = embed(method, images), []
     for seed in range(AUGMENTATIONS):
         def alike(x):
             torch.manual_seed(seed)  # the same augmentation for every part, and every network
-            return augmented(x, len(x))
+            return change(x, len(x))
 
         z_a = embed(method, images, alike)
         draws.append({"wahba_so": held_out_wahba_error(z, z_a, reflections=False),
@@ -522,9 +525,9 @@ def draw_lines(path, groups, horizontal, vertical, aspect="auto"):
     """Lines, {name: [(x, y), ...]}, of a style for each name, and the names of the axes."""
     figure, axis = pyplot.subplots(figsize=(8, 5))
     for (name, lines), (color, dash) in zip(groups.items(), cycle(STYLES)):
+        axis.plot([], [], dash, color=color, label=name)
         for x, y in lines:
-            axis.plot(x, y, dash, color=color, label=name)
-            name = None  # once in the legend
+            axis.plot(x, y, dash, color=color)
     axis.set(xlabel=horizontal, ylabel=vertical, aspect=aspect)
     axis.legend(fontsize=10)
     figure.savefig(path)
@@ -537,7 +540,7 @@ def draw_retrieval(path, name, bank, queries, before, after, recoloured):
         tiles += [frame(image, "white") for image in [recoloured[row], *bank[after[row]]]]
         heads += ["as it is", "other hue"]
     figure, axis = pyplot.subplots(figsize=(7, 11))
-    axis.imshow(make_grid(tiles, nrow=6, padding=0).permute(1, 2, 0))
+    axis.imshow(make_grid(tiles, nrow=6, padding=0).permute(1, 2, 0).numpy())
     side = tiles[0].shape[1]
     axis.set_xticks([side * (i + 0.5) for i in range(6)], ["query", 1, 2, 3, 4, 5])
     axis.set_yticks([side * (i + 0.5) for i in range(10)], heads)
@@ -581,6 +584,11 @@ def measure(name, method, data, draws):
         row["layers"], row["layers_unmoved"] = layer_errors(method, score[:64])
     return row
 
+def fingerprint(method):
+    """A number that networks have in common if their encoders have the same weights."""
+    tensors = [*method.encoder.state_dict().values(), method.mean, method.std]
+    return sum(tensor.double().sum().item() for tensor in tensors)
+
 def say_how_long(runs, data, draws):
     """Prints how long measuring will take, by one transformation of every tenth image."""
     values, parameters = draws["flip"]
@@ -589,18 +597,18 @@ def say_how_long(runs, data, draws):
     for run in runs:
         features = extract(run.method, tenth.images, unchanged)
         what_is_known("flip", run.method, features, tenth, (values[::10], parameters[::10]))
-    # accuracy and geometry take as long as about three transformations; trained and untrained
-    seconds = 2 * 10 * (time.time() - began) * (len(draws) + 3)
-    print(f"this takes about {timedelta(seconds=round(seconds))}, less if runs start from the same "
-          "weights", flush=True)
+    networks = len(runs) + len({fingerprint(run.untrained) for run in runs})
+    # accuracy and geometry take about as long as three transformations
+    seconds = (time.time() - began) / len(runs) * 10 * (len(draws) + 3) * networks
+    print(f"{networks} networks, trained and untrained: this takes about "
+          f"{timedelta(seconds=round(seconds))}", flush=True)
 
 def measure_all(runs, data, draws):
     """Measures all runs, trained and untrained."""
     rows = {}  # of untrained networks
     for run in with_progress(runs, len(runs), "run"):
         run.row = measure(run.name, run.method, data, draws)
-        weights = run.untrained.encoder.state_dict().values()
-        key = sum(weight.double().sum().item() for weight in weights)
+        key = fingerprint(run.untrained)
         if key not in rows:  # runs may have started from the same weights
             rows[key] = measure(f"untrained, as {run.name}", run.untrained, data, draws)
         run.untrained_row = rows[key]
@@ -609,10 +617,10 @@ def group_seeds(runs):
     """Lists of the runs that differ in their seed alone."""
     groups = {}
     for run in runs:
-        settings = asdict(run.config)
+        settings = {"script": run.script.SCRIPT, **asdict(run.config)}
         for name in ("seed", *run.script.FREE):
             del settings[name]
-        groups.setdefault((run.script, str(settings)), []).append(run)
+        groups.setdefault(str(settings), []).append(run)
     return list(groups.values())
 
 def compare_images(runs, device, out):
@@ -628,8 +636,11 @@ def compare_images(runs, device, out):
     groups = group_seeds(runs)
     trained = [over_seeds([run.row for run in group]) for group in groups]
     untrained = [over_seeds([run.untrained_row for run in group]) for group in groups]
-    rows = {row["name"]: row for row in trained + untrained}  # each untrained network once
-    text = tables(list(rows.values()))
+    rows = list(trained)
+    for row in untrained:  # methods may have started from the same weights
+        if row["name"] not in [other["name"] for other in rows]:
+            rows.append(row)
+    text = tables(rows)
     write(out / "compare.md", text)
     numbers = {"protocol": __doc__, "fit": len(fit), "score": len(score), "device": str(device),
                "torch": str(torch.__version__), "seconds": time.time() - began,
