@@ -74,7 +74,7 @@ class Run:
     name: str
     script: ModuleType
     config: object
-    images: dict  # of which kind they are
+    kind: dict  # dataset, size and class names of its images
     log: list
     method: nn.Module
     untrained: nn.Module
@@ -93,14 +93,17 @@ def load_run(folder, data_root, device):
         config = script.Config(**saved["config"])
         config.device, config.precision = str(device), "fp32"
         config.data_root = data_root or config.data_root
+        kind = {"dataset": config.dataset, "size": getattr(config, "size", None),
+                "classes": saved["data"].get("class names")}
         torch.manual_seed(config.seed)  # as train does: the weights before training
-        stage = [config.splits] if script is photonics_reg else []  # the last that was trained
-        untrained = script.Method(config, *stage).to(device)
+        if script is photonics_reg:
+            untrained = script.Method(config, config.splits)  # the stage that was trained last
+        else:
+            untrained = script.Method(config)
         method = deepcopy(untrained)
         method.load_state_dict(saved["method"])
-        images = {"dataset": config.dataset, "size": getattr(config, "size", None),
-                  "classes": saved["data"].get("class names")}
-        return Run(path.resolve().name, script, config, images, saved["log"], method, untrained)
+        return Run(path.resolve().name, script, config, kind, saved["log"], method.to(device),
+                   untrained.to(device))
     except Exception as problem:  # a damaged file can raise nearly anything
         stop(f"the run in {folder} cannot be loaded ({type(problem).__name__}): it is damaged, or "
              "of an older form of its script")
@@ -110,9 +113,10 @@ def check_alike(runs):
     if len({run.name for run in runs}) < len(runs):
         stop("two runs have the same folder name, by which the table tells them apart")
     for run in runs:
-        for what, value in run.images.items():
-            if value != runs[0].images[what]:
-                stop(f"{runs[0].name} and {run.name} are of different images: see their {what}")
+        for what, value in run.kind.items():
+            if value != runs[0].kind[what]:
+                stop(f"{runs[0].name} and {run.name} are not of the same images: their {what} "
+                     "differs")
 
 @dataclass
 class Data:
@@ -123,8 +127,10 @@ class Data:
 
 def load_images(run, device):
     """The Data of a run's dataset, whatever part of it the run was trained on."""
-    whole = {name: 0 for name in ("limit", "validate") if hasattr(run.config, name)}
-    _, bank, test = run.script.load_data(replace(run.config, **whole), device)
+    config = replace(run.config, limit=0)
+    if hasattr(config, "validate"):
+        config.validate = False  # which would test on a part of the training images
+    _, bank, test = run.script.load_data(config, device)
     if bank is None:
         stop(f"the data of {run.name} have nothing to evaluate on")
     images, labels = [], []
@@ -172,8 +178,9 @@ def accuracy(features, data):
     held_out, rest = slice(0, n // 5), slice(n // 5, n)
     rates = {rate: probe(rest, held_out, rate, probes=1) for rate in (0.01, 0.1, 1.0)}
     best = max(rates, key=rates.get)
+    linear = probe(slice(0, n), slice(n, None), best, probes=5)
     knn = knn_accuracy(features[:n], labels[:n], features[n:], labels[n:], k=200, temperature=0.1)
-    return {"knn": knn, "linear": probe(slice(n), slice(n, None), best, probes=5), "rate": best}
+    return {"knn": knn, "linear": linear, "rate": best}
 
 # %% TRANSFORMATIONS -------------------------------------------------------------------------------
 # operations on images (N, 3, S, S) by values (N, 1, 1, 1), and the range of the values
@@ -224,7 +231,8 @@ def transformed(name, x, values):
 def r2_score(prediction, target):
     """1 - squares left / squares about the mean, a mean over parameters; NaN if one is constant."""
     left = (prediction - target).square().sum(0)
-    return (1 - left / (target - target.mean(0)).square().sum(0)).mean().item()
+    total = (target - target.mean(0)).square().sum(0)
+    return (1 - left / total).mean().item()
 
 def read_by_ridge(x, t, queries):
     """Ridge regression from rows (N, D) to parameters (N, P), both standardised.
@@ -248,11 +256,13 @@ def read_by_mlp(x, t, queries):
     """The same by an MLP, at the epoch that is best on the held-out fifth."""
     torch.manual_seed(0)
     held = len(x) // 5
-    mlp = nn.Sequential(nn.Linear(x.shape[1], 512), nn.ReLU(), nn.Linear(512, t.shape[1])).to(x)
+    layers = [nn.Linear(x.shape[1], 512), nn.ReLU(), nn.Linear(512, t.shape[1])]
+    mlp = nn.Sequential(*layers).to(x)
     optimizer = torch.optim.AdamW(mlp.parameters(), 1e-3, weight_decay=1e-2)
     least, answers = math.inf, None
     for _ in range(40):
-        for rows in (held + torch.randperm(len(x) - held, device=x.device)).split(256):
+        order = held + torch.randperm(len(x) - held, device=x.device)
+        for rows in order.split(256):
             loss = F.mse_loss(mlp(x[rows]), t[rows])
             optimizer.zero_grad()
             loss.backward()
@@ -278,7 +288,8 @@ def what_is_known(name, method, features, data, draw):
     ridge_error, by_ridge = read_by_ridge(pairs[:n], t[:n], pairs[n:])
     mlp_error, by_mlp = read_by_mlp(pairs[:n], t[:n], pairs[n:])
     known = {"ridge": r2_score(by_ridge, t[n:]), "mlp": r2_score(by_mlp, t[n:])}
-    return known | {"best": known["ridge" if ridge_error < mlp_error else "mlp"]}
+    known["best"] = known["ridge"] if ridge_error < mlp_error else known["mlp"]
+    return known
 
 # %% GEOMETRY --------------------------------------------------------------------------------------
 def wahba_rotation(f, f_a, reflections=False):
@@ -299,7 +310,7 @@ def wahba_error(f, f_a, reflections=False):
 def held_out_wahba_error(f, f_a, reflections):
     """The same per row, on the second half of the rows, with R fitted to the first half."""
     half = len(f) // 2
-    if f.shape[1] > half:  # which R would fit exactly
+    if f.shape[1] > half:  # some R would fit exactly
         return math.nan
     rotation = wahba_rotation(f[:half], f_a[:half], reflections)
     left = f[half:].double() @ rotation.T - f_a[half:].double()
@@ -390,7 +401,8 @@ def layer_errors(method, images):
         shift = torch.full((len(x), 2), math.prod(strides), device=x.device)
         elements = [(shift, shift)]  # in pixels
     else:
-        elements = [(SCALES[j] / SCALES[i], (i, j)) for i, j in pairwise(range(len(SCALES)))]
+        planes = pairwise(range(len(SCALES)))  # neighbouring ones
+        elements = [(SCALES[j] / SCALES[i], (i, j)) for i, j in planes]
     errors, unmoved = torch.zeros(2, len(layers))
     for g_x, g in elements:
         both = torch.cat([x, transform(x, g_x, group)])
@@ -464,27 +476,28 @@ def markdown(heads, lines):
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
+# the first table: the head of a column, the name of its numbers, and how many digits are shown
+COLUMNS = [("kNN", "knn", 1), ("linear", "linear", 1), ("Wahba SO", "wahba_so", 2),
+           ("Wahba O", "wahba_o", 2), ("gamma_f", "gamma_f", 2), ("moved", "moved", 2),
+           ("overlap", "overlap_at_5", 1), ("D", "width", 0)]
+
 def tables(rows):
     """Text of all that is shown of rows, as over_seeds returns them."""
     accuracies, known, layers = [], [], []
     for name, row in zip(short_names(rows), rows):
-        geometry = row["geometry"]
-        overlap = number(geometry["overlap_at_5"], 1) if "overlap_at_5" in geometry else "-"
-        rest = [number(geometry[key]) for key in ("wahba_so", "wahba_o", "gamma_f", "moved")]
-        accuracies.append([name, number(row["knn"], 1), number(row["linear"], 1), *rest, overlap,
-                           number(geometry["width"], 0)])
-        r2 = row["r2"]
-        known.append([name, *(number(r2[name]["best"]) for name in r2),
-                      number(r2["rotation"]["ridge"])])
+        numbers = {"overlap_at_5": (math.nan, 0), **row, **row["geometry"]}
+        accuracies.append([name] + [number(numbers[key], digits) for _, key, digits in COLUMNS])
+        best = [number(r2["best"]) for r2 in row["r2"].values()]
+        known.append([name, *best, number(row["r2"]["rotation"]["ridge"])])
         if "layers" in row:
             pairs = zip(row["layers"], row["layers_unmoved"])
-            errors = [f"{error:.2g} ({nothing:.2g})" for (error, _), (nothing, _) in pairs]
+            errors = [f"{error:.2g} ({unmoved:.2g})" for (error, _), (unmoved, _) in pairs]
             layers.append(f"{name}, error of each layer (of doing nothing): {', '.join(errors)}")
-    blocks = ["Accuracy in percent, and geometry:", markdown(
-        ["", "kNN", "linear", "Wahba SO", "Wahba O", "gamma_f", "moved", "overlap", "D"],
-        accuracies), "R^2 of the parameters of each transformation:", markdown(
-        ["", *rows[0]["r2"], "rotation, linear"], known), *layers]
-    return "\n\n".join(blocks) + "\n"
+    blocks = ["Accuracy in percent, and geometry:",
+              markdown(["", *(head for head, _, _ in COLUMNS)], accuracies),
+              "R^2 of the parameters of each transformation:",
+              markdown(["", *rows[0]["r2"], "rotation, linear"], known)]
+    return "\n\n".join(blocks + layers) + "\n"
 
 # %% PICTURES --------------------------------------------------------------------------------------
 # of lines, which can be told apart without colours, too
@@ -536,11 +549,12 @@ def draw_retrieval(path, name, bank, queries, before, after, recoloured):
     """Five queries with their five nearest images and, below, the same recoloured."""
     tiles, heads = [], []
     for row in torch.linspace(0, len(queries) - 1, 5).long().tolist():
-        tiles += [frame(image, "white") for image in [queries[row], *bank[before[row]]]]
-        tiles += [frame(image, "white") for image in [recoloured[row], *bank[after[row]]]]
+        shown = [queries[row], *bank[before[row]], recoloured[row], *bank[after[row]]]
+        tiles += [frame(image, "white") for image in shown]
         heads += ["as it is", "other hue"]
     figure, axis = pyplot.subplots(figsize=(7, 11))
-    axis.imshow(make_grid(tiles, nrow=6, padding=0).permute(1, 2, 0).numpy())
+    grid = make_grid(tiles, nrow=6, padding=0)
+    axis.imshow(grid.permute(1, 2, 0).numpy())
     side = tiles[0].shape[1]
     axis.set_xticks([side * (i + 0.5) for i in range(6)], ["query", 1, 2, 3, 4, 5])
     axis.set_yticks([side * (i + 0.5) for i in range(10)], heads)
@@ -593,13 +607,15 @@ def say_how_long(runs, data, draws):
     """Prints how long measuring will take, by one transformation of every tenth image."""
     values, parameters = draws["flip"]
     tenth = Data(data.images[::10], data.labels[::10], len(range(0, data.fit, 10)))
-    began = time.time()
+    seconds = 0
     for run in runs:
         features = extract(run.method, tenth.images, unchanged)
+        began = time.time()
         what_is_known("flip", run.method, features, tenth, (values[::10], parameters[::10]))
+        seconds += time.time() - began
     networks = len(runs) + len({fingerprint(run.untrained) for run in runs})
-    # accuracy and geometry take about as long as three transformations
-    seconds = (time.time() - began) / len(runs) * 10 * (len(draws) + 3) * networks
+    parts = len(draws) + 3  # all else takes about as long as three transformations
+    seconds = 10 * seconds / len(runs) * networks * parts
     print(f"{networks} networks, trained and untrained: this takes about "
           f"{timedelta(seconds=round(seconds))}", flush=True)
 
@@ -649,17 +665,23 @@ def compare_images(runs, device, out):
     write(out / "compare.json", json.dumps(numbers, indent=1).replace("NaN", "null"))
 
     draw_r2(out / "r2.png", trained, untrained)
+    draw_pictures(out, short_names(trained), groups, data)
+    print(f"{text}\n{out} has compare.md, compare.json and pictures")
+
+def draw_pictures(out, names, groups, data):
+    """Pictures of groups of runs that differ in their seed alone, and of the first run."""
+    fit, score = data.images[:data.fit], data.images[data.fit:]
     curves, cosines = {}, {}
-    for name, group in zip(short_names(trained), groups):
+    for name, group in zip(names, groups):
         curves[name] = [knn_curve(run) for run in group]
         cosines[name] = [histogram(positive_cosines(group[0].method, score[:MOVED]))]
     draw_lines(out / "curves.png", curves, "epoch", "kNN accuracy by the script, percent")
     draw_lines(out / "cosines.png", cosines, "cosine of the embeddings of two views of an image",
                "percent of the test images, per 0.05")
     if fit.shape[1] == 3:
-        _, *found = retrieve(runs[0].method, fit, score[:QUERIES])
-        draw_retrieval(out / "retrieval.png", runs[0].name, fit, score[:QUERIES], *found)
-    print(f"{text}\n{out} has compare.md, compare.json and pictures")
+        first, queries = groups[0][0], score[:QUERIES]
+        _, *found = retrieve(first.method, fit, queries)
+        draw_retrieval(out / "retrieval.png", first.name, fit, queries, *found)
 
 def compare_clouds(run, device, out):
     """Geometry of a run on clouds under turns, before and after training, and its paths."""

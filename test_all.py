@@ -2636,14 +2636,14 @@ def test_readouts_are_chosen_on_the_held_out_fifth(monkeypatch):
         y = torch.cat([t[:200] + 100, t[200:1000]])
         far, answers = read(x[:1000], y, x[1000:])
         assert 9000 < far < 11000 and (answers.std() > 0.6) == (read is compare.read_by_ridge)
-    data = compare.Data(torch.zeros(8, 3, 9, 9).byte(), torch.zeros(8), 5)
-    draw = compare.draw_values("rotation", 8, 9)
-    answers = compare.standardised(draw[1], 5)[5:]
-    monkeypatch.setattr(compare, "extract", lambda method, images, view: torch.randn(8, 4))
+    data = compare.Data(torch.zeros(40, 3, 9, 9).byte(), torch.zeros(40), 20)
+    draw = compare.draw_values("rotation", 40, 9)
+    answers = compare.standardised(draw[1], 20)[20:]
+    monkeypatch.setattr(compare, "extract", lambda method, images, view: torch.randn(40, 4))
     for errors, best in (((0.1, 0.2), "ridge"), ((0.2, 0.1), "mlp")):
         monkeypatch.setattr(compare, "read_by_ridge", lambda *args: (errors[0], answers))
         monkeypatch.setattr(compare, "read_by_mlp", lambda *args: (errors[1], 0.5 * answers))
-        known = compare.what_is_known("rotation", None, torch.randn(8, 4), data, draw)
+        known = compare.what_is_known("rotation", None, torch.randn(40, 4), data, draw)
         assert known["best"] == known[best] and known["ridge"] != known["mlp"]
 
 def test_transformations_and_what_pixels_know_of_them():
@@ -2834,7 +2834,7 @@ def test_r2_is_drawn_as_a_heatmap(tmp_path, monkeypatch):
 def test_compare_says_beforehand_how_long_it_takes(monkeypatch, capsys):
     run = stand_in("a", None, None)
     other = compare.Run("b", run.script, run.config, {}, [], run.method, run.untrained)
-    data, seen, ticks = compare.Data(torch.zeros(45, 3, 8, 8), torch.zeros(45), 31), [], iter([100.0, 106.0])
+    data, seen, ticks = compare.Data(torch.zeros(45, 3, 8, 8), torch.zeros(45), 31), [], iter([100.0, 103.0, 110.0, 113.0])
     draws = {name: compare.draw_values(name, 45, 8) for name in compare.TRANSFORMATIONS}
     monkeypatch.setattr(compare, "extract", lambda method, images, view: images)
     monkeypatch.setattr(compare, "what_is_known", lambda *args: seen.append(args))
@@ -2858,8 +2858,8 @@ def test_what_cannot_be_compared(runs, tmp_path, monkeypatch, capsys):
 
     assert "nowhere is not the folder of a finished run" in refused("nowhere")
     assert "same folder name" in refused(whole, whole) and "no device" in refused(whole, "--device", "x")
-    assert "different images: see their size" in refused(whole, changed("size", size=48))
-    assert "different images: see their dataset" in refused(whole, changed("dataset", dataset="cifar10"))
+    assert "not of the same images: their size differs" in refused(whole, changed("size", size=48))
+    assert "not of the same images: their dataset differs" in refused(whole, changed("dataset", dataset="cifar10"))
     few = changed("few", dataset="folder", data_root=str(tmp_path), batch_size=2)
     assert "first run: python prepare.py" in refused(few)
     for split, n in (("train", 4), ("val", 9)):
