@@ -1,279 +1,387 @@
-"""What encoders know, side by side: finished runs of the scripts, measured by one protocol.
+"""What encoders know, side by side: finished runs of the six scripts, measured by one protocol.
 
-  python compare.py runs/A runs/B ...     image runs on one dataset
-  python compare.py RUN                   one run; of photonics_reg.py: spectra, of proteins: paths
+Usage
+  python compare.py runs/A runs/B ...     runs on images: one dataset, one size of the images
+  python compare.py RUN                   of photonics_reg.py: spectra; of care.py on clouds: paths
 
-Writes a table (compare.md), all numbers (compare.json) and pictures to --out. Runs that differ in
-their seed alone are one row of the table, mean±standard deviation. The protocol: up to 10,000
-training images to learn from, 5,000 test images to score, in a fixed random order, float32 or TF32.
-  accuracy   of features: kNN (k 200, T 0.1), and a linear probe on standardised features, its rate
-             (of 0.01, 0.1, 1) chosen on a fifth of the training images.
-  R^2        of the parameters of T, read from the frozen pair [f(x), f(T x)], one transformation
-             at a time, always applied, drawn alike for all encoders: by ridge regression (penalty
-             chosen on a fifth) and an MLP (512 hidden, AdamW 1e-3, 40 epochs). 1 - squares left /
-             squares about the mean, for each parameter, then their mean (SIE pools the parameters).
-             Crop: centre and log area; rotation: one of four turns.
-  geometry   of embeddings on the sphere (features where there is no projector) under 10
-             augmentations, each of all 2,000 test images alike. Wahba: the rotation (SO, or O with
-             reflections) fitted on half of them, its error per image on the other half; none if
-             the width D is more than that half. gamma_f of CARE, of 1,000 images: 0 for rotations.
-             moved: mean distance. overlap: percent of five neighbours of 200 images that stay when
-             the hue is shifted.
-  layers     of homomorphic.py: relative error of equivariance, and that of doing nothing.
-Neither R^2 nor geometry ranks encoders of different widths.
+Writes a table (compare.md), all numbers (compare.json) and pictures to the folder --out. Runs that
+differ in their seed alone are one row: mean±standard deviation. Each network is also measured
+untrained. The protocol, in float32 (TF32 on a GPU): up to 10,000 training images to learn from and
+5,000 test images to score, always the same ones, as the scripts' evaluation sees them.
+
+accuracy    of the features, in percent: kNN (k 200, temperature 0.1), and a linear probe on
+            standardised features. Its rate is the best of 0.01, 0.1 and 1 on a held-out fifth of
+            the training images.
+R^2         of the parameters of a transformation T, read from pairs of features [f(x), f(T x)].
+            One T at a time, drawn once, alike for all networks: crop (centre and log area; the
+            area is 0.2 to 1), flip, rotation (one of four), brightness, contrast and saturation
+            (0.6 to 1.4), hue (-0.1 to 0.1 turns), blur (sigma 0.1 to 2 pixels). R^2 is 1 - squares
+            left / squares about the mean, for each parameter, then their mean (SIE pools them).
+            Two readouts: ridge regression (penalty 1 to 10^4), and an MLP (one hidden layer of
+            512, AdamW 1e-3, at most 40 epochs). The held-out fifth chooses the penalty, the MLP's
+            epoch, and which of the two is shown. compare.json has both.
+geometry    of the embeddings (features where there is no projector) on the sphere, under 10
+            augmentations, each the same for all of 2,000 test images. Wahba: the rotation (in SO,
+            or with reflections in O) is fitted on half of them; its error, per image, on the
+            others; undefined if there are more dimensions D than images to fit. gamma_f of CARE,
+            of 1,000 images: 0 for rotations. moved: mean distance. overlap: percent of the five
+            nearest images that stay when the hue of the query is shifted, for 200 queries.
+layers      of homomorphic.py: relative error of equivariance, and that of leaving the features.
+Neither R^2 nor geometry ranks networks whose features differ in width.
 """
-import argparse
-import importlib
 import json
 import math
 import re
+import time
+from argparse import ArgumentParser
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from itertools import cycle, pairwise
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+import torchvision.transforms.functional as TF
 from matplotlib import pyplot
-from torchvision.ops import MLP
-from torchvision.utils import save_image
+from torchvision.utils import make_grid
 
 import care
+import homomorphic
 import photonics_reg
+import sfrik
+import simclr_essl
 import simsiam_essl
-from homomorphic import PLANES, SCALES, act, extract, transform
-from sfrik import augment, blur, brightness, check, contrast, crop, draw_box, first_of
-from sfrik import knn_accuracy, saturation, shift_hue, start
+from care import (augment, brightness, contrast, crop, draw_boxes, gaussian_blur, saturation,
+                  shift_hue)
+from homomorphic import PLANES, SCALES, GroupEncoder, act, transform
+from simclr_essl import (extract, frame, knn_accuracy, linear_probe, random_rows, rotate4, start,
+                         stop, take, with_progress, write)
 
-pyplot.rcParams.update({"backend": "Agg", "figure.autolayout": True, "savefig.dpi": 120})
-
-FIT, SCORE, SHIFTED, DRAWS, RETRIEVED = 10_000, 5_000, 2_000, 10, 200
-RANGES = {"flip": (0.0, 1.0), "hue": (-0.1, 0.1), "blur": (0.1, 2.0)}  # of the others 0.6 to 1.4
-OPERATIONS = {"crop": lambda x, box: crop(x, box, x.shape[3]),
-              "flip": lambda x, flipped: torch.where(flipped, x.flip(3), x),
-              "rotation": lambda x, turns: transform(x, turns, "rotation"),
-              "brightness": brightness, "contrast": contrast, "blur": blur,
-              "saturation": saturation, "hue": shift_hue}
-COLOUR = tuple(OPERATIONS)
-GRAY = COLOUR[:6]  # those that change gray images
+SCRIPTS = {"simclr_essl": simclr_essl, "simsiam_essl": simsiam_essl, "care": care, "sfrik": sfrik,
+           "homomorphic": homomorphic, "photonics_reg": photonics_reg}
+FIT, SCORE = 10_000, 5_000  # images to learn from and to score, at most
+MOVED, AUGMENTATIONS, QUERIES = 2_000, 10, 200  # of geometry: images, draws, queries by hue
+pyplot.rcParams.update({"backend": "Agg", "figure.autolayout": True, "savefig.dpi": 120,
+                        "font.size": 12})
 
 # %% RUNS ------------------------------------------------------------------------------------------
+@dataclass
+class Run:
+    """A finished run: its script, settings and log, and its network after and before training."""
+    name: str
+    script: ModuleType
+    config: object
+    kind: dict  # dataset, size and class names of its images
+    log: list
+    method: nn.Module
+    untrained: nn.Module
+    row: dict = None  # what measure returned of method
+    untrained_row: dict = None
+
 def load_run(folder, data_root, device):
-    """Name, script, config, log, results, trained and untrained method of a finished run."""
+    """The Run in a folder; ends the program with one line if there is none or it is damaged."""
     path = Path(folder)
-    check((path / "results.json").is_file(), f"{folder} has no results.json of a finished run")
+    for file in ("results.json", "checkpoint.pt"):
+        if not (path / file).is_file():
+            stop(f"{folder} is not the folder of a finished run: it has no {file}")
     try:
         saved = torch.load(path / "checkpoint.pt", map_location=device, weights_only=True)
-        check(saved["script"] not in ("simclr_essl", "simsiam_essl", "care"), f"{folder} is a run of "
-              f"{saved['script']}.py, whose new form compare.py does not read yet")
-        script = importlib.import_module(saved["script"])
+        script = SCRIPTS[saved["script"]]
         config = script.Config(**saved["config"])
-        config = replace(config, data_root=data_root or config.data_root, precision="fp32")
-        stage = (config.splits,) if script is photonics_reg else ()
-        torch.manual_seed(config.seed)
-        untrained = script.Method(config, *stage).to(device)
+        config.device, config.precision = str(device), "fp32"
+        config.data_root = data_root or config.data_root
+        kind = {"dataset": config.dataset, "size": getattr(config, "size", None),
+                "classes": saved["data"].get("class names")}
+        torch.manual_seed(config.seed)  # as train does: the weights before training
+        if script is photonics_reg:
+            untrained = script.Method(config, config.splits)  # the stage that was trained last
+        else:
+            untrained = script.Method(config)
         method = deepcopy(untrained)
         method.load_state_dict(saved["method"])
-    except Exception as problem:  # a damaged file, or one of another version, can raise anything
-        check(False, f"cannot load the run in {folder} ({type(problem).__name__})")
-    return SimpleNamespace(name=path.resolve().name, script=script, config=config, log=saved["log"],
-                           method=method, untrained=untrained, classes=saved["data"].get("classes"))
+        return Run(path.resolve().name, script, config, kind, saved["log"], method.to(device),
+                   untrained.to(device))
+    except Exception as problem:  # a damaged file can raise nearly anything
+        stop(f"the run in {folder} cannot be loaded ({type(problem).__name__}): it is damaged, or "
+             "of an older form of its script")
 
-def pick(images, n):
-    """The first n images of a fixed random order: uint8 (n, C, S, S), also of a Folder."""
-    rows = first_of(n, len(images))
-    if isinstance(images, torch.Tensor):
-        return images[rows.to(images.device)]
-    return torch.stack([view for [view], _ in (images[0, row] for row in rows.tolist())])
+def check_alike(runs):
+    """Ends the program unless all runs have their own name and the same kind of images."""
+    if len({run.name for run in runs}) < len(runs):
+        stop("two runs have the same folder name, by which the table tells them apart")
+    for run in runs:
+        for what, value in run.kind.items():
+            if value != runs[0].kind[what]:
+                stop(f"{runs[0].name} and {run.name} are not of the same images: their {what} "
+                     "differs")
+
+@dataclass
+class Data:
+    """Images (N, C, S, S), uint8, and labels (N,). The first `fit` are to learn from."""
+    images: torch.Tensor
+    labels: torch.Tensor
+    fit: int
 
 def load_images(run, device):
-    """(images, labels) to learn from and to score, read by the run's script, without its limits."""
-    config = SimpleNamespace(**vars(run.config) | {"limit": 0, "validate": False})
-    data = run.script.load_data(config, device)
-    check(data[1], f"the data of {run.name} have no classes in train/ and val/ to compare by")
-    return [(pick(images, n).to(device), pick(labels, n))
-            for (images, labels), n in zip(data[1:], (FIT, SCORE))]
+    """The Data of a run's dataset, whatever part of it the run was trained on."""
+    config = replace(run.config, limit=0)
+    if hasattr(config, "validate"):
+        config.validate = False  # which would test on a part of the training images
+    _, bank, test = run.script.load_data(config, device)
+    if bank is None:
+        stop(f"the data of {run.name} have nothing to evaluate on")
+    images, labels = [], []
+    for (all_images, all_labels), count in ((bank, FIT), (test, SCORE)):
+        if len(all_labels) < 5:
+            stop(f"the data of {run.name} have {len(all_labels)} images: 5 are needed to learn "
+                 "from, and 5 to test")
+        rows = random_rows(len(all_labels), count)
+        for part in rows.split(256):  # of images on a disk only these are read
+            images.append(run.script.middle(take(all_images, part, device), run.config))
+        labels.append(all_labels.to(device)[rows.to(device)])
+    return Data(torch.cat(images), torch.cat(labels), fit=len(labels[0]))
 
-def embed(method, x, prepare=lambda x: x / 255 if x.dtype == torch.uint8 else x):
-    """Embeddings (N, D) of images or clouds, on the sphere; features if there is no projector."""
-    name = "embed" if hasattr(method, "embed") else "features"
-    return F.normalize(extract(method, x, prepare, name))
+def unchanged(x):
+    """The view of an image that is the image."""
+    return x
+
+@torch.no_grad()
+def embed(method, images, view=unchanged):
+    """Embeddings (N, D), on the sphere, of views of images; features if there is no projector."""
+    network = method.embed if hasattr(method, "embed") else method.features
+    method.eval()
+    parts = [network(view(TF.convert_image_dtype(part))) for part in images.split(256)]
+    method.train()
+    return F.normalize(torch.cat(parts))
 
 # %% ACCURACY --------------------------------------------------------------------------------------
-def standardised(fit, *others):
-    """Rows less the mean of fit, over its standard deviation; constant columns become 0."""
-    mean, std = fit.mean(0), fit.std(0)
-    return [torch.where(std > 1e-6, (x - mean) / std.clamp(min=1e-6), 0) for x in (fit, *others)]
+def standardised(x, fit):
+    """Rows less the mean of the first `fit` rows, over their deviation; constant columns are 0."""
+    mean, std = x[:fit].mean(0), x[:fit].std(0)
+    return torch.where(std > 1e-6, (x - mean) / std.clamp(min=1e-6), 0)
 
-def accuracy(method, data):
-    """kNN and linear accuracy, percent, of (images, labels) to learn from and to score."""
-    (_, labels), (_, test_labels) = data
-    features = [extract(method, images) for images, _ in data]
-    k, classes = min(200, len(labels)), int(labels.max()) + 1
-    knn = knn_accuracy(features[0], labels, features[1], test_labels, k, 0.1, classes)
-    z, test = standardised(*features)
-    held = len(z) // 5
+def accuracy(features, data):
+    """kNN and linear accuracy, in percent, of features (N, D), and the probe's rate."""
+    n, labels = data.fit, data.labels
+    z = standardised(features, n)
 
-    def probe(rows, x, y, rate, probes):
+    def probe(learn, test, rate, probes):
+        """Accuracy on the rows `test` of a probe that learns from the rows `learn`."""
         torch.manual_seed(0)
-        return simsiam_essl.linear_probe(lambda: z[rows], labels[rows], x, y, rate, epochs=50,
-                                         probes=probes)[0]
+        mean, _ = linear_probe(lambda: z[learn], labels[learn], z[test], labels[test], lr=rate,
+                               epochs=50, probes=probes)
+        return mean
 
-    rates = (0.01, 0.1, 1.0)
-    best = max(rates, key=lambda rate: probe(slice(held, None), z[:held], labels[:held], rate, 1))
-    return {"knn": knn, "linear": probe(slice(None), test, test_labels, best, 5), "rate": best}
+    held_out, rest = slice(0, n // 5), slice(n // 5, n)
+    rates = {rate: probe(rest, held_out, rate, probes=1) for rate in (0.01, 0.1, 1.0)}
+    best = max(rates, key=rates.get)
+    linear = probe(slice(0, n), slice(n, None), best, probes=5)
+    knn = knn_accuracy(features[:n], labels[:n], features[n:], labels[n:], k=200, temperature=0.1)
+    return {"knn": knn, "linear": linear, "rate": best}
 
 # %% TRANSFORMATIONS -------------------------------------------------------------------------------
-def draw_transformation(name, n, size, seed=0):
-    """Arguments (n, ...) of a transformation of n images, and its parameters (n, P)."""
-    generator = torch.Generator().manual_seed(len(COLOUR) * seed + COLOUR.index(name))
+# operations on images (N, 3, S, S) by values (N, 1, 1, 1), and the range of the values
+OPERATIONS = {"brightness": (brightness, -0.4, 0.4), "contrast": (contrast, -0.4, 0.4),
+              "blur": (gaussian_blur, 0.1, 2.0), "saturation": (saturation, -0.4, 0.4),
+              "hue": (shift_hue, -0.1, 0.1)}
+TRANSFORMATIONS = ["crop", "flip", "rotation", *OPERATIONS]
+GRAY = TRANSFORMATIONS[:6]  # those that change gray images
 
-    def uniform(low, high, *shape):
-        return torch.empty(n, *shape).uniform_(low, high, generator=generator)
+def draw_values(name, n, size):
+    """Random values of a transformation for n images, and the parameters (n, P) to be read."""
+    generator = torch.Generator().manual_seed(TRANSFORMATIONS.index(name))
+
+    def uniform(low, high, draws=1):
+        return torch.empty(n, draws, 1, 1).uniform_(low, high, generator=generator)
 
     if name == "crop":
-        box = draw_box(uniform, size, size, (0.2, 1.0))
-        top, left, height, width = box.T
-        return box, torch.stack([top + height / 2, left + width / 2, (height * width).log()], 1)
+        boxes = draw_boxes(uniform, size, size, (0.2, 1.0))
+        top, left, height, width = boxes.T
+        place = [top + height / 2, left + width / 2, (height * width).log()]
+        return boxes, torch.stack(place, dim=1)
     if name == "rotation":
         turns = torch.randint(4, (n,), generator=generator)
         return turns, F.one_hot(turns, 4).float()
-    values = uniform(*RANGES.get(name, (0.6, 1.4)), 1, 1, 1)
-    values = values < 0.5 if name == "flip" else values
-    return values, values.float().flatten(1)
+    if name == "flip":
+        values = (uniform(0, 1) < 0.5).float()
+    else:
+        _, low, high = OPERATIONS[name]
+        values = uniform(low, high)
+    return values, values.flatten(1)
 
-def transformed(name, x, argument):
-    """Images (N, C, S, S) in [0, 1], transformed each by its argument."""
-    return OPERATIONS[name](x.expand(-1, 3, -1, -1), argument)[:, :x.shape[1]]
+def transformed(name, x, values):
+    """Images (N, C, S, S) in [0, 1], each transformed by its own value."""
+    channels = x.shape[1]
+    x = x.expand(-1, 3, -1, -1)  # the operations are for colour images
+    if name == "crop":
+        x = crop(x, values, x.shape[3])
+    elif name == "flip":
+        x = torch.where(values == 1, x.flip(3), x)
+    elif name == "rotation":
+        versions = rotate4(x).unflatten(0, (4, -1))  # (4, N, 3, S, S)
+        x = versions[values, torch.arange(len(x), device=x.device)]
+    else:
+        operation, _, _ = OPERATIONS[name]
+        x = operation(x, values)
+    return x[:, :channels]
 
 def r2_score(prediction, target):
     """1 - squares left / squares about the mean, a mean over parameters; NaN if one is constant."""
     left = (prediction - target).square().sum(0)
-    return (1 - left / (target - target.mean(0)).square().sum(0)).mean().item()
+    total = (target - target.mean(0)).square().sum(0)
+    return (1 - left / total).mean().item()
 
-def ridge_r2(x, t, test, test_t):
-    """R^2 of ridge regression from standardised rows (N, D) to standardised parameters (N, P)."""
-    x, t, test, test_t = (y.double() for y in (x, t, test, test_t))
+def read_by_ridge(x, t, queries):
+    """Ridge regression from rows (N, D) to parameters (N, P), both standardised.
+
+    Returns the mean squared error on the held-out first fifth, and the parameters of the queries.
+    """
+    x, t, queries = x.double(), t.double(), queries.double()
     held = len(x) // 5
 
-    def predict(rows, penalty, queries):
-        left = x[rows].T @ x[rows] + penalty * torch.eye(x.shape[1]).to(x)
-        return queries @ torch.linalg.solve(left, x[rows].T @ t[rows])
+    def solve(first, penalty):
+        """The weights (D, P), fitted on all rows from the first."""
+        gram = x[first:].T @ x[first:] + penalty * torch.eye(x.shape[1]).to(x)
+        return torch.linalg.solve(gram, x[first:].T @ t[first:])
 
-    rest, penalties = slice(held, None), (1.0, 10.0, 100.0, 1e3, 1e4)
-    best = max(penalties, key=lambda p: r2_score(predict(rest, p, x[:held]), t[:held]))
-    return r2_score(predict(slice(None), best, test), test_t)
+    errors = {penalty: F.mse_loss(x[:held] @ solve(held, penalty), t[:held]).item()
+              for penalty in (1, 10, 100, 1000, 10_000)}
+    best = min(errors, key=errors.get)
+    return errors[best], queries @ solve(0, best)
 
-def mlp_r2(x, t, test, test_t):
-    """R^2 of an MLP with one hidden layer, from and to the same."""
+def read_by_mlp(x, t, queries):
+    """The same by an MLP, at the epoch that is best on the held-out fifth."""
     torch.manual_seed(0)
-    mlp = MLP(x.shape[1], [512, t.shape[1]]).to(x.device)
+    held = len(x) // 5
+    layers = [nn.Linear(x.shape[1], 512), nn.ReLU(), nn.Linear(512, t.shape[1])]
+    mlp = nn.Sequential(*layers).to(x)
     optimizer = torch.optim.AdamW(mlp.parameters(), 1e-3, weight_decay=1e-2)
+    least, answers = math.inf, None
     for _ in range(40):
-        for rows in torch.randperm(len(x), device=x.device).split(256):
+        order = held + torch.randperm(len(x) - held, device=x.device)
+        for rows in order.split(256):
             loss = F.mse_loss(mlp(x[rows]), t[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    with torch.no_grad():
-        return r2_score(mlp(test), test_t)
+        with torch.no_grad():
+            error = F.mse_loss(mlp(x[:held]), t[:held]).item()
+            if error < least:
+                least, answers = error, mlp(queries)
+    return least, answers
 
-def what_is_known(method, fit, score):
-    """R^2 by both readouts of every transformation of images (N, C, S, S) to fit and to score."""
-    known, plain = {}, [extract(method, x) for x in (fit, score)]
-    for name in COLOUR if fit.shape[1] == 3 else GRAY:
-        pairs, parameters = [], []
-        for seed, (images, z) in enumerate(zip((fit, score), plain)):
-            argument, parameter = draw_transformation(name, len(images), images.shape[3], seed)
-            remaining = iter(argument.to(images.device).split(256))
-            after = extract(method, images, lambda x: transformed(name, x / 255, next(remaining)))
-            pairs.append(torch.cat([z, after], dim=1))
-            parameters.append(parameter.to(images.device))
-        (x, test), (t, test_t) = standardised(*pairs), standardised(*parameters)
-        known[name] = {"ridge": ridge_r2(x, t, test, test_t), "mlp": mlp_r2(x, t, test, test_t)}
+def what_is_known(name, method, features, data, draw):
+    """R^2 of a transformation's parameters on the test images, by both readouts.
+
+    features: of the images as they are. draw: what draw_values returned. "best" is the R^2 of the
+    readout with the smaller error on held-out training images.
+    """
+    values, parameters = draw
+    parts = iter(values.to(features.device).split(256))  # extract takes 256 images at a time, too
+    after = extract(method, data.images, lambda x: transformed(name, x, next(parts)))
+    n = data.fit
+    pairs = standardised(torch.cat([features, after], dim=1), n)
+    t = standardised(parameters.to(features.device), n)
+    ridge_error, by_ridge = read_by_ridge(pairs[:n], t[:n], pairs[n:])
+    mlp_error, by_mlp = read_by_mlp(pairs[:n], t[:n], pairs[n:])
+    known = {"ridge": r2_score(by_ridge, t[n:]), "mlp": r2_score(by_mlp, t[n:])}
+    known["best"] = known["ridge"] if ridge_error < mlp_error else known["mlp"]
     return known
 
 # %% GEOMETRY --------------------------------------------------------------------------------------
 def wahba_rotation(f, f_a, reflections=False):
     """The rotation R (D, D), float64, with f_a nearest to f R^T, both (N, D): Wahba's problem.
 
-    Section 4 of the paper, by the singular value decomposition; with reflections, R in O(D).
+    Section 4 of CARE, by the singular value decomposition; with reflections, R in O(D).
     """
     u, _, vt = torch.linalg.svd(f_a.double().T @ f.double())
     if not reflections:
         u[:, -1] *= torch.det(u @ vt).sign()
     return u @ vt
 
-def wahba_error(f, f_a, reflections=False, fit=None):
-    """Frobenius norm of f R^T - f_a, both (N, D), for the R that is best for them, or for fit."""
-    rotation = wahba_rotation(*(fit or (f, f_a)), reflections)
+def wahba_error(f, f_a, reflections=False):
+    """Frobenius norm of f R^T - f_a, both (N, D), for the R that is best for them."""
+    rotation = wahba_rotation(f, f_a, reflections)
     return torch.linalg.norm(f.double() @ rotation.T - f_a.double()).item()
 
+def held_out_wahba_error(f, f_a, reflections):
+    """The same per row, on the second half of the rows, with R fitted to the first half."""
+    half = len(f) // 2
+    if f.shape[1] > half:  # some R would fit exactly
+        return math.nan
+    rotation = wahba_rotation(f[:half], f_a[:half], reflections)
+    left = f[half:].double() @ rotation.T - f_a[half:].double()
+    return left.square().sum(1).mean().sqrt().item()
+
 def relative_equivariance(f, f_a):
-    """gamma_f of section 5.2 for one augmentation, of embeddings before and after it, (N, D).
+    """gamma_f, section 5.2 of CARE, of embeddings (N, D) before and after one augmentation.
 
     Mean over pairs of the squared change of their squared distance, over the squared sum of what
-    the two moved. 0 for a rotation; pairs that did not move are left out, nan if none did.
+    the two moved. 0 for a rotation; pairs that did not move are left out, NaN if none did.
     """
     f, f_a = f.double(), f_a.double()
     change = F.pdist(f_a).square() - F.pdist(f).square()  # of all pairs i < j
     moved = (f_a - f).square().sum(1)
     both = torch.combinations(moved).sum(1).square()
     pairs = both >= 1e-12
-    return (change.square()[pairs] / both[pairs]).mean().item()
+    return (change[pairs].square() / both[pairs]).mean().item()
 
-def geometry(method, images, change, draws):
+def augmented(x, share):
+    """Images in [0, 1] under the augmentation of SimCLR, `share` consecutive ones alike."""
+    views = augment(x.expand(-1, 3, -1, -1), x.shape[3], share=share)
+    return views[:, :x.shape[1]]  # gray images stay gray
+
+def geometry(method, images, change):
     """What augmentations, each applied to all images alike, do to embeddings: means over draws.
 
-    change(x, share): x augmented, so many consecutive images alike. What is undefined is None.
+    change(x, share) augments images or clouds, `share` consecutive ones alike.
     """
-    z, rows = embed(method, images), []
-    for seed in range(draws):
+    z, draws = embed(method, images), []
+    for seed in range(AUGMENTATIONS):
         def alike(x):
-            torch.manual_seed(seed)  # the same augmentation for every part, and for every encoder
+            torch.manual_seed(seed)  # the same augmentation for every part, and every network
             return change(x, len(x))
 
         z_a = embed(method, images, alike)
-        fit, rest = zip(z.chunk(2), z_a.chunk(2))  # before and after, of half of the images each
-        errors = [math.nan, math.nan]
-        if z.shape[1] <= len(fit[0]):
-            errors = [wahba_error(*rest, free, fit) / len(rest[0]) ** 0.5 for free in (False, True)]
-        rows.append([*errors, relative_equivariance(z[:1000], z_a[:1000]),
-                     (z - z_a).norm(dim=1).mean().item()])
-    means = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
-    names = ("wahba_so", "wahba_o", "gamma_f", "moved")
-    measured = {name: mean if math.isfinite(mean) else None for name, mean in zip(names, means)}
-    return measured | {"width": z.shape[1], "images": len(z), "draws": draws}
+        draws.append({"wahba_so": held_out_wahba_error(z, z_a, reflections=False),
+                      "wahba_o": held_out_wahba_error(z, z_a, reflections=True),
+                      "gamma_f": relative_equivariance(z[:1000], z_a[:1000]),
+                      "moved": (z - z_a).norm(dim=1).mean().item()})
+    means = {name: mean for name, (mean, _) in over_seeds(draws).items()}
+    return means | {"width": z.shape[1], "images": len(z), "draws": len(draws)}
 
 def mean_hue(images):
     """Hue, in turns, of the mean colour of images (N, 3, H, W)."""
     red, green, blue = images.mean((2, 3)).T
-    return torch.atan2(3 ** 0.5 * (green - blue), 2 * red - green - blue) / (2 * math.pi)
+    return torch.atan2(3 ** 0.5 * (green - blue), 2 * red - green - blue) / math.tau
 
 def retrieve(method, bank, queries):
-    """The nearest images of queries, and of the same with another hue (CARE, section 5.3).
+    """The nearest images of queries, and of the same with another hue (section 5.3 of CARE).
 
-    bank, queries: uint8 (N, 3, S, S). Ours: overlap_at_5, percent of the five nearest that stay
-    when the hue is shifted by 0.1 to 0.5 turns either way; hue_difference, mean hue distance, in
-    degrees, of those found for the recoloured image to it (chance: 90). Also rows of the bank
-    (M, 5) that are nearest before and after, and the recoloured queries.
+    bank, queries: uint8 (N, 3, S, S). overlap_at_5: percent of the five nearest that stay when the
+    hue is shifted by 0.1 to 0.5 turns either way. hue_difference, in degrees: from the recoloured
+    image to those found for it (chance: 90). Also rows of the bank (M, 5) that are nearest before
+    and after, and the recoloured queries.
     """
     shift = torch.linspace(0.1, 0.9, len(queries), device=queries.device)[:, None, None, None]
     recoloured = shift_hue(queries.float() / 255, shift)
     known = embed(method, bank)
     before = (embed(method, queries) @ known.T).topk(5).indices
     after = (embed(method, recoloured) @ known.T).topk(5).indices
-    overlap = 100 * (before[:, :, None] == after[:, None]).any(2).float().mean().item()
+    stays = (before[:, :, None] == after[:, None]).any(2).float()
     found = mean_hue(bank[after.flatten()].float() / 255).view_as(after)
-    off = (found - mean_hue(recoloured)[:, None] + 0.5).remainder(1) - 0.5
-    measured = {"overlap_at_5": overlap, "hue_difference": 360 * off.abs().mean().item()}
+    off = (found - mean_hue(recoloured)[:, None] + 0.5).remainder(1) - 0.5  # -0.5 to 0.5 turns
+    measured = {"overlap_at_5": 100 * stays.mean().item(),
+                "hue_difference": 360 * off.abs().mean().item()}
     return measured, before, after, recoloured
 
-def positive_cosines(method, images, change):
-    """Cosines (N,) of two augmented views of each image, by change(x, share)."""
+def positive_cosines(method, images):
+    """Cosines (N,) of the embeddings of two augmented views of each image."""
     torch.manual_seed(0)
-    z1, z2 = (embed(method, images, lambda x: change(x, 1)) for _ in range(2))
+    z1, z2 = [embed(method, images, lambda x: augmented(x, 1)) for _ in range(2)]
     return (z1 * z2).sum(1)
 
 def layer_errors(method, images):
@@ -285,27 +393,34 @@ def layer_errors(method, images):
     and float64: on a GPU, TF32 would hide that rotation is exact.
     """
     group, strides = method.config.group, method.encoder.strides
-    layers, (mean, std) = deepcopy(method.encoder.layers).double().eval(), method.mean_std.double()
-    x, stride = method.canvas(images.double() / 255), math.prod(strides)
-    elements = {"rotation": [1], "translation": [torch.full((len(x), 2), stride, device=x.device)],
-                "scale": [*pairwise(range(len(SCALES)))]}[group]
+    layers = deepcopy(method.encoder.layers).double().eval()
+    x = method.canvas(images.double() / 255)
+    if group == "rotation":
+        elements = [(1, 1)]  # g as transform takes it, and as act does
+    elif group == "translation":
+        shift = torch.full((len(x), 2), math.prod(strides), device=x.device)
+        elements = [(shift, shift)]  # in pixels
+    else:
+        planes = pairwise(range(len(SCALES)))  # neighbouring ones
+        elements = [(SCALES[j] / SCALES[i], (i, j)) for i, j in planes]
     errors, unmoved = torch.zeros(2, len(layers))
-    for g in elements:
-        factor = SCALES[g[1]] / SCALES[g[0]] if group == "scale" else g
-        maps = (torch.cat([x, transform(x, factor, group)]) - mean) / std
+    for g_x, g in elements:
+        both = torch.cat([x, transform(x, g_x, group)])
+        maps = (both - method.mean.double()) / method.std.double()
         for depth, layer in enumerate(layers):
             maps = layer(maps)
-            z, w = maps.reshape(2, len(x), -1, PLANES[group], *maps.shape[-2:])
+            # f(x) and f(T_g x), (N, C, L, H, W) each, with L planes
+            z, z_g = maps.reshape(2, len(x), -1, PLANES[group], *maps.shape[-2:])
             if group == "rotation":
-                moved, known = act(z, g, group), torch.ones_like(z)
+                moved = act(z, g, group)
             else:
-                cells = g // math.prod(strides[:depth + 1]) if group == "translation" else g
-                moved, known = act(z, cells, group)
-                rows, columns = (slice(side // 4, side - side // 4) for side in z.shape[3:])
-                z, w, moved, known = (y[..., rows, columns] for y in (z, w, moved, known))
-            size = (w * known).norm()
-            errors[depth] += ((moved - w) * known).norm().item() / size.item()
-            unmoved[depth] += ((z - w) * known).norm().item() / size.item()
+                if group == "translation":
+                    g = shift // math.prod(strides[:depth + 1])  # in places of this layer's maps
+                moved, known = act(z, g, group)
+                rows, columns = [slice(side // 4, side - side // 4) for side in z.shape[3:]]
+                z, z_g, moved = [(y * known)[..., rows, columns] for y in (z, z_g, moved)]
+            errors[depth] += ((moved - z_g).norm() / z_g.norm()).item()
+            unmoved[depth] += ((z - z_g).norm() / z_g.norm()).item()
     return (errors / len(elements)).tolist(), (unmoved / len(elements)).tolist()
 
 def turned_paths(method, cloud):
@@ -313,230 +428,316 @@ def turned_paths(method, cloud):
 
     In the first two principal components of all three paths; the paper's ideal is a circle each.
     """
-    angle = torch.linspace(0, 2 * math.pi, 101, device=cloud.device)[:, None, None]
+    angle = torch.linspace(0, math.tau, 101, device=cloud.device)[:, None, None]
     axes = torch.eye(3, device=cloud.device)
-    spins = torch.linalg.cross(axes[None], axes[:, None])  # of shape (3, 3, 3)
+    spins = torch.linalg.cross(axes[None], axes[:, None])  # (3, 3, 3): a generator for each axis
     turns = torch.matrix_exp(angle * spins[:, None]).flatten(0, 1)  # (303, 3, 3)
     z = embed(method, care.rotate(cloud.expand(303, -1, -1), turns))
     z = z - z.mean(0)
-    return (z @ torch.linalg.svd(z, full_matrices=False).Vh[:2].T).view(3, 101, 2).cpu()
+    components = torch.linalg.svd(z, full_matrices=False).Vh[:2]
+    return (z @ components.T).view(3, 101, 2).cpu()
+
+# %% TABLE -----------------------------------------------------------------------------------------
+def over_seeds(values):
+    """Rows of measure as one: a pair of mean and standard deviation in place of each number."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: over_seeds([value[key] for value in values]) for key in first}
+    if isinstance(first, list):
+        return [over_seeds(column) for column in zip(*values)]
+    if isinstance(first, str):  # a name; what differs is the seed
+        return re.sub("-?seed=?[0-9]+", "", first) if len(values) > 1 else first
+    numbers = torch.tensor(values, dtype=torch.float64)
+    return numbers.mean().item(), numbers.std(correction=0).item()
+
+def number(pair, digits=2):
+    """Mean and, unless it is 0, standard deviation as text; "-" for what is not defined."""
+    mean, std = pair
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:z.{digits}f}" + (f"±{std:.{digits}f}" if std > 0 else "")
+
+def short_names(rows):
+    """The names of rows without the words that all of them have."""
+    words = [row["name"].split("-") for row in rows]
+    shared = set.intersection(*map(set, words))
+    names = []
+    for row, parts in zip(rows, words):
+        own = [word for word in parts if word not in shared]
+        names.append("-".join(own or parts))
+    return names
+
+def markdown(heads, lines):
+    """A table: the head of each column, and lines of as many cells."""
+    widths = [max(map(len, column)) for column in zip(heads, *lines)]
+    rows = []
+    for line in [heads, ["-" * width for width in widths], *lines]:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths)]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+# the first table: the head of a column, the name of its numbers, and how many digits are shown
+COLUMNS = [("kNN", "knn", 1), ("linear", "linear", 1), ("Wahba SO", "wahba_so", 2),
+           ("Wahba O", "wahba_o", 2), ("gamma_f", "gamma_f", 2), ("moved", "moved", 2),
+           ("overlap", "overlap_at_5", 1), ("D", "width", 0)]
+
+def tables(rows):
+    """Text of all that is shown of rows, as over_seeds returns them."""
+    accuracies, known, layers = [], [], []
+    for name, row in zip(short_names(rows), rows):
+        numbers = {"overlap_at_5": (math.nan, 0), **row, **row["geometry"]}
+        accuracies.append([name] + [number(numbers[key], digits) for _, key, digits in COLUMNS])
+        best = [number(r2["best"]) for r2 in row["r2"].values()]
+        known.append([name, *best, number(row["r2"]["rotation"]["ridge"])])
+        if "layers" in row:
+            pairs = zip(row["layers"], row["layers_unmoved"])
+            errors = [f"{error:.2g} ({unmoved:.2g})" for (error, _), (unmoved, _) in pairs]
+            layers.append(f"{name}, error of each layer (of doing nothing): {', '.join(errors)}")
+    blocks = ["Accuracy in percent, and geometry:",
+              markdown(["", *(head for head, _, _ in COLUMNS)], accuracies),
+              "R^2 of the parameters of each transformation:",
+              markdown(["", *rows[0]["r2"], "rotation, linear"], known)]
+    return "\n\n".join(blocks + layers) + "\n"
 
 # %% PICTURES --------------------------------------------------------------------------------------
-COLORS, DASHES = ("black", "tab:blue", "tab:orange", "tab:green", "tab:red"), ("-", "--", ":", "-.")
-STYLES = [*zip(4 * COLORS, 5 * DASHES)]
+# of lines, which can be told apart without colours, too
+STYLES = list(zip(4 * ["black", "tab:blue", "tab:orange", "tab:green", "tab:red"],
+                  5 * ["-", "--", ":", "-."]))
 
-def draw_curves(path, groups):
-    """Loss and, where it was measured, kNN accuracy over epochs, {name: runs}."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
-    for (name, runs), (color, dash) in zip(groups.items(), cycle(STYLES)):
-        axes[0].plot([], [], dash, color=color, label=name)
-        for run in runs:
-            for axis, key in zip(axes, ("loss", "knn_top1")):
-                points = [(line["epoch"], line[key]) for line in run.log if key in line]
-                axis.plot(*zip(*points) if points else ([], []), dash, color=color)
-    for axis, label in zip(axes, ("loss (each method its own)", "kNN accuracy, percent")):
-        axis.set(xlabel="epoch", ylabel=label)
-    axes[0].legend(fontsize=7, ncols=3, loc="lower left", bbox_to_anchor=(0.0, 1.0))
+def draw_r2(path, rows, untrained):
+    """R^2 of every method (row) and transformation, coloured by how training changed it."""
+    known, gained = [], []
+    for row, before in zip(rows, untrained):
+        r2 = {name: row["r2"][name]["best"][0] for name in row["r2"]}  # [0]: the mean over seeds
+        known.append([*r2.values()])
+        gained.append([r2[name] - before["r2"][name]["best"][0] for name in r2])
+    figure, axis = pyplot.subplots(figsize=(10, 2 + 0.6 * len(rows)))
+    image = axis.imshow(gained, cmap="PuOr", vmin=-0.6, vmax=0.6, aspect="auto")
+    for i in range(len(rows)):
+        for j, (r2, gain) in enumerate(zip(known[i], gained[i])):
+            axis.text(j, i, f"{r2:z.2f}\n({gain:+z.2f})", ha="center", va="center",
+                      color="white" if abs(gain) > 0.4 else "black")
+    axis.set_xticks(range(len(known[0])), rows[0]["r2"], fontsize=10)
+    axis.set_yticks(range(len(rows)), short_names(rows), fontsize=10)
+    axis.set_title("R^2 of the parameters of each transformation, read from features\n"
+                   "(in brackets and as colour: the change by training)", fontsize=12)
+    figure.colorbar(image, label="change of R^2")
     figure.savefig(path)
 
-def draw_r2(path, rows):
-    """Grouped bars of R^2 by the MLP, and of ridge regression as a line across each bar.
+def knn_curve(run):
+    """Epochs, and the kNN accuracies that the script logged."""
+    lines = [line for line in run.log if "knn_top1" in line]
+    return [line["epoch"] for line in lines], [line["knn_top1"] for line in lines]
 
-    rows: as over_seeds returns them; a bar's whisker is the standard deviation over seeds.
-    """
-    names = [*rows[0]["r2"]]
-    figure, axis = pyplot.subplots(figsize=(10, 4))
-    width, shades = 0.8 / len(rows), pyplot.cm.viridis(torch.linspace(0, 0.9, len(rows)).tolist())
-    for i, (row, shade) in enumerate(zip(rows, shades)):
-        x = [place - 0.4 + (i + 0.5) * width for place in range(len(names))]
-        mlp, ridge = ([row["r2"][name][key] for name in names] for key in ("mlp", "ridge"))
-        axis.bar(x, [max(0, mean) for mean, _ in mlp], width, yerr=[std for _, std in mlp],
-                 color=shade, edgecolor="black", linewidth=0.5, label=row["name"])
-        axis.errorbar(x, [max(0, r2) for r2, _ in ridge], xerr=width / 2, fmt="none", ecolor="r")
-    axis.set_xticks(range(len(names)), names)
-    axis.set(ylim=(0, 1), ylabel="R^2 of the parameters of T in [f(x), f(T x)]\n"
-                                 "(bar: MLP, red line: ridge; < 0 as 0)")
-    axis.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+def histogram(cosines):
+    """The middles of 40 bins from -1 to 1, and the percent of the cosines in each."""
+    counts, edges = torch.histogram(cosines.cpu().clamp(-1, 1), 40, range=(-1.0, 1.0))
+    return (edges[1:] - 0.025).tolist(), (100 * counts / len(cosines)).tolist()
+
+def draw_lines(path, groups, horizontal, vertical, aspect="auto"):
+    """Lines, {name: [(x, y), ...]}, of a style for each name, and the names of the axes."""
+    figure, axis = pyplot.subplots(figsize=(8, 5))
+    for (name, lines), (color, dash) in zip(groups.items(), cycle(STYLES)):
+        axis.plot([], [], dash, color=color, label=name)
+        for x, y in lines:
+            axis.plot(x, y, dash, color=color)
+    axis.set(xlabel=horizontal, ylabel=vertical, aspect=aspect)
+    axis.legend(fontsize=10)
     figure.savefig(path)
 
-def draw_cosines(path, cosines):
-    """Histograms of the cosine of two views of an image, {name: (N,)}."""
-    figure, axis = pyplot.subplots(figsize=(7, 4))
-    for (name, values), (color, dash) in zip(cosines.items(), cycle(STYLES)):
-        counts, edges = torch.histogram(values.clamp(-1, 1).cpu(), 40, range=(-1.0, 1.0))
-        axis.stairs((100 * counts / len(values)).tolist(), edges.tolist(), color=color,
-                    linestyle=dash, label=name)
-    axis.set(xlabel="cosine of the embeddings of two views of a test image (one seed)",
-             ylabel="percent of images")
-    axis.legend(fontsize=7)
-    figure.savefig(path)
-
-def draw_retrieval(path, bank, queries, before, after, recoloured):
+def draw_retrieval(path, name, bank, queries, before, after, recoloured):
     """Five queries with their five nearest images and, below, the same recoloured."""
-    shown = torch.linspace(0, len(queries) - 1, 5).long().tolist()
-    rows = [torch.cat([image[i:i + 1], bank[near[i]] / 255]).cpu() for i in shown
-            for image, near in ((queries / 255, before), (recoloured, after))]
-    tiles = F.interpolate(torch.cat(rows), scale_factor=2)
-    save_image(tiles, path, nrow=6, padding=4, pad_value=1.0)
-
-def draw_paths(path, paths):
-    """Paths (3, 101, 2) of a turned cloud's embeddings, to equal scale."""
-    figure, axis = pyplot.subplots(figsize=(5, 5))
-    for name, dash, points in zip("xyz", ("-", "--", ":"), paths):
-        axis.plot(*points.T.tolist(), f"k{dash}", label=f"turned about {name}")
-    axis.set(aspect="equal", xlabel="first principal component",
-             ylabel="second principal component")
-    axis.legend()
+    tiles, heads = [], []
+    for row in torch.linspace(0, len(queries) - 1, 5).long().tolist():
+        shown = [queries[row], *bank[before[row]], recoloured[row], *bank[after[row]]]
+        tiles += [frame(image, "white") for image in shown]
+        heads += ["as it is", "other hue"]
+    figure, axis = pyplot.subplots(figsize=(7, 11))
+    grid = make_grid(tiles, nrow=6, padding=0)
+    axis.imshow(grid.permute(1, 2, 0).numpy())
+    side = tiles[0].shape[1]
+    axis.set_xticks([side * (i + 0.5) for i in range(6)], ["query", 1, 2, 3, 4, 5])
+    axis.set_yticks([side * (i + 0.5) for i in range(10)], heads)
+    axis.set(title=f"Test images, and the training images nearest to them\n{name}")
     figure.savefig(path)
 
 def draw_spectra(path, run, device):
     """Four test cells, from weak to strong contrast, with true and predicted density of states."""
     cells, labels = run.script.load_data(run.config, device)[0][2]
-    ratio = cells.amax((1, 2)) / cells.amin((1, 2))
-    rows = ratio.argsort()[[len(cells) * share // 20 for share in (7, 11, 15, 19)]]
+    contrasts = cells.amax((1, 2)) / cells.amin((1, 2))
+    rows = contrasts.argsort()[[len(cells) * part // 20 for part in (7, 11, 15, 19)]]
     predicted = run.script.predict(run.method, cells[rows])
-    figure, axes = pyplot.subplots(4, 2, figsize=(8, 9), width_ratios=(1, 3))
+    figure, axes = pyplot.subplots(4, 2, figsize=(8, 10), width_ratios=(1, 3))
     x = [i * photonics_reg.STEP for i in range(photonics_reg.POINTS)]
     for (left, right), cell, true, guess in zip(axes, cells[rows], labels[rows], predicted):
         left.imshow(cell.T.tolist(), cmap="gray_r", origin="lower")
-        left.set_title(f"permittivity {cell.min():.1f} and {cell.max():.1f}", fontsize=8)
+        left.set_title(f"permittivity\n{cell.min():.1f} and {cell.max():.1f}", fontsize=10)
         left.set_axis_off()
-        right.axline((0, 0), slope=2 * math.pi, ls=":", color="gray", label="empty lattice, 2 pi x")
+        right.axline((0, 0), slope=math.tau, ls=":", color="gray", label="empty lattice, 2 pi x")
         right.plot(x, true.tolist(), "k-", label="solved")
         right.plot(x, guess.tolist(), "--", color="tab:red", label="predicted")
-        right.set_ylabel("states per cell and x", fontsize=8)
-    axes[0][1].legend(fontsize=8)
-    axes[-1][1].set_xlabel("x: frequency times the root of the mean permittivity, in 2 pi c / a")
+        right.set_ylabel("states per\ncell and x")
+    axes[0][1].legend(fontsize=10)
+    axes[3][1].set_xlabel("x: frequency times the root of the mean\npermittivity, in 2 pi c / a")
     figure.savefig(path)
 
 # %% MAIN ------------------------------------------------------------------------------------------
-def measure(name, method, data, change):
-    """All numbers of one encoder."""
-    print(f"measuring {name}", flush=True)
-    (fit, _), (score, _) = data
-    row = {"name": name, "r2": what_is_known(method, fit, score),
-           "geometry": geometry(method, score[:SHIFTED], change, DRAWS)} | accuracy(method, data)
+def measure(name, method, data, draws):
+    """All numbers of one network, as a dict."""
+    fit, score = data.images[:data.fit], data.images[data.fit:]
+    features, r2 = extract(method, data.images, unchanged), {}
+    for transformation in with_progress(draws, len(draws), f"{name}: transformation"):
+        draw = draws[transformation]
+        r2[transformation] = what_is_known(transformation, method, features, data, draw)
+    row = {"name": name, "r2": r2, "geometry": geometry(method, score[:MOVED], augmented)}
+    row |= accuracy(features, data)
     if fit.shape[1] == 3:
-        row["geometry"] |= retrieve(method, fit, score[:RETRIEVED])[0]
-    if hasattr(method.encoder, "strides"):
+        measured, *_ = retrieve(method, fit, score[:QUERIES])
+        row["geometry"] |= measured
+    if isinstance(method.encoder, GroupEncoder):
         row["layers"], row["layers_unmoved"] = layer_errors(method, score[:64])
     return row
 
-def over_seeds(values):
-    """Rows of measure as one: (mean, standard deviation) of numbers, None if one is undefined."""
-    if isinstance(values[0], dict):
-        return {key: over_seeds([value[key] for value in values]) for key in values[0]}
-    if isinstance(values[0], list):
-        return [over_seeds(column) for column in zip(*values)]
-    if isinstance(values[0], str):
-        return re.sub("-?seed=?[0-9]+", "", values[0]) if len(values) > 1 else values[0]
-    if None in values:
-        return None
-    spread = torch.tensor(values, dtype=torch.float64)
-    return spread.mean().item(), spread.std(correction=0).item()
+def fingerprint(method):
+    """A number that networks have in common if their encoders have the same weights."""
+    tensors = [*method.encoder.state_dict().values(), method.mean, method.std]
+    return sum(tensor.double().sum().item() for tensor in tensors)
 
-def table(rows):
-    """Blocks of text, at most 120 columns wide, of rows as over_seeds returns them."""
-    def number(pair, digits):
-        if pair is None:
-            return "-"
-        return "±".join(f"{x:z.{digits}f}" for x in (pair if pair[1] else pair[:1]))
+def say_how_long(runs, data, draws):
+    """Prints how long measuring will take, by one transformation of every tenth image."""
+    values, parameters = draws["flip"]
+    tenth = Data(data.images[::10], data.labels[::10], len(range(0, data.fit, 10)))
+    seconds = 0
+    for run in runs:
+        features = extract(run.method, tenth.images, unchanged)
+        began = time.time()
+        what_is_known("flip", run.method, features, tenth, (values[::10], parameters[::10]))
+        seconds += time.time() - began
+    networks = len(runs) + len({fingerprint(run.untrained) for run in runs})
+    parts = len(draws) + 3  # all else takes about as long as three transformations
+    seconds = 10 * seconds / len(runs) * networks * parts
+    print(f"{networks} networks, trained and untrained: this takes about "
+          f"{timedelta(seconds=round(seconds))}", flush=True)
 
-    def line(name, values):
-        flags = "-".join(flag for flag in name.split("-") if flag not in shared) or name
-        flags = f"{flags[:10]}...{flags[-17:]}" if len(flags) > 30 else flags
-        return f"{flags:30}" + "".join(f" {value:>9}" for value in values)
+def measure_all(runs, data, draws):
+    """Measures all runs, trained and untrained."""
+    rows = {}  # of untrained networks
+    for run in with_progress(runs, len(runs), "run"):
+        run.row = measure(run.name, run.method, data, draws)
+        key = fingerprint(run.untrained)
+        if key not in rows:  # runs may have started from the same weights
+            rows[key] = measure(f"untrained, as {run.name}", run.untrained, data, draws)
+        run.untrained_row = rows[key]
 
-    def block(title, heads, values):
-        return [title, line("", heads), *(line(row["name"], values(row)) for row in rows), ""]
+def group_seeds(runs):
+    """Lists of the runs that differ in their seed alone."""
+    groups = {}
+    for run in runs:
+        settings = {"script": run.script.SCRIPT, **asdict(run.config)}
+        for name in ("seed", *run.script.FREE):
+            del settings[name]
+        groups.setdefault(str(settings), []).append(run)
+    return list(groups.values())
 
-    shared = set.intersection(*(set(row["name"].split("-")) for row in rows))
-    columns = {"kNN": ("knn", 1), "linear": ("linear", 1), "overlap": ("overlap_at_5", 1),
-               "Wahba SO": ("wahba_so", 2), "Wahba O": ("wahba_o", 2), "gamma_f": ("gamma_f", 2),
-               "moved": ("moved", 2), "D": ("width", 0)}
-    lines = block("accuracy, percent, and geometry", columns, lambda row: [
-        number((row | row["geometry"]).get(key), digits) for key, digits in columns.values()])
-    for readout in ("mlp", "ridge"):
-        lines += block(f"R^2 of the parameters of a transformation, by {readout}", rows[0]["r2"],
-                       lambda row: [number(r2[readout], 2) for r2 in row["r2"].values()])
-    for row in rows:
-        if "layers" in row:
-            both = zip(row["layers"], row["layers_unmoved"])
-            lines += [f"{row['name']}: equivariance error of each layer (of doing nothing)",
-                      " ".join(f"{error:.2g} ({nothing:.2g})" for (error, _), (nothing, _) in both)]
-    return "\n".join(lines)
+def compare_images(runs, device, out):
+    """Measures runs on images and writes the table, the numbers and the pictures."""
+    began, data = time.time(), load_images(runs[0], device)
+    fit, score = data.images[:data.fit], data.images[data.fit:]
+    print(f"{len(runs)} runs, {len(fit)} images to learn from, {len(score)} to test", flush=True)
+    names = TRANSFORMATIONS if fit.shape[1] == 3 else GRAY
+    draws = {name: draw_values(name, len(data.images), fit.shape[3]) for name in names}
+    if len(fit) >= 1000:
+        say_how_long(runs, data, draws)
+    measure_all(runs, data, draws)
+    groups = group_seeds(runs)
+    trained = [over_seeds([run.row for run in group]) for group in groups]
+    untrained = [over_seeds([run.untrained_row for run in group]) for group in groups]
+    rows = list(trained)
+    for row in untrained:  # methods may have started from the same weights
+        if row["name"] not in [other["name"] for other in rows]:
+            rows.append(row)
+    text = tables(rows)
+    write(out / "compare.md", text)
+    numbers = {"protocol": __doc__, "fit": len(fit), "score": len(score), "device": str(device),
+               "torch": str(torch.__version__), "seconds": time.time() - began,
+               "configs": {run.name: asdict(run.config) for run in runs}, "means": rows,
+               "runs": {run.name: [run.row, run.untrained_row] for run in runs}}
+    write(out / "compare.json", json.dumps(numbers, indent=1).replace("NaN", "null"))
+
+    draw_r2(out / "r2.png", trained, untrained)
+    draw_pictures(out, short_names(trained), groups, data)
+    print(f"{text}\n{out} has compare.md, compare.json and pictures")
+
+def draw_pictures(out, names, groups, data):
+    """Pictures of groups of runs that differ in their seed alone, and of the first run."""
+    fit, score = data.images[:data.fit], data.images[data.fit:]
+    curves, cosines = {}, {}
+    for name, group in zip(names, groups):
+        curves[name] = [knn_curve(run) for run in group]
+        cosines[name] = [histogram(positive_cosines(group[0].method, score[:MOVED]))]
+    draw_lines(out / "curves.png", curves, "epoch", "kNN accuracy by the script, percent")
+    draw_lines(out / "cosines.png", cosines, "cosine of the embeddings of two views of an image",
+               "percent of the test images, per 0.05")
+    if fit.shape[1] == 3:
+        first, queries = groups[0][0], score[:QUERIES]
+        _, *found = retrieve(first.method, fit, queries)
+        draw_retrieval(out / "retrieval.png", first.name, fit, queries, *found)
+
+def compare_clouds(run, device, out):
+    """Geometry of a run on clouds under turns, before and after training, and its paths."""
+    _, _, (clouds, _) = run.script.load_data(run.config, device)
+    rows = []
+    for name, method in ((run.name, run.method), (f"untrained, as {run.name}", run.untrained)):
+        row = {"name": name} | geometry(method, clouds[:MOVED], run.method.augmented)
+        rows.append(row)
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    write(out / "compare.json", json.dumps(rows, indent=1).replace("NaN", "null"))
+    paths = turned_paths(run.method, clouds[0])
+    draw_lines(out / "paths.png", {f"turned about {axis}": [points.T.tolist()]
+                                   for axis, points in zip("xyz", paths)},
+               "first principal component of the embeddings", "second", aspect="equal")
+    print(f"{out} has compare.json and paths.png: the embeddings of a test cloud that is turned")
+
+def parse_args(argv=None):
+    """The settings of a command line."""
+    parser = ArgumentParser("compare.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--out", default="runs/compare",
+                        help="folder for the table and the pictures (default: runs/compare)")
+    parser.add_argument("--data-root", default="",
+                        help="folder that holds the data (default: as in the runs)")
+    parser.add_argument("--device", default="auto",
+                        help="cpu, cuda or cuda:1 (default: cuda if there is one)")
+    return parser.parse_args(argv)
 
 def main(argv=None):
-    """Runs a command line; exit code 2 for what cannot be compared."""
-    parser = argparse.ArgumentParser("compare.py", description=__doc__.split("\n")[0])
-    parser.error = lambda message: check(False, f"{message} (see --help)")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--out", default="runs/compare", help="folder for table and pictures")
-    parser.add_argument("--data-root", default="", help="where the data are [as in the runs]")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 [cuda if there is one]")
-    args = parser.parse_args(argv)
-    device, out = start(args), Path(args.out)
-    runs = [load_run(folder, args.data_root, device) for folder in args.runs]
-    first = runs[0]
-    streamed = lambda run: isinstance(run.classes, list)  # the names of class folders
-    kind = lambda run: (run.config.dataset, getattr(run.config, "size", 32), run.classes,
-                        streamed(run) and Path(run.config.data_root).resolve())
-    check(len({run.name for run in runs}) == len(runs), "two runs have the same folder name")
-    check(all(kind(run) == kind(first) for run in runs), "these runs are of different data or "
-          "sizes: " + ", ".join(f"{run.name} {kind(run)[:2]}" for run in runs))
+    """Runs a command line: measures runs, writes a table, numbers and pictures."""
+    args = parse_args(argv)
+    out = Path(args.out).expanduser()
     try:
+        device = start(simclr_essl.Config(device=args.device, precision="fp32"))
+        runs = [load_run(folder, args.data_root, device) for folder in args.runs]
+        check_alike(runs)
+        first = runs[0]
+        cells, clouds = first.script is photonics_reg, first.config.dataset in care.CLOUDS
+        if (cells or clouds) and len(runs) > 1:
+            stop("runs on cells or clouds are measured one at a time")
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        check(False, f"cannot write to {out} ({problem}): choose another --out")
-    clouds = first.config.dataset in getattr(first.script, "CLOUDS", ())
-    alone = first.script is photonics_reg or clouds
-    check(not alone or len(runs) == 1, "runs on cells or clouds are measured one at a time")
-    if first.script is photonics_reg:
-        draw_spectra(out / "spectra.png", first, device)
-        print(f"{out}/spectra.png: four test cells of {first.name}")
-        return
-    if alone:
-        *_, (clouds, _) = first.script.load_data(first.config, device)
-        rotated = lambda x, share: first.method.augmented(x, share)
-        rows = [{"name": name} | geometry(method, clouds[:SHIFTED], rotated, DRAWS)
-                for name, method in ((first.name, first.method), ("untrained", first.untrained))]
-        draw_paths(out / "paths.png", turned_paths(first.method, clouds[0]))
-        (out / "compare.json").write_text(json.dumps(rows, indent=1))
-        print(*(json.dumps(row) for row in rows), f"{out}/paths.png", sep="\n")
-        return
-
-    data = load_images(first, device)
-    (fit, _), (score, _) = data
-    size = fit.shape[3]
-    change = lambda x, share: augment(x.expand(-1, 3, -1, -1), size, share=share)[:, :x.shape[1]]
-    groups, untrained = {}, {}
-    for run in runs:
-        flags = {k: v for k, v in vars(run.config).items() if k not in ("seed", *run.script.FREE)}
-        groups.setdefault((run.script.SCRIPT, *flags.items()), []).append(run)
-        weights = (*run.untrained.encoder.parameters(), run.untrained.mean_std)
-        untrained.setdefault(sum(x.double().sum().item() for x in weights), run)  # each once
-    encoders = [[(run.name, run.method) for run in group] for group in groups.values()]
-    for group in groups.values():
-        encoders.append([(f"untrained, as {run.name}", run.untrained) for run in group
-                         if run in untrained.values()])
-    rows = [[measure(*encoder, data, change) for encoder in group] for group in encoders if group]
-    means = [over_seeds(group) for group in rows]
-    groups = {row["name"]: group for row, group in zip(means, groups.values())}
-    text = table(means)
-    (out / "compare.md").write_text(f"```\n{text}\n```\n")
-    (out / "compare.json").write_text(json.dumps({
-        "protocol": __doc__, "fit": len(fit), "score": len(score), "device": str(device),
-        "torch": str(torch.__version__), "configs": {run.name: vars(run.config) for run in runs},
-        "means": means, "rows": sum(rows, [])}, indent=1))
-    draw_curves(out / "curves.png", groups)
-    draw_r2(out / "r2.png", means)
-    draw_cosines(out / "cosines.png", {
-        name: positive_cosines(group[0].method, score[:SHIFTED], change)
-        for name, group in groups.items()})
-    if fit.shape[1] == 3:
-        _, *found = retrieve(first.method, fit, score[:RETRIEVED])
-        draw_retrieval(out / "retrieval.png", fit, score[:RETRIEVED], *found)
-    print(f"{text}\n\n{out}: compare.md, compare.json and pictures, retrieval of {first.name}")
+        if cells:
+            draw_spectra(out / "spectra.png", first, device)
+            print(f"{out}/spectra.png: four test cells of {first.name}")
+        elif clouds:
+            compare_clouds(first, device, out)
+        else:
+            compare_images(runs, device, out)
+    except KeyboardInterrupt:
+        stop("stopped; the same command begins anew")
+    except OSError as problem:  # a full disk, or a folder that cannot be written
+        stop(f"{problem}: choose another --out")
+    except RuntimeError as problem:
+        if "out of memory" not in str(problem) and "allocate memory" not in str(problem):
+            raise
+        stop("memory is full: compare fewer runs at a time, or use --device cpu")
 
 if __name__ == "__main__":
     main()
