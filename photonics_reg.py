@@ -219,17 +219,16 @@ def draw_symmetries(n, kind, transformed, device):
     """Flips (n,), turns (n,) and shifts (n, 2) of n views, for apply_symmetries.
 
     gpm: any shift, and no flip or one of two. blob: the same flips, and any turn. What the
-    predictor has to tell, gpm's turns and blob's shifts by half a cell, only if transformed.
+    predictor has to tell, gpm's turn and blob's shift by half a cell, is drawn only if transformed.
     """
     flip = torch.randint(3, (n,), device=device)
-    turn = torch.randint(4, (n,), device=device)
-    shift = torch.randint(SIDE, (n, 2), device=device)
-    if kind == "blob":
-        shift = SIDE // 2 * torch.randint(2, (n, 2), device=device)
-    if kind == "gpm" and not transformed:
-        turn = torch.zeros_like(turn)
-    if kind == "blob" and not transformed:
-        shift = torch.zeros_like(shift)
+    hidden = 1 if transformed else 0  # 0 makes all turns, or shifts, 0
+    if kind == "gpm":
+        turn = hidden * torch.randint(4, (n,), device=device)
+        shift = torch.randint(SIDE, (n, 2), device=device)
+    else:
+        turn = torch.randint(4, (n,), device=device)
+        shift = hidden * SIDE // 2 * torch.randint(2, (n, 2), device=device)
     return flip, turn, shift
 
 def apply_symmetries(cells, flip, turn, shift):
@@ -901,12 +900,13 @@ def finish(method, data, config, log):
     write(out / "results.json", json.dumps(results, indent=1))
 
 def show_results(out):
-    """Prints the errors that results.json in the folder holds."""
+    """Prints the errors in results.json: means, and standard deviations over the splits."""
     results = json.loads((out / "results.json").read_text())
     print(f"{out} is finished; it holds results.json")
+    print(f"  {'dos_error_empty_lattice':32} {results['dos_error_empty_lattice']} %")
     for name, value in results.items():
-        if name.startswith("dos_error") and name != "dos_error_protocol":
-            print(f"  {name:36} {value} %")
+        if name + "_std" in results:
+            print(f"  {name:32} {value} % (+- {results[name + '_std']})")
 
 if __name__ == "__main__":
     # in a notebook the arguments are those of its kernel: -f FILE
