@@ -7,26 +7,27 @@ A photonic crystal repeats a unit cell of two materials. Its density of states (
 light modes near each frequency, takes hundreds of eigenvalue problems; an image of a cell costs
 nothing. So an encoder is first trained on images alone. SimCLR makes it invariant to what leaves
 the DOS as it is: shifts, mirrors, turns. E-SimCLR adds a head that predicts one of these, which
-keeps the features sensitive to it. Then a few labelled cells teach the encoder the DOS.
+keeps the features sensitive to it. Then a few labelled cells teach the encoder the DOS. There are
+two kinds of cells: those of gpm have a mirror, those of blob one inclusion in the center.
 
 Algorithm for a batch of N cells, encoder f, projector p1, predictor p2, regressor h:
   1. draw two views of every cell; loss_invariance = NT-Xent between the two p1(f(view));
   2. v = every cell in four versions: turned by 0, 90, 180 and 270 degrees (gpm), or shifted by
      half a cell along neither, the second, the first and both axes (blob);
   3. loss_equivariance = cross-entropy of p2(f(v)) against the class of the version;
-  4. step f, p1 and p2 on loss_invariance + alpha * loss_equivariance;
-  5. afterwards fine-tune f and h on views of 3,000 labelled cells: h(f(view)) + DOS of empty space
-     shall be the DOS. With --frozen only h is trained.
-  --mode supervised is step 5 alone; simclr has no steps 2 and 3; simclr+transform has none either,
-  but every view is in a random version.
+  4. step f, p1 and p2 on loss_invariance + alpha * loss_equivariance.
+  5. Afterwards, for a view of 3,000 labelled cells: step f and h, or with --frozen h alone, on the
+     squared difference of h(f(view)) + 2 pi x and the DOS. 2 pi x is the DOS of a homogeneous cell
+     at the frequency x (SOLVER has the units).
+  --mode supervised is step 5 alone. simclr leaves steps 2 and 3 out; so does simclr+transform, but
+  each of its views is in a random version.
 
 Usage
   python photonics_reg.py --quick                the four modes, two minutes on a CPU
   python photonics_reg.py --mode all             the four modes at full scale, on one GPU
   python photonics_reg.py --mode all --frozen --pretrained "runs/photonics_reg-mode=all"
 
-Differences from the paper [P] and the authors' code [C] that change numbers (more:
-results/README.md):
+Differences from paper [P] and authors' code [C] that change numbers (more: results/README.md):
   - Cells and labels are our own ([C]: files made with MPB and MATLAB). The law of blob's cells is
     not published: ours have one centered smooth inclusion.
   - The DOS is of 6 bands, not 10, states fill bins exactly, and a Gaussian smooths it in x.
@@ -70,7 +71,7 @@ def option(default, explanation, choices=""):
 
 @dataclass
 class Config:
-    """The authors' run on gpm. PRESETS has what blob changes."""
+    """The run of the authors' code on gpm. PRESETS has what blob changes."""
     dataset: str = option("gpm", "cells to draw (gpm: with a mirror, blob: with one inclusion)",
                           "gpm blob")
     data_root: str = option("data", "folder in which computed labels are kept")
@@ -132,7 +133,7 @@ def nt_xent(z1, z2, temperature):
     return F.cross_entropy(similarity, other_view)
 
 def empty_lattice(device):
-    """The DOS (400,) of a cell of one material: 2 pi x at the frequencies x of the labels."""
+    """The DOS (400,) of a homogeneous cell: 2 pi x at the frequencies x of the labels."""
     return 2 * math.pi * torch.arange(POINTS, device=device) * STEP
 
 class Method(nn.Module):
@@ -152,8 +153,9 @@ class Method(nn.Module):
             self.encoder.requires_grad_(not config.frozen)
         else:
             self.projector = Head(widths, widths["embedding"])
-            if config.mode == "essl":
-                self.predictor = Head(widths, 2 if config.dataset == "gpm" else 4)
+        if split == 0 and config.mode == "essl":
+            classes = 2 if config.dataset == "gpm" else 4
+            self.predictor = Head(widths, classes)
 
     def forward(self, cells, labels=None):
         if self.split > 0:
@@ -181,7 +183,8 @@ class Method(nn.Module):
 
     def fine_tune(self, cells, labels):
         """Step 5 of the algorithm: the loss, and no terms."""
-        prediction = self.predict_dos(random_views(cells, self.config))  # (N, 400)
+        view = random_views(cells, self.config)
+        prediction = self.predict_dos(view)  # (N, 400)
         if self.config.absolute:
             return F.l1_loss(prediction, labels), {}
         return F.mse_loss(prediction, labels), {}
@@ -197,7 +200,7 @@ class Method(nn.Module):
             return self.encoder(to_images(cells)).float()
 
     def predict_dos(self, cells):
-        """The predicted DOS (N, 400): the regressor learns what differs from the empty lattice."""
+        """The predicted DOS (N, 400) of cells: h(f(cells)) + 2 pi x."""
         return self.regressor(self.features(cells)) + empty_lattice(cells.device)
 
 def to_images(cells):
@@ -218,17 +221,17 @@ def random_views(cells, config):
 def draw_symmetries(n, kind, transformed, device):
     """Flips (n,), turns (n,) and shifts (n, 2) of n views, for apply_symmetries.
 
-    gpm: any shift, and no flip or one of two. blob: the same flips, and any turn. What the
-    predictor has to tell, gpm's turn and blob's shift by half a cell, is drawn only if transformed.
+    gpm: any shift, and no flip or one of two. blob: the same flips, and any turn. What E-SimCLR
+    predicts, gpm's turn or blob's shift by half a cell, is 0 unless transformed.
     """
     flip = torch.randint(3, (n,), device=device)
-    hidden = 1 if transformed else 0  # 0 makes all turns, or shifts, 0
-    if kind == "gpm":
-        turn = hidden * torch.randint(4, (n,), device=device)
-        shift = torch.randint(SIDE, (n, 2), device=device)
-    else:
-        turn = torch.randint(4, (n,), device=device)
-        shift = hidden * SIDE // 2 * torch.randint(2, (n, 2), device=device)
+    turn = torch.randint(4, (n,), device=device)
+    shift = torch.randint(SIDE, (n, 2), device=device)
+    if kind == "blob":
+        shift = SIDE // 2 * torch.randint(2, (n, 2), device=device)
+    if not transformed:
+        predicted = turn if kind == "gpm" else shift
+        predicted.zero_()  # in place
     return flip, turn, shift
 
 def apply_symmetries(cells, flip, turn, shift):
@@ -330,6 +333,7 @@ def labelled_cells(config, n, seed, device):
     folder = Path(config.data_root) / "photonics"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{config.dataset}-centered-cutoff{config.cutoff}-seed{seed}.pt"
+    # if one of these differs, so do the labels
     made_by = [K_LINE, BANDS, WIDTH, STEP, round(cells[0].sum().item(), 3)]
     if path.exists():
         try:
@@ -346,10 +350,10 @@ def labelled_cells(config, n, seed, device):
     threads = torch.get_num_threads()
     block = 8 * threads  # cells from one write to the next
     torch.set_num_threads(1)  # the matrices are small: one core for each is faster than all for one
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as workers:
         firsts = range(len(labels), n, block)
-        for first in with_progress(firsts, len(firsts), f"labels {seed} of 2: part"):
-            solved = pool.map(solve, cells[first:first + block].split(1))
+        for first in with_progress(firsts, len(firsts), f"labels of seed {seed}: part"):
+            solved = workers.map(solve, cells[first:first + block].split(1))
             labels = torch.cat([labels, *solved])
             # several runs may compute the same labels: each writes a file of its own
             own = path.with_name(f"{path.name}.{os.getpid()}")
@@ -398,13 +402,15 @@ def fourier_sum(drawn, line):
 
     c_g = r exp(i phi) is the same for g1 and -g1: the mirror x -> -x. Returns (n, X, X).
     """
-    r = drawn[:, :6].view(-1, 2, 3, 1)  # in 0..1; |g1| = 0, 1; g2 = -1, 0, 1
+    r = drawn[:, :6].view(-1, 2, 3, 1)  # of |g1| = 0, 1 and g2 = -1, 0, 1
     phi = 2 * math.pi * drawn[:, 6:12].view(-1, 2, 3, 1)
-    g2 = torch.tensor([[-1.0], [0.0], [1.0]])
-    along_y = (r * torch.cos(2 * math.pi * g2 * line + phi)).sum(2)  # (n, 2, X)
-    constant, wave = along_y[:, :, None].unbind(1)  # (n, 1, X) of g1 = 0 and of |g1| = 1
+    angle = 2 * math.pi * line
+    g2 = torch.tensor([-1, 0, 1])[:, None]
+    along_y = (r * torch.cos(g2 * angle + phi)).sum(2)  # (n, 2, X)
+    constant = along_y[:, 0, None, :]  # g1 = 0: (n, 1, X)
+    wave = along_y[:, 1, None, :]
     # g1 = 1 and -1 together: exp(2 pi i x) + exp(-2 pi i x) = 2 cos(2 pi x)
-    return constant + 2 * torch.cos(2 * math.pi * line)[:, None] * wave
+    return constant + 2 * angle.cos()[:, None] * wave
 
 def star(drawn):
     """blob: the points (n, 96, 96) of a star-shaped inclusion about the center; drawn is (n, 16).
@@ -425,18 +431,18 @@ def star(drawn):
 # %% SOLVER ----------------------------------------------------------------------------------------
 # Lengths are in units of the cell's side a, wave vectors in 2 pi / a, frequencies in 2 pi c / a.
 K_LINE = 25  # wave vectors along each direction
-BANDS = 6  # lowest frequencies of each wave vector; a higher one never lies below x = 1
+BANDS = 6  # per wave vector; in a hundred cells only the lowest four reached below x = 1
 WIDTH = 0.010  # standard deviation in x of the Gaussian that smooths the DOS
 
 def photonic_bands(eps, k, bands, cutoff=4):
     """The lowest frequencies (N, K, bands) of TM modes and their group velocities (..., 2), in c.
 
-    eps: permittivity (N, n, n) of N cells. k: wave vectors (K, 2). The electric field along z,
+    eps: permittivities (N, n, n) of N cells. k: wave vectors (K, 2). The field along z,
     E(r) = sum_g E_g exp(2 pi i (k + g) r), is a mode of frequency w if for every g
         |k + g|^2 E_g = w^2 sum_g' eps_(g - g') E_g',
-    where eps_g are the Fourier coefficients of eps. With the Cholesky factors L L^+ of the matrix
-    eps_(g - g'), A = L^-1 and E = A^+ v this is A |k + g|^2 A^+ v = w^2 v, a Hermitian eigenvalue
-    problem. As E^+ eps E = 1, the velocity dw/dk is sum_g (k + g) |E_g|^2 / w. In float64.
+    where eps_g are the Fourier coefficients of eps. Their matrix is L L^+ (Cholesky). With
+    A = L^-1 and v = L^+ E this is A |k + g|^2 A^+ v = w^2 v, a Hermitian eigenvalue problem.
+    As |v| = 1, the group velocity dw/dk is sum_g (k + g) |E_g|^2 / w. All in float64.
     """
     n = eps.shape[-1]
     if eps.ndim != 3 or eps.shape[1] != n or 4 * cutoff >= n:
@@ -466,22 +472,23 @@ def wave_vectors():
     return torch.cartesian_prod(midpoints(K_LINE), midpoints(K_LINE))
 
 def states_below(edges, w, velocities):
-    """How much (..., E) of the square about each wave vector has frequencies below the edges (E,).
+    """The share (..., E) of the square about each wave vector with frequencies below edges (E,).
 
-    Within its square a frequency is taken as linear, w + velocity dk (generalised
-    Gilat-Raubenheimer method, arXiv:1711.07993). Frequencies then are distributed as a trapezoid
-    about w, whose longer side reaches to h (|vx| + |vy|), the shorter one to h ||vx| - |vy||,
-    where h is half the side of the square.
+    Within its square a frequency w is taken as linear, w + velocity dk (generalised
+    Gilat-Raubenheimer method, arXiv:1711.07993). Then the frequencies have the distribution of a
+    trapezoid about w. Half its longer side is h (|vx| + |vy|), half its shorter one
+    h ||vx| - |vy||, where h is half the side of the square.
     """
     h = 0.5 / K_LINE
-    vx, vy = velocities.abs()[..., None].unbind(-2)  # (..., 1)
+    vx = velocities[..., :1].abs()  # (..., 1)
+    vy = velocities[..., 1:].abs()
     longer = (h * (vx + vy)).clamp(min=1e-9)
     shorter = h * (vx - vy).abs()
     distance = edges - w[..., None]  # (..., E)
     t = distance.abs()
-    # the part of the trapezoid's area beyond the distance t, on one side: under the flat top what
-    # is left of one half; further out a triangle
-    slope = ((longer - t) / (longer - shorter).clamp(min=1e-12)).clamp(0, 1)  # 1 to 0
+    # of the trapezoid, whose area is 1, the part beyond t: a triangle; if t is under the flat top,
+    # one half less a rectangle
+    slope = ((longer - t) / (longer - shorter).clamp(min=1e-12)).clamp(0, 1)  # falls from 1 to 0
     triangle = slope.square() * (longer - shorter) / (2 * (longer + shorter))
     beyond = torch.where(t < shorter, 0.5 - t / (longer + shorter), triangle)
     return torch.where(distance < 0, beyond, 1 - beyond)
@@ -607,7 +614,8 @@ def train_epoch(method, optimizer, data, settings, epoch):
     peak = optimizer.defaults["lr"]
     final = peak if method.split > 0 else 0.0
     epoch_batches = batches(data, settings, method.split, epoch)
-    for step, batch in enumerate(with_progress(epoch_batches, steps, f"epoch {epoch}: step")):
+    name = f"epoch {epoch} of {settings.epochs}: step"
+    for step, batch in enumerate(with_progress(epoch_batches, steps, name)):
         now = (epoch - 1) * steps + step
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(now, total, 0, peak, final)
@@ -699,7 +707,9 @@ def open_run(config, trained_on):
     return saved
 
 def pretrained_encoder(config):
-    """The weights of the encoder that the run in --pretrained, or in its folder MODE, trained."""
+    """Weights of the encoder of the run in --pretrained, or in its folder MODE; None without."""
+    if not config.pretrained or config.mode == "supervised":
+        return None
     path = Path(config.pretrained) / config.mode / "checkpoint.pt"
     if not path.exists():
         path = Path(config.pretrained) / "checkpoint.pt"
@@ -737,7 +747,7 @@ def draw_views(path, method, cells):
         v, _ = versions(cells, method.config.dataset)
         columns += v.chunk(4)
     tiles = []
-    for row in zip(*map(to_images, columns)):
+    for row in zip(*[to_images(column) for column in columns]):
         tiles += [frame(image, "white") for image in row]
     save_image(tiles, path, nrow=len(columns))
 
@@ -872,13 +882,13 @@ def run_all_modes(config, device):
 
 def run(config, device):
     """Trains and evaluates one mode, or what is left to do of it."""
-    out, pretrained = Path(config.out), None
+    out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     saved = open_run(config, {})  # {}: the cells follow from the flags
     if saved is None or not (out / "results.json").exists():
         if saved:
             pretrained = saved["pretrained"]
-        elif config.pretrained and config.mode != "supervised":
+        else:
             pretrained = pretrained_encoder(config)
         data = load_data(config, device)
         method, log = train(config, data, device, saved, pretrained)
