@@ -86,7 +86,7 @@ class Config:
     splits: int = option(3, "labelled splits; the encoder is fine-tuned on each anew")
     absolute: bool = option(False, "fine-tune on absolute errors, not on squared ones")
     frozen: bool = option(False, "keep the encoder as it is in the fine-tuning")
-    pretrained: str = option("", "folder of another run, to fine-tune its pre-trained encoder")
+    pretrained: str = option("", "folder of a run whose encoder to fine-tune (empty: train one)")
     arch: str = option("paper", "size of the networks", "paper small")
     epochs: int = option(200, "passes over the unlabelled cells")
     batch_size: int = option(256, "cells per step of the pre-training")
@@ -871,6 +871,8 @@ def run_all_modes(config, device):
     out, results = Path(config.out), {}
     if (out / "checkpoint.pt").exists():
         stop(f"{out} holds another run. Choose another --out")
+    if config.pretrained and not Path(config.pretrained).is_dir():  # before the first mode trains
+        stop(f"--pretrained needs the folder of a run, and there is no {config.pretrained}")
     for mode in MODES:
         run(replace(config, mode=mode, out=str(out / mode)), device)
         of_mode = json.loads((out / mode / "results.json").read_text())

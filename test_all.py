@@ -2594,7 +2594,7 @@ PHOTONICS_BAD = [
     ("--batch-size 65", "more than the 64 cells"),
     ("--tune-batch-size 33", "more than the 32 cells"),
     ("--data-root /dev/null/data", "/dev/null/data"),
-    ("--pretrained nowhere", "nowhere"),
+    ("--pretrained nowhere", "nowhere"), ("--mode all --pretrained nowhere", "there is no nowhere"),
     ("--pretrained RUN --arch paper", "arch was small, is paper"),
     ("--pretrained RUN/essl --mode simclr", "mode was essl, is simclr"),
     ("--pretrained RUN/new", "not ended its pre-training"),
