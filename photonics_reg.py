@@ -1,47 +1,41 @@
-"""E-SSL for photonic crystals: the density of states of a unit cell, learnt from few labels.
+"""E-SSL for photonic crystals: learns the density of states of a unit cell from few labels.
 
 R. Dangovski, L. Jing, C. Loh, S. Han, A. Srivastava, B. Cheung, P. Agrawal, M. Soljacic,
 "Equivariant Contrastive Learning" (E-SSL), ICLR 2022, arXiv:2111.00899, photonics experiment.
 
-Idea. A photonic crystal is a periodic arrangement of two materials. Its density of states (DOS),
-the number of light modes near each frequency, costs an eigenvalue problem at hundreds of wave
-vectors; images of unit cells cost nothing. So an encoder is first trained without labels: SimCLR
-makes it *invariant* to what leaves the DOS as it is (shifts, mirrors, turns), and E-SimCLR lets a
-head *predict* one of these symmetries instead. Then few labelled cells teach it the DOS.
+A photonic crystal repeats a unit cell of two materials. Its density of states (DOS), the number of
+light modes near each frequency, takes hundreds of eigenvalue problems; an image of a cell costs
+nothing. So an encoder is first trained on images alone. SimCLR makes it invariant to what leaves
+the DOS as it is: shifts, mirrors, turns. E-SimCLR adds a head that predicts one of these, which
+keeps the features sensitive to it. Then a few labelled cells teach the encoder the DOS. There are
+two kinds of cells: those of gpm have a mirror, those of blob one inclusion in the center.
 
-Algorithm, for a batch of N cells, encoder f, projector p1, predictor p2:
-  1. draw two views of every cell; loss_invariance = NT-Xent of the two p1(f(view));
-  2. v = every cell in all four ways (gpm: turns by 90 degrees; blob: shifts by half a cell);
-  3. loss_equivariance = cross-entropy of p2(f(v)) against the class of the way;
-  4. step on loss_invariance + alpha * loss_equivariance. simclr: alpha = 0; simclr+transform: a
-     random one of the four ways is part of every view instead;
-  5. then fine-tune: a head on f regresses y(x) - 2 pi x, the DOS (units: SOLVER) less that of empty
-     space, on views of 3,000 labelled cells. supervised: this alone. --frozen: the head alone.
+Algorithm for a batch of N cells, encoder f, projector p1, predictor p2, regressor h:
+  1. draw two views of every cell; loss_invariance = NT-Xent between the two p1(f(view));
+  2. v = every cell in four versions: turned by 0, 90, 180 and 270 degrees (gpm), or shifted by
+     half a cell along neither, the second, the first and both axes (blob);
+  3. loss_equivariance = cross-entropy of p2(f(v)) against the class of the version;
+  4. step f, p1 and p2 on loss_invariance + alpha * loss_equivariance.
+  5. Afterwards, for a view of 3,000 labelled cells: step f and h, or with --frozen h alone, on the
+     squared difference of h(f(view)) + 2 pi x and the DOS. 2 pi x is the DOS of a homogeneous cell
+     at the frequency x (SOLVER has the units).
+  --mode supervised is step 5 alone. simclr leaves steps 2 and 3 out; so does simclr+transform, but
+  each of its views is in a random version.
 
 Usage
-  python photonics_reg.py --quick         the four modes, a CPU, two minutes
-  python photonics_reg.py --mode all      gpm at full scale, one GPU
+  python photonics_reg.py --quick                the four modes, two minutes on a CPU
+  python photonics_reg.py --mode all             the four modes at full scale, on one GPU
   python photonics_reg.py --mode all --frozen --pretrained "runs/photonics_reg-mode=all"
 
-Paper, error on gpm, supervised, SimCLR, SimCLR + Transform, E-SimCLR: 3.21, 3.12, 3.14, 3.09 %
-fine-tuned; 5.45, 3.21, 3.31, 3.19 % with a frozen encoder. Measured here: README.md.
-
-What changes a number, against the paper [P] and the authors' code [C]:
-  1. [C] has files made with MPB and MATLAB; here cells and labels are our own. gpm follows the
-     published law (inferred: its mirror-symmetric branch draws like the other). Blob's law is not
-     published: "blob-like", one centered smooth inclusion. Pixels lie symmetrically about gpm's
-     mirror; on MPB's grid the parity of a pixel row betrays the turn.
-  2. DOS: 6 bands, not 10; states fill bins exactly ([C]: sampled); a Gaussian of fixed width in x
-     ([C]: 100 bins of the highest band); peaks above 40 stay; the mean permittivity is the image's
-     ([C]: the one asked for). As in [C], the state of frequency 0 is left out.
-  3. gpm's pretext task has two classes, turned by +-90 degrees or not, as in [P]; [C] has four.
-     Inferred: [P] shows all four turns; supervised mode has the views and settings of step 5.
-  4. As in [C]: all default settings, squared error, BatchNorm that adapts though frozen, no error
-     below x = 0.24. [P]: 250 epochs of batch 512, --absolute, rates and alpha swept, all x.
-  5. The last epoch counts; [C] takes the lowest test error of two encoders and 100 epochs.
-  6. A split is a random 6/7 of one pool, so two share most labels; [C] draws its 3,000 once. Cells
-     are shuffled, ragged batches left out, the cosine ends with the run ([C]: none of these).
-Ours: --arch small; bf16 and TF32 on GPUs. Left out: [C]'s grid and classes (results/README.md).
+Differences from paper [P] and authors' code [C] that change numbers (more: results/README.md):
+  - Cells and labels are our own ([C]: files made with MPB and MATLAB). The law of blob's cells is
+    not published: ours have one centered smooth inclusion.
+  - The DOS is of 6 bands, not 10, states fill bins exactly, and a Gaussian smooths it in x.
+  - gpm has two classes, turned by +-90 degrees or not, as in [P]; [C] has four.
+  - As in [C]: squared error (--absolute: as in [P]) and an error without x below 0.24 ([P]: all x).
+  - The last epoch counts; [C] takes the lowest test error of all epochs and of two encoders.
+  - A split is a random 6/7 of one pool, so two splits share most of their cells.
+  - On a GPU the encoder runs in bfloat16 and matrix products in TF32.
 """
 import io
 import json
@@ -50,687 +44,883 @@ import os
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+from PIL import ImageOps
+from torchvision.utils import save_image
 
 SCRIPT = "photonics_reg"
-WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes that torchrun started
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)  # among those of this machine
 
 # %% CONFIG ----------------------------------------------------------------------------------------
-MODES = ("supervised", "simclr", "simclr+transform", "essl")
-PRESETS = {"gpm": {}, "blob": dict(unlabelled=15000, test=1999)}
-QUICK = dict(mode="all", arch="small", epochs=10, batch_size=64, lr=0.01, tune_epochs=60,
-             tune_lr=1e-3, limit=180, unlabelled=1024, test=90, splits=1, cutoff=3, eval_every=10)
-FREE = ("data_root", "out", "device", "compile", "save_every", "eval_every")  # may change in a run
-LEAST = dict(epochs=1, batch_size=2, lr=1e-9, tune_epochs=1, tune_batch_size=2, tune_lr=1e-9,
-             eval_every=1, limit=6, test=1, splits=1, temperature=1e-9)  # others: 0
-
-def option(group, default, help, choices=None):
-    """A field of Config, with its group and line in --help."""
-    return field(default=default, metadata={"group": group, "help": help, "choices": choices})
+def option(default, explanation, choices=""):
+    """A field of Config; its metadata are what argparse is told of its flag."""
+    if default is False:
+        flag = {"action": "store_true", "help": explanation}
+    else:
+        flag = {"type": type(default), "help": f"{explanation} (default: {default})"}
+    if choices:
+        flag["choices"] = choices.split()
+    return field(default=default, metadata=flag)
 
 @dataclass
 class Config:
-    """One field, one flag. Defaults: gpm, the code's settings, the paper's classes."""
-    dataset: str = option("data", "gpm", "gpm has a mirror, blob one inclusion", tuple(PRESETS))
-    data_root: str = option("data", "data", "folder in which computed labels are kept")
-    limit: int = option("data", 3000, "labelled cells to learn from (paper: 3000)")
-    unlabelled: int = option("data", 20480, "cells of the pre-training (code: 20480; blob 15000)")
-    test: int = option("data", 2000, "cells of the test (code: 2000; blob 1999)")
-    cutoff: int = option("data", 4, "plane waves of the labels have |g1|, |g2| up to this")
-    arch: str = option("training", "paper", "networks; small: ours", ("paper", "small"))
-    epochs: int = option("training", 200, "of the pre-training (code: 200; paper: 250)")
-    batch_size: int = option("training", 256, "cells per step of it (code: 256; paper: 512)")
-    lr: float = option("training", 1e-3, "its rate, whatever the batch (paper: 1e-3 to 1e-5)")
-    tune_epochs: int = option("training", 100, "of the fine-tuning (code: 100)")
-    tune_batch_size: int = option("training", 64, "cells per step of it (code: 64)")
-    tune_lr: float = option("training", 1e-4, "its constant rate (code: 1e-4)")
-    tune_weight_decay: float = option("training", 1e-5, "its weight decay (code: 1e-5)")
-    seed: int = option("training", 0, "of the weights, the order and the views; not of the cells")
-    device: str = option("run", "auto", "cpu, cuda, cuda:1 (auto: cuda where there is one)")
-    precision: str = option("run", "auto", "auto: bf16 if the GPU has it", ("auto", "bf16", "fp32"))
-    compile: bool = option("run", False, "torch.compile the networks")
-    eval_every: int = option("run", 1, "epochs of fine-tuning between tests (beside its last)")
-    save_every: float = option("run", 5.0, "minutes between checkpoints, at the end of an epoch")
-    out: str = option("run", "", "folder of the run (default: runs/, named after the flags)")
-    quick: bool = option("run", False, "few cells, small networks: two minutes on a CPU")
-    mode: str = option("method", "essl", "all: one after the other, in OUT/MODE", (*MODES, "all"))
-    alpha: float = option("method", 5.0, "weight of the prediction (code: 5; paper: 0.2 to 10)")
-    temperature: float = option("method", 0.1, "of NT-Xent (code: 0.1)")
-    splits: int = option("method", 3, "labelled splits, each fine-tuned anew (paper: 3)")
-    absolute: bool = option("method", False, "fine-tune on absolute errors (paper; code: squared)")
-    frozen: bool = option("method", False, "fine-tune the head alone (paper's second table)")
-    pretrained: str = option("method", "", "folder of a run whose encoder to take")
+    """The run of the authors' code on gpm. PRESETS has what blob changes."""
+    dataset: str = option("gpm", "cells to draw (gpm: with a mirror, blob: with one inclusion)",
+                          "gpm blob")
+    data_root: str = option("data", "folder in which computed labels are kept")
+    limit: int = option(3000, "labelled cells to learn from")
+    unlabelled: int = option(20480, "cells of the pre-training")
+    test: int = option(2000, "labelled cells to test on")
+    cutoff: int = option(4, "labels are computed from (2 cutoff + 1)^2 plane waves")
+    mode: str = option("essl", "how to train (all: the four others, each in its folder)",
+                       "supervised simclr simclr+transform essl all")
+    alpha: float = option(5.0, "weight of the equivariance loss")
+    temperature: float = option(0.1, "temperature of NT-Xent")
+    splits: int = option(3, "labelled splits; the encoder is fine-tuned on each anew")
+    absolute: bool = option(False, "fine-tune on absolute errors, not on squared ones")
+    frozen: bool = option(False, "keep the encoder as it is in the fine-tuning")
+    pretrained: str = option("", "folder of a run whose encoder to fine-tune (empty: train one)")
+    arch: str = option("paper", "size of the networks", "paper small")
+    epochs: int = option(200, "passes over the unlabelled cells")
+    batch_size: int = option(256, "cells per step of the pre-training")
+    lr: float = option(1e-3, "peak learning rate of the pre-training, not scaled by the batch")
+    tune_epochs: int = option(100, "passes over the labelled cells of a split")
+    tune_batch_size: int = option(64, "cells per step of the fine-tuning")
+    tune_lr: float = option(1e-4, "learning rate of the fine-tuning, which is constant")
+    tune_weight_decay: float = option(1e-5, "weight decay of the fine-tuning")
+    seed: int = option(0, "random seed of the weights, the batches and the views, not of the cells")
+    eval_every: int = option(1, "epochs of fine-tuning between tests (the last is always tested)")
+    save_every: float = option(5.0, "minutes between checkpoints")
+    device: str = option("auto", "cpu, cuda or cuda:1 (auto: cuda if there is one)")
+    precision: str = option("auto", "precision of the encoder (auto: bf16 if the GPU has it)",
+                            "auto bf16 fp32")
+    compile: bool = option(False, "use torch.compile")
+    out: str = option("", "folder for the results (empty: in runs/, named after the flags)")
+    quick: bool = option(False, "few cells, small networks, all modes: two minutes on a CPU")
 
-def check(condition, message, code=2, alike=True):
-    """Ends the program with one line unless the condition holds; one process speaks for all."""
-    if not condition:
-        if LOCAL_RANK == 0 or not alike:
-            print("error:", *message.split(), file=sys.stderr)
-        raise SystemExit(code)
+PRESETS = {"blob": dict(unlabelled=15000, test=1999)}
+QUICK = dict(mode="all", arch="small", epochs=10, batch_size=64, lr=0.01, tune_epochs=60,
+             tune_lr=1e-3, limit=180, unlabelled=1024, test=90, splits=1, cutoff=3, eval_every=10)
+# what may change when a run is continued
+FREE = ("data_root", "out", "device", "compile", "save_every", "eval_every")
+MODES = ("supervised", "simclr", "simclr+transform", "essl")
+SIDE = 32  # pixels of a cell's side
+POINTS, STEP = 400, 1.2 / 499  # labels are the DOS at x = 0, STEP, 2 STEP, ..., 399 STEP = 0.96
 
-def parse_args(argv=None):
-    """Config of a command line: defaults < preset of the dataset < --quick < explicit flags."""
-    parser = ArgumentParser(f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0],
-                            Config.__doc__, argument_default=SUPPRESS, allow_abbrev=False)
-    parser.error = lambda message: check(False, f"{message} (see --help)")
-    groups = {g: parser.add_argument_group(g) for g in ("data", "training", "run", "method")}
-    for f in fields(Config):
-        group, words, choices = f.metadata.values()
-        words += f": {', '.join(choices)}" if choices else ""
-        kind = {"type": f.type, "choices": choices, "metavar": f.type.__name__.upper()}
-        groups[group].add_argument(f"--{f.name.replace('_', '-')}", help=f"{words} [{f.default}]",
-                                   **{"action": "store_true"} if f.type is bool else kind)
-    given = vars(parser.parse_args(argv))
-    quick = QUICK if "quick" in given else {}
-    dataset = given.get("dataset", Config.dataset)
-    config = Config(**asdict(Config(dataset)) | PRESETS[dataset] | quick | given)
-    for name, value in vars(config).items():
-        check(isinstance(value, str) or LEAST.get(name, 0) <= value < 2 ** 32,
-              f"--{name.replace('_', '-')} is {LEAST.get(name, 0)} to 4294967295, not {value}")
-    check(0 < 4 * config.cutoff < SIDE, f"--cutoff is 1 to {SIDE // 4 - 1}, not {config.cutoff}")
-    check(config.batch_size <= config.unlabelled,
-          f"--batch-size {config.batch_size} is more than the {config.unlabelled} unlabelled cells")
-    check(config.tune_batch_size <= config.limit,
-          f"--tune-batch-size {config.tune_batch_size} is more than the {config.limit} cells")
-    name = SCRIPT
-    for flag, value in vars(config).items():
-        if flag in given and flag not in FREE:
-            value = f"{value:g}" if isinstance(value, float) else Path(str(value)).resolve().name
-            name += f"-{flag.replace('_', '-')}" + (f"={value}" if value != "True" else "")
-    config.out = os.path.expanduser(config.out or f"runs/{name}")  # no shell does it for --out=~/x
-    return config
+def stop(message):
+    """Ends the program with one line."""
+    raise SystemExit(f"error: {message}")
 
-# %% DATA ------------------------------------------------------------------------------------------
-SIDE = 32  # pixels of a cell, a / 32 each
+# %% METHOD ----------------------------------------------------------------------------------------
+# The views and versions of cells are defined in AUGMENT, the networks in MODEL.
+def nt_xent(z1, z2, temperature):
+    """InfoNCE of the embeddings (N, D) of two views, by cosine similarity.
 
-def draw_cells(kind, n, seed):
-    """Permittivity (n, 32, 32), float64, of n unit cells of two materials, each of 1 to 20.
-
-    Pixel (i, j) is the mean over a 3 x 3 sub-grid about x = (i + 1/2) / 32 - 1/2 and y likewise, in
-    units of the lattice constant a. The first cells are the same for every n. gpm: level sets of
-    Fourier sums with the mirror x -> -x (plane group pm). blob: a centered, star-shaped inclusion.
+    Each of the 2N rows must find the other view of its image among all rows but itself.
     """
-    # columns: 0 to 11 the shape, 12 the filling, 14 and 15 the permittivities inside and outside
-    drawn = torch.rand(n, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    line = (torch.arange(3 * SIDE, dtype=torch.float64) + 0.5) / (3 * SIDE) - 0.5
-    coarse = torch.linspace(-0.5, 0.5, 50, dtype=torch.float64)  # where [C] takes the quantile
-    eps_in, eps_out = (1 + 19 * drawn[:, column, None, None] for column in (14, 15))  # (n, 1, 1)
-    cells = []
-    for rows in torch.arange(n).split(500):
-        if kind == "gpm":
-            level_field, known = (level_function(drawn[rows], x) for x in (line, coarse))
-            filling = 0.01 + 0.98 * drawn[rows, 12]  # of the outer material
-            level = torch.stack([f.quantile(q) for f, q in zip(known.flatten(1), filling)])
-            inside = level_field > level[:, None, None]
+    z = F.normalize(torch.cat([z1, z2]))
+    similarity = z @ z.T / temperature  # (2N, 2N)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    similarity = similarity.masked_fill(itself, -torch.inf)
+    other_view = torch.arange(len(z), device=z.device).roll(len(z1))
+    return F.cross_entropy(similarity, other_view)
+
+def empty_lattice(device):
+    """The DOS (400,) of a homogeneous cell: 2 pi x at the frequencies x of the labels."""
+    return 2 * math.pi * torch.arange(POINTS, device=device) * STEP
+
+class Method(nn.Module):
+    """The pre-training (split 0), or the fine-tuning on a labelled split (1, 2, ...).
+
+    Cells are permittivities (N, 32, 32), labels their DOS (N, 400); the pre-training needs none.
+    """
+
+    def __init__(self, config, split=0):
+        super().__init__()
+        self.config, self.split = config, split
+        widths = ARCHS[config.arch]
+        self.encoder = make_cell_encoder(widths)
+        self.projector = self.predictor = self.regressor = None
+        if split > 0:
+            self.regressor = make_regressor(widths)
+            self.encoder.requires_grad_(not config.frozen)
         else:
-            inside = star(drawn[rows], line)
-        fine = torch.where(inside, eps_in[rows], eps_out[rows])  # (rows, 96, 96)
-        cells.append(F.avg_pool2d(fine[:, None], 3)[:, 0])
-    return torch.cat(cells)
+            self.projector = Head(widths, widths["embedding"])
+        if split == 0 and config.mode == "essl":
+            classes = 2 if config.dataset == "gpm" else 4
+            self.predictor = Head(widths, classes)
 
-def level_function(drawn, line):
-    """F(x, y) = Re sum_G c_G exp(2 pi i G (x, y)), nine G, c equal for (g1, g2) and (-g1, g2).
+    def forward(self, cells, labels=None):
+        if self.split > 0:
+            return self.fine_tune(cells, labels)
+        return self.pretrain(cells)
 
-    c = r exp(i phi), r in 0..1 and phi in 0..2 pi uniform: drawn (n, >= 12), 0..1. Returns
-    (n, X, X) on the grid line x line.
-    """
-    r, phi = drawn[:, :6].view(-1, 2, 3, 1), 2 * math.pi * drawn[:, 6:12].view(-1, 2, 3, 1)
-    angle = 2 * math.pi * line
-    along_x = torch.stack([torch.ones_like(line), 2 * angle.cos()])  # g1 = 0; 1 and -1 together
-    along_y = r * torch.cos(torch.tensor([[-1.0], [0.0], [1.0]]) * angle + phi)  # (n, 2, 3, X)
-    return torch.einsum("ax,nagy->nxy", along_x, along_y)
+    def pretrain(self, cells):
+        """Steps 1 to 4 of the algorithm: the loss, and terms for the log."""
+        config = self.config
+        f, p1, p2 = self.features, self.projector, self.predictor
+        view1, view2 = self.views(cells)
+        z1 = p1(f(view1))  # (N, D)
+        z2 = p1(f(view2))
+        loss_invariance = nt_xent(z1, z2, config.temperature)
+        terms = {"invariance": loss_invariance, "std": spread(z1)}
+        if config.mode != "essl":
+            return loss_invariance, terms
 
-def star(drawn, line):
-    """Where the point is within r0 (1 + sum_n a_n cos(n theta + phi_n)) of the center: (n, X, X).
+        v, target = versions(cells, config.dataset)  # (4N, 32, 32), classes (4N,)
+        v_equivariance = p2(f(v))  # logits (4N, 2), or (4N, 4) for blob
+        loss_equivariance = F.cross_entropy(v_equivariance, target)
+        terms["equivariance"] = loss_equivariance
+        terms["transform_top1"] = 100 * (v_equivariance.argmax(1) == target).float().mean()
+        return loss_invariance + config.alpha * loss_equivariance, terms
 
-    n = 1 to 4, r0 in 0.1..0.4 a, |a_n| up to 0.3 / n, radius up to 0.48 a; from drawn (n, >= 9).
-    """
-    x, y = torch.meshgrid(line, line, indexing="ij")
-    orders = torch.arange(1, 5, dtype=torch.float64)
-    theta = orders[:, None, None] * torch.atan2(y, x)  # (4, X, X)
-    a = 0.3 * (2 * drawn[:, 1:5] - 1) / orders
-    waves = torch.cos(theta + 2 * math.pi * drawn[:, 5:9, None, None])  # (n, 4, X, X)
-    radius = 1 + (a[..., None, None] * waves).sum(1)
-    radius = (0.1 + 0.3 * drawn[:, 0, None, None]) * radius
-    return torch.hypot(x, y) < radius.clamp(max=0.48)
+    def fine_tune(self, cells, labels):
+        """Step 5 of the algorithm: the loss, and no terms."""
+        view = random_views(cells, self.config)
+        prediction = self.predict_dos(view)  # (N, 400)
+        if self.config.absolute:
+            return F.l1_loss(prediction, labels), {}
+        return F.mse_loss(prediction, labels), {}
 
-def labelled_cells(config, n, seed, device):
-    """Cells (n, 32, 32) and their density of states (n, 400), float32, on the device.
+    def views(self, cells):
+        """Two random views of every cell."""
+        return random_views(cells, self.config), random_views(cells, self.config)
 
-    Labels are computed once and kept in data-root/photonics; a stopped computation continues.
-    """
-    cells, labels = draw_cells(config.dataset, n, seed), torch.empty(0, POINTS)
-    folder = Path(config.data_root, "photonics").expanduser()
-    path = folder / f"{config.dataset}-centered-cutoff{config.cutoff}-seed{seed}.pt"
-    made_by = [K_LINE, BANDS, WIDTH, STEP, round(cells[0].sum().item(), 3)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        check(False, f"cannot keep labels in {folder} ({problem}): choose a --data-root")
-    if path.exists():
-        try:
-            kept = torch.load(path, weights_only=True)
-            labels, same = kept["labels"], kept["made_by"] == made_by
-        except Exception:  # a damaged file can raise nearly anything
-            same = False
-        check(same, f"{path} is damaged or of another version: remove it, labels are made again")
-    threads, known, began = torch.get_num_threads(), len(labels), time.time()
-    workers, block, saved_at = threads, 1, began
-    if device.type == "cuda":
-        workers, block = 1, max(1, 200_000 // (2 * config.cutoff + 1) ** 4)
-    torch.set_num_threads(1)  # small matrices: one per core is faster than all cores on each
-    with ThreadPoolExecutor(workers) as pool:
-        while len(labels) < n:
-            parts = cells[len(labels):][:8 * block * workers].split(block)
-            new = pool.map(lambda x: density_of_states(x.to(device), config.cutoff).cpu(), parts)
-            labels = torch.cat([labels, *new]).float()
-            if len(labels) >= n or time.time() - saved_at > 10:
-                write(path, {"labels": labels, "made_by": made_by})
-                saved_at = time.time()
-                left = (saved_at - began) / (len(labels) - known) * (n - len(labels))
-                print(f"labels, seed {seed}: {len(labels)} of {n}, about "
-                      f"{timedelta(seconds=round(left))} left", flush=True)
-    torch.set_num_threads(threads)
-    return cells.float().to(device), labels[:n].to(device)
+    def features(self, cells):
+        """Features (N, D), float32, of cells."""
+        bf16 = self.config.precision == "bf16"
+        with torch.autocast(cells.device.type, torch.bfloat16, enabled=bf16):
+            return self.encoder(to_images(cells)).float()
 
-def load_data(config, device):
-    """For the pre-training and every split: (cells, labels) to train on, to validate and to test.
+    def predict_dos(self, cells):
+        """The predicted DOS (N, 400) of cells: h(f(cells)) + 2 pi x."""
+        return self.regressor(self.features(cells)) + empty_lattice(cells.device)
 
-    Cells are permittivities (N, 32, 32), labels densities of states (N, 400); of the pre-training,
-    which is not validated, zeros (N,). All are on the device.
-    """
-    cells = draw_cells(config.dataset, config.unlabelled, 99).float().to(device)
-    pool, labels = labelled_cells(config, config.limit + config.limit // 6, 1, device)
-    test = labelled_cells(config, config.test, 2, device)
-    data = [((cells, torch.zeros(len(cells), device=device)), None, test)]
-    for split in range(1, config.splits + 1):
-        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(split)).to(device)
-        rows, rest = order[:config.limit], order[config.limit:]
-        data.append(((pool[rows], labels[rows]), (pool[rest], labels[rest]), test))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # the solver's does not count
-    return data
+def to_images(cells):
+    """Permittivities (N, 32, 32), 1 to 20, as images (N, 1, 32, 32) in [0, 1]."""
+    return (cells[:, None] - 1) / 19
 
-def batches(data, config, epoch, device):
-    """Yields cells and labels of each batch of an epoch, in a random order."""
-    images, labels = data[0]
-    steps = len(labels) // config.batch_size  # the ragged rest is left out
-    rows = torch.randperm(len(labels))[:steps * config.batch_size].view(steps, -1)
-    yield from ((images[row], labels[row]) for row in rows.to(device))
+def spread(z):
+    """Standard deviation of the normalised embeddings (N, D) times sqrt(D): 0 if they collapse."""
+    return F.normalize(z.detach()).std(0).mean() * z.shape[1] ** 0.5
 
 # %% AUGMENT ---------------------------------------------------------------------------------------
+def random_views(cells, config):
+    """A random view of every cell, with the same DOS; for simclr+transform in a random version."""
+    transformed = config.mode == "simclr+transform"
+    draws = draw_symmetries(len(cells), config.dataset, transformed, cells.device)
+    return apply_symmetries(cells, *draws)
+
 def draw_symmetries(n, kind, transformed, device):
-    """Parameters of n views: rows and columns to roll (n, 2), flip and turn (n,).
+    """Flips (n,), turns (n,) and shifts (n, 2) of n views, for apply_symmetries.
 
-    gpm: any shift, and no flip or one of two. blob: the flip and a turn by 0 to 3 quarters.
-    transformed: gpm's turn, or blob's shift by half a cell, too.
+    gpm: any shift, and no flip or one of two. blob: the same flips, and any turn. What E-SimCLR
+    predicts, gpm's turn or blob's shift by half a cell, is 0 unless transformed.
     """
-    shift = torch.randint(SIDE, (n, 2), device=device)
-    half = SIDE // 2 * torch.randint(2, (n, 2), device=device)
-    turn = torch.randint(4, (n,), device=device)
     flip = torch.randint(3, (n,), device=device)
-    if kind == "gpm":
-        return {"shift": shift, "flip": flip, "turn": turn * transformed}
-    return {"shift": half * transformed, "flip": flip, "turn": turn}
+    turn = torch.randint(4, (n,), device=device)
+    shift = torch.randint(SIDE, (n, 2), device=device)
+    if kind == "blob":
+        shift = SIDE // 2 * torch.randint(2, (n, 2), device=device)
+    if not transformed:
+        predicted = turn if kind == "gpm" else shift
+        predicted.zero_()  # in place
+    return flip, turn, shift
 
-def apply_symmetries(cells, parameters):
-    """Cells (N, 32, 32), flipped (1: x, 2: y), turned counter-clockwise, then rolled around."""
-    flip, turn, shift = (parameters[name] for name in ("flip", "turn", "shift"))
-    n, line = torch.arange(len(cells), device=cells.device), torch.arange(SIDE, device=cells.device)
-    cells = torch.stack([cells, cells.flip(1), cells.flip(2)])[flip, n]
-    cells = torch.stack([cells.rot90(k, (1, 2)) for k in range(4)])[turn, n]
-    rows, columns = ((line - shift[:, i, None]) % SIDE for i in (0, 1))  # where each comes from
+def apply_symmetries(cells, flip, turn, shift):
+    """Cells (N, 32, 32) flipped (1: x, 2: y), turned by 90 degrees `turn` times, then shifted."""
+    n = torch.arange(len(cells), device=cells.device)
+    flipped = torch.stack([cells, cells.flip(1), cells.flip(2)])  # (3, N, 32, 32)
+    cells = flipped[flip, n]
+    turned = torch.stack([cells.rot90(k, (1, 2)) for k in range(4)])  # (4, N, 32, 32)
+    cells = turned[turn, n]
+    # pixel i of the shifted cell is pixel i - shift of the cell, which repeats after 32
+    line = torch.arange(SIDE, device=cells.device)
+    rows = (line - shift[:, :1]) % SIDE  # (N, 32)
+    columns = (line - shift[:, 1:]) % SIDE
     return cells[n[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 def versions(cells, kind):
-    """N cells transformed in all four ways (4N, 32, 32), way by way, and their classes (4N,).
+    """All cells in the first version, all in the second, ...: (4N, 32, 32), and classes (4N,).
 
-    gpm: by 0, 90, 180, 270 degrees, class 1 if the mirror turned by 90. blob: shifted by (0, 0),
-    (0, 1), (1, 0), (1, 1) half cells, each a class.
+    gpm: turned by 0, 90, 180 and 270 degrees; class 1 if the mirror has turned by 90 degrees.
+    blob: shifted by (0, 0), (0, 1), (1, 0) and (1, 1) half cells, each a class.
     """
-    way = torch.arange(4, device=cells.device).repeat_interleave(len(cells))
+    version = torch.arange(4, device=cells.device).repeat_interleave(len(cells))
     if kind == "gpm":
-        return torch.cat([cells.rot90(k, (1, 2)) for k in range(4)]), way % 2
+        return torch.cat([cells.rot90(k, (1, 2)) for k in range(4)]), version % 2
     half = SIDE // 2
-    shifts = [(half * i, half * j) for i in (0, 1) for j in (0, 1)]
-    return torch.cat([cells.roll(shift, (1, 2)) for shift in shifts]), way
+    shifts = [(0, 0), (0, half), (half, 0), (half, half)]
+    return torch.cat([cells.roll(shift, (1, 2)) for shift in shifts]), version
 
 # %% MODEL -----------------------------------------------------------------------------------------
-# channels of the convolutions, features, widths of the heads p1 and p2, of the DOS head
-WIDTHS = {"paper": ((64, 256, 256), 1024, (512, 256), (1024, 1024, 512)),
-          "small": ((16, 32, 64), 256, (128, 64), (256, 256, 256))}
+# channels of the convolutions, width of the features, of the hidden layers of p1 and p2, of the
+# embeddings, and of the hidden layers of the regressor
+ARCHS = {
+    "paper": dict(channels=(64, 256, 256), features=1024, hidden=512, embedding=256,
+                  regressor=(1024, 1024, 512)),
+    "small": dict(channels=(16, 32, 64), features=256, hidden=128, embedding=64,
+                  regressor=(256, 256, 256)),
+}
 
-def make_cell_encoder(channels, features):
-    """Three 7 x 7 convolutions and two linear layers: (N, 1, 32, 32) -> (N, features)."""
+def make_cell_encoder(widths):
+    """f: three 7x7 convolutions and two linear layers, (N, 1, 32, 32) -> (N, features)."""
     layers, inputs = [], 1
-    for outputs, pool in zip(channels, (2, 4, 4)):
+    for outputs, pool in zip(widths["channels"], (2, 4, 4)):  # 32 pixels become 16, 4 and 1
         layers += [nn.Conv2d(inputs, outputs, 7, padding=3), nn.BatchNorm2d(outputs), nn.ReLU(),
                    nn.MaxPool2d(pool)]
         inputs = outputs
+    features = widths["features"]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs, features), nn.ReLU(),
                          nn.Linear(features, features))
 
 class Head(nn.Module):
-    """p1 or p2: (N, features) -> (N, outputs). One BatchNorm serves both layers, as in the code."""
+    """p1 or p2: (N, features) -> (N, outputs). As in the authors' code both layers share a norm."""
 
-    def __init__(self, features, hidden, outputs):
+    def __init__(self, widths, outputs):
         super().__init__()
-        self.first, self.second = nn.Linear(features, hidden), nn.Linear(hidden, hidden)
-        self.norm, self.last = nn.BatchNorm1d(hidden), nn.Linear(hidden, outputs)
+        hidden = widths["hidden"]
+        self.first = nn.Linear(widths["features"], hidden)
+        self.second = nn.Linear(hidden, hidden)
+        self.norm = nn.BatchNorm1d(hidden)
+        self.last = nn.Linear(hidden, outputs)
 
     def forward(self, x):
         x = F.relu(self.norm(self.first(x)))
         x = F.relu(self.norm(self.second(x)))
         return self.last(x)
 
-# %% METHOD ----------------------------------------------------------------------------------------
-def sphere(z):
-    """Rows (N, D) divided by their norms, in float32 or better."""
-    return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)))
+def make_regressor(widths):
+    """h: linear layers with ReLU, (N, features) -> (N, 400)."""
+    layers, inputs = [], widths["features"]
+    for outputs in widths["regressor"]:
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        inputs = outputs
+    return nn.Sequential(*layers, nn.Linear(inputs, POINTS))
 
-def nt_xent(z1, z2, temperature):
-    """InfoNCE of two views (N, D): each of 2N rows against its other view and 2N - 2 negatives."""
-    z = sphere(torch.cat([z1, z2]))
-    s = z @ z.T / temperature  # (2N, 2N), cosines
-    s = s.masked_fill(torch.eye(len(s), dtype=torch.bool, device=s.device), -torch.inf)
-    return F.cross_entropy(s, torch.arange(len(s), device=s.device).roll(len(z1)))
+# %% DATA ------------------------------------------------------------------------------------------
+def load_data(config, device):
+    """For the pre-training and for every split: what to train on, to validate on and to test on.
 
-def empty_lattice(device):
-    """Density of states (400,) of a homogeneous cell at the points x of the labels: 2 pi x."""
-    return 2 * math.pi * torch.arange(POINTS, device=device) * STEP
-
-class Method(nn.Module):
-    """Pre-training (split 0) or fine-tuning on a labelled split (1, 2, ...).
-
-    Cells (N, 32, 32) and their DOS (N, 400; not read in pre-training) to loss and terms of the log.
+    Each is a pair of cells (N, 32, 32) and labels (N, 400). The pre-training has zeros (N,) for
+    labels, and nothing to validate on.
     """
+    unlabelled = draw_cells(config.dataset, config.unlabelled, seed=99).float().to(device)
+    size = config.limit + config.limit // 6  # the pool: six parts to train on, one to validate on
+    pool, labels = labelled_cells(config, size, 1, device)
+    test = labelled_cells(config, config.test, 2, device)
+    data = [((unlabelled, torch.zeros(len(unlabelled), device=device)), None, test)]
+    for split in range(1, config.splits + 1):
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(split)).to(device)
+        rows, rest = order[:config.limit], order[config.limit:]
+        data.append(((pool[rows], labels[rows]), (pool[rest], labels[rest]), test))
+    return data
 
-    def __init__(self, config, split=0):
-        super().__init__()
-        channels, features, (hidden, outputs), widths = WIDTHS[config.arch]
-        self.config, self.split = config, split
-        self.encoder = make_cell_encoder(channels, features)
-        self.projector = self.predictor = self.regressor = None
-        if split:
-            layers = [(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise((features, *widths))]
-            self.regressor = nn.Sequential(*sum(layers, ()), nn.Linear(widths[-1], POINTS))
-            self.encoder.requires_grad_(not config.frozen)
+def labelled_cells(config, n, seed, device):
+    """n cells (n, 32, 32) and their DOS (n, 400), float32, on the device.
+
+    Labels are computed on the CPU, once: they are kept in data-root/photonics, and a computation
+    that was stopped continues.
+    """
+    cells, labels = draw_cells(config.dataset, n, seed), torch.empty(0, POINTS)
+    folder = Path(config.data_root) / "photonics"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{config.dataset}-centered-cutoff{config.cutoff}-seed{seed}.pt"
+    # if one of these differs, so do the labels
+    made_by = [K_LINE, BANDS, WIDTH, STEP, round(cells[0].sum().item(), 3)]
+    if path.exists():
+        try:
+            kept = torch.load(path, weights_only=True)
+            labels, same = kept["labels"], kept["made_by"] == made_by
+        except Exception:  # a damaged file can raise nearly anything
+            same = False
+        if not same:
+            stop(f"{path} is damaged or of another version: remove it to compute the labels anew")
+
+    def solve(cell):
+        return density_of_states(cell, config.cutoff).float()
+
+    threads = torch.get_num_threads()
+    block = 8 * threads  # cells from one write to the next
+    torch.set_num_threads(1)  # the matrices are small: one core for each is faster than all for one
+    with ThreadPoolExecutor(threads) as workers:
+        firsts = range(len(labels), n, block)
+        for first in with_progress(firsts, len(firsts), f"labels of seed {seed}: part"):
+            solved = workers.map(solve, cells[first:first + block].split(1))
+            labels = torch.cat([labels, *solved])
+            # several runs may compute the same labels: each writes a file of its own
+            own = path.with_name(f"{path.name}.{os.getpid()}")
+            write(own, {"labels": labels, "made_by": made_by})
+            os.replace(own, path)
+    torch.set_num_threads(threads)
+    return cells.float().to(device), labels[:n].to(device)
+
+def midpoints(n):
+    """The midpoints (n,) of n equal parts of the interval from -1/2 to 1/2, float64."""
+    return (torch.arange(n, dtype=torch.float64) + 0.5) / n - 0.5
+
+def draw_cells(kind, n, seed):
+    """Permittivities (n, 32, 32), float64, of n unit cells of two materials, each of 1 to 20.
+
+    The first index is x, the second y. A pixel is the mean of 3 x 3 points. The first cells are
+    the same for every n.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.rand(n, 16, generator=generator, dtype=torch.float64)  # all chance of a cell
+    parts = []
+    for part in drawn.split(500):
+        if kind == "gpm":
+            inside = level_set(part)
         else:
-            self.projector = Head(features, hidden, outputs)
-            if config.mode == "essl":
-                self.predictor = Head(features, hidden, 2 if config.dataset == "gpm" else 4)
+            inside = star(part)
+        eps_in = 1 + 19 * part[:, 14, None, None]  # (n, 1, 1)
+        eps_out = 1 + 19 * part[:, 15, None, None]
+        fine = torch.where(inside, eps_in, eps_out)  # (n, 96, 96)
+        parts.append(F.avg_pool2d(fine, 3))
+    return torch.cat(parts)
 
-    def forward(self, cells, labels):
-        f, p1, p2, config = self.features, self.projector, self.predictor, self.config
-        if self.split:
-            y = self.regress(self.view(cells))  # (N, 400)
-            return (F.l1_loss if config.absolute else F.mse_loss)(y, labels), {}
+def level_set(drawn):
+    """gpm: where a random Fourier sum exceeds a level, (n, 96, 96); drawn is (n, 16) in 0..1.
 
-        z1 = p1(f(self.view(cells)))  # (N, D)
-        z2 = p1(f(self.view(cells)))
-        loss_invariance = nt_xent(z1, z2, config.temperature)
-        terms = {"invariance": loss_invariance.detach(), "std": spread(z1)}
-        if p2 is None:
-            return loss_invariance, terms
+    The level is a quantile of the sum on a grid of 50 x 50 points (authors' code), so that the
+    outer material fills 1 to 99 % of the cell.
+    """
+    filling = 0.01 + 0.98 * drawn[:, 12]
+    coarse = fourier_sum(drawn, torch.linspace(-0.5, 0.5, 50, dtype=torch.float64)).flatten(1)
+    levels = [values.quantile(share) for values, share in zip(coarse, filling)]
+    return fourier_sum(drawn, midpoints(3 * SIDE)) > torch.stack(levels)[:, None, None]
 
-        v, target = versions(cells, config.dataset)  # (4N, 32, 32), (4N,)
-        v_equivariance = p2(f(v))  # (4N, classes)
-        loss_equivariance = F.cross_entropy(v_equivariance, target)
-        terms["equivariance"] = loss_equivariance.detach()
-        terms["transform_top1"] = 100 * (v_equivariance.argmax(1) == target).float().mean()
-        return loss_invariance + config.alpha * loss_equivariance, terms
+def fourier_sum(drawn, line):
+    """Re sum_g c_g exp(2 pi i (g1 x + g2 y)) over g1, g2 = -1, 0, 1, at x and y of the line (X,).
 
-    def features(self, cells):
-        """Features (N, D), float32, of permittivities 1 to 20."""
-        bf16 = precision(self.config, cells.device) == "bf16"
-        with torch.autocast(cells.device.type, torch.bfloat16, enabled=bf16):
-            return self.encoder((cells[:, None] - 1) / 19).float()
+    c_g = r exp(i phi) is the same for g1 and -g1: the mirror x -> -x. Returns (n, X, X).
+    """
+    r = drawn[:, :6].view(-1, 2, 3, 1)  # of |g1| = 0, 1 and g2 = -1, 0, 1
+    phi = 2 * math.pi * drawn[:, 6:12].view(-1, 2, 3, 1)
+    angle = 2 * math.pi * line
+    g2 = torch.tensor([-1, 0, 1])[:, None]
+    along_y = (r * torch.cos(g2 * angle + phi)).sum(2)  # (n, 2, X)
+    constant = along_y[:, 0, None, :]  # g1 = 0: (n, 1, X)
+    wave = along_y[:, 1, None, :]
+    # g1 = 1 and -1 together: exp(2 pi i x) + exp(-2 pi i x) = 2 cos(2 pi x)
+    return constant + 2 * angle.cos()[:, None] * wave
 
-    def regress(self, cells):
-        """The predicted density of states (N, 400)."""
-        return self.regressor(self.features(cells)) + empty_lattice(cells.device)
+def star(drawn):
+    """blob: the points (n, 96, 96) of a star-shaped inclusion about the center; drawn is (n, 16).
 
-    def view(self, cells):
-        """A random view of the cells, in fine-tuning as in the mode's pre-training."""
-        transformed = self.config.mode == "simclr+transform"
-        drawn = draw_symmetries(len(cells), self.config.dataset, transformed, cells.device)
-        return apply_symmetries(cells, drawn)
+    Its radius is r0 (1 + sum_m a_m cos(m theta + phi_m)), m = 1 to 4, and at most 0.48, with r0
+    in 0.1..0.4 and |a_m| up to 0.3 / m. The side of the cell is 1.
+    """
+    line = midpoints(3 * SIDE)
+    x, y = torch.meshgrid(line, line, indexing="ij")
+    r0 = 0.1 + 0.3 * drawn[:, 0, None, None]
+    m = torch.arange(1, 5, dtype=torch.float64)
+    a = 0.3 * (2 * drawn[:, 1:5] - 1) / m  # (n, 4)
+    phi = 2 * math.pi * drawn[:, 5:9, None, None]  # (n, 4, 1, 1)
+    waves = torch.cos(m[:, None, None] * torch.atan2(y, x) + phi)  # (n, 4, 96, 96)
+    radius = r0 * (1 + (a[..., None, None] * waves).sum(1))
+    return torch.hypot(x, y) < radius.clamp(max=0.48)
 
-def precision(config, device):
-    """Of the backbone: bf16 on GPUs that have it, unless --precision says otherwise."""
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return config.precision if config.precision != "auto" else "bf16" if able else "fp32"
+# %% SOLVER ----------------------------------------------------------------------------------------
+# Lengths are in units of the cell's side a, wave vectors in 2 pi / a, frequencies in 2 pi c / a.
+K_LINE = 25  # wave vectors along each direction
+BANDS = 6  # per wave vector; in a hundred cells only the lowest four reached below x = 1
+WIDTH = 0.010  # standard deviation in x of the Gaussian that smooths the DOS
 
-def spread(z):
-    """Std of the normalised embeddings (N, D) over its ideal 1 / sqrt(D); 0 if all are equal."""
-    return F.normalize(z.detach().float()).std(0).mean() * z.shape[1] ** 0.5
+def photonic_bands(eps, k, bands, cutoff=4):
+    """The lowest frequencies (N, K, bands) of TM modes and their group velocities (..., 2), in c.
+
+    eps: permittivities (N, n, n) of N cells. k: wave vectors (K, 2). The field along z,
+    E(r) = sum_g E_g exp(2 pi i (k + g) r), is a mode of frequency w if for every g
+        |k + g|^2 E_g = w^2 sum_g' eps_(g - g') E_g',
+    where eps_g are the Fourier coefficients of eps. Their matrix is L L^+ (Cholesky). With
+    A = L^-1 and v = L^+ E this is A |k + g|^2 A^+ v = w^2 v, a Hermitian eigenvalue problem.
+    As |v| = 1, the group velocity dw/dk is sum_g (k + g) |E_g|^2 / w. All in float64.
+    """
+    n = eps.shape[-1]
+    if eps.ndim != 3 or eps.shape[1] != n or 4 * cutoff >= n:
+        raise ValueError(f"permittivity is (N, n, n) with n > {4 * cutoff}, not {tuple(eps.shape)}")
+    eps = eps.cpu().double()  # eigh of matrices larger than 32 is slow on GPUs
+    line = torch.arange(-cutoff, cutoff + 1)
+    g = torch.cartesian_prod(line, line)  # (M, 2)
+    coefficients = torch.fft.fft2(eps) / n**2
+    difference = (g[:, None] - g) % n  # (M, M, 2), of g and g'; coefficient -1 is stored at n - 1
+    L = torch.linalg.cholesky(coefficients[:, difference[..., 0], difference[..., 1]])  # (N, M, M)
+    A = torch.linalg.solve_triangular(L, torch.eye(len(g), dtype=L.dtype), upper=False)
+    q = k.double()[:, None] + g  # k + g: (K, M, 2)
+    q_squared = q.square().sum(2)  # (K, M)
+    H = (A[:, None] * q_squared[:, None]) @ A.mH[:, None]  # (N, K, M, M)
+    w_squared, v = torch.linalg.eigh(H)
+    w = w_squared[..., :bands].clamp(min=0).sqrt()  # (N, K, bands)
+    E = A.mH[:, None] @ v[..., :bands]  # (N, K, M, bands)
+    flux = E.abs().square().mT @ q  # (N, K, bands, 2)
+    moving = w[..., None] > 1e-6  # the one mode of frequency 0 has no velocity
+    return w, torch.where(moving, flux / w[..., None], 0.0)
+
+def wave_vectors():
+    """The centers (625, 2) of 25 x 25 squares that fill the Brillouin zone; number 312 is 0.
+
+    The negative of number i is number 624 - i.
+    """
+    return torch.cartesian_prod(midpoints(K_LINE), midpoints(K_LINE))
+
+def states_below(edges, w, velocities):
+    """The share (..., E) of the square about each wave vector with frequencies below edges (E,).
+
+    Within its square a frequency w is taken as linear, w + velocity dk (generalised
+    Gilat-Raubenheimer method, arXiv:1711.07993). Then the frequencies have the distribution of a
+    trapezoid about w. Half its longer side is h (|vx| + |vy|), half its shorter one
+    h ||vx| - |vy||, where h is half the side of the square.
+    """
+    h = 0.5 / K_LINE
+    vx = velocities[..., :1].abs()  # (..., 1)
+    vy = velocities[..., 1:].abs()
+    longer = (h * (vx + vy)).clamp(min=1e-9)
+    shorter = h * (vx - vy).abs()
+    distance = edges - w[..., None]  # (..., E)
+    t = distance.abs()
+    # of the trapezoid, whose area is 1, the part beyond t: a triangle; if t is under the flat top,
+    # one half less a rectangle
+    slope = ((longer - t) / (longer - shorter).clamp(min=1e-12)).clamp(0, 1)  # falls from 1 to 0
+    triangle = slope.square() * (longer - shorter) / (2 * (longer + shorter))
+    beyond = torch.where(t < shorter, 0.5 - t / (longer + shorter), triangle)
+    return torch.where(distance < 0, beyond, 1 - beyond)
+
+def density_of_states(eps, cutoff=4):
+    """The DOS y (N, 400), float64, of permittivities (N, n, n): states per cell and unit of x.
+
+    x is the frequency times the root of the mean permittivity, so that eps -> s eps leaves y as it
+    is, and so do shifts, mirrors and turns. y is smoothed by a Gaussian, which is reflected at
+    x = 0, and leaves out the one state of frequency 0.
+    """
+    eps = eps.cpu().double()
+    k = wave_vectors()[:K_LINE**2 // 2 + 1]  # the others are -k, with the same frequencies
+    weights = torch.full((len(k), 1, 1), 2 / K_LINE**2, dtype=torch.float64)
+    weights[-1] /= 2  # k = 0 is its own negative
+    w, velocities = photonic_bands(eps, k, BANDS, cutoff)
+    w[:, -1, 0] = torch.inf  # never counted
+    root = eps.mean((1, 2)).sqrt()[:, None, None]
+    edges = 0.0015 * torch.arange(701, dtype=torch.float64)  # of bins; to nine WIDTHs beyond 0.96
+    below = states_below(edges, root * w, root[..., None] * velocities)  # (N, K, bands, 701)
+    counts = (weights * below).sum((1, 2)).diff(dim=1)  # states in each bin: (N, 700)
+    centers = ((edges[1:] + edges[:-1]) / 2)[:, None]
+    x = STEP * torch.arange(POINTS, dtype=torch.float64)
+    gauss = torch.exp(-((x - centers) / WIDTH).square() / 2)  # (700, 400)
+    gauss += torch.exp(-((x + centers) / WIDTH).square() / 2)
+    return counts @ gauss / (WIDTH * math.sqrt(2 * math.pi))
 
 # %% TRAIN -----------------------------------------------------------------------------------------
 def learning_rate(step, total_steps, warmup_steps, peak, final=0.0):
     """Linear from 0 to peak at warmup_steps, then a cosine to final at total_steps."""
     if step < warmup_steps:
         return peak * step / warmup_steps
-    turn = (step - warmup_steps) / (total_steps - warmup_steps) if step < total_steps else 1
-    return final + (peak - final) * (1 + math.cos(math.pi * turn)) / 2
+    if step >= total_steps:
+        return final
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
 
 def make_optimizer(method, config):
-    """SGD for the pre-training, Adam for the fine-tuning; train sets the rate of every step."""
-    parameters = [p for p in method.parameters() if p.requires_grad]
+    """SGD for the pre-training, Adam for the fine-tuning, at the peak rate."""
+    parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
     fused = parameters[0].is_cuda
-    if method.split:
+    if method.split > 0:
         return torch.optim.Adam(parameters, config.tune_lr, fused=fused,
                                 weight_decay=config.tune_weight_decay)
     return torch.optim.SGD(parameters, config.lr, momentum=0.9, fused=fused)
 
-def write(path, content):
-    """Writes text, or a state for torch.load, whole or not at all: beside, then renamed."""
-    buffer = io.BytesIO(content.encode() if isinstance(content, str) else b"")
-    if not isinstance(content, str):
-        torch.save(content, buffer)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(buffer.getbuffer())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+def start(config):
+    """The device. Writes it and the precision into config, in place of "auto"."""
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        stop(f"{SCRIPT}.py runs on one device: start it without torchrun, and unset WORLD_SIZE")
+    if config.device == "auto":
+        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device == "cuda":
+        config.device = "cuda:0"
+    here = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if config.device not in here:
+        stop(f"there is no device {config.device} here, only {', '.join(here)}")
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.benchmark = True
+    if config.precision == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        config.precision = "bf16" if bf16 else "fp32"
+    print(f"on {config.device}, {config.precision}, {torch.get_num_threads()} threads", flush=True)
+    return device
 
-def open_run(config, data):
-    """The checkpoint in the run's folder, which must be of this config and data, or None."""
-    path = Path(config.out, "checkpoint.pt")
+def with_progress(items, total, name):
+    """Yields the items; says after ten seconds, and then every now and then, how far they are."""
+    began, pause, terminal = time.time(), 10, sys.stdout.isatty()
+    for done, item in enumerate(items):
+        passed = time.time() - began
+        if done > 0 and passed > pause:
+            left = timedelta(seconds=round(passed / done * (total - done)))
+            end = "\r" if terminal else "\n"  # on a terminal the same line, every second
+            print(f" {name} {done} of {total}, {left} left", end=end, flush=True)
+            pause = passed + 1 if terminal else 2 * passed
+        yield item
+
+def stages(config):
+    """Every epoch of a run: its split (0: the pre-training), its number there, and its settings."""
+    tuning = replace(config, epochs=config.tune_epochs, batch_size=config.tune_batch_size)
+    plan = []
+    if config.mode != "supervised" and not config.pretrained:
+        plan += [(0, number, config) for number in range(1, config.epochs + 1)]
+    for split in range(1, config.splits + 1):
+        plan += [(split, number, tuning) for number in range(1, tuning.epochs + 1)]
+    return plan
+
+def begin(config, split, pretrained, device):
+    """Method and optimizer at the start of a stage; pretrained: weights of the encoder, or None."""
+    torch.manual_seed(hash((config.seed, split)))
+    # channels_last: in this order of the numbers of an image convolutions are fastest on a GPU
+    method = Method(config, split).to(device, memory_format=torch.channels_last)
+    if pretrained:
+        method.encoder.load_state_dict(pretrained)
+    optimizer = make_optimizer(method, config)
+    if config.compile:
+        for network in method.children():
+            network.forward = torch.compile(network.forward, dynamic=False)
+    return method, optimizer
+
+def batches(data, settings, split, epoch):
+    """Yields the cells and labels of every batch of an epoch, in a random order."""
+    cells, labels = data
+    # All chance of an epoch follows from this. The hash of a tuple of integers is the same in
+    # every run.
+    torch.manual_seed(hash((settings.seed, split, epoch)))
+    order = torch.randperm(len(cells)).to(cells.device)
+    for step in range(len(cells) // settings.batch_size):
+        first = step * settings.batch_size
+        rows = order[first:first + settings.batch_size]
+        yield cells[rows], labels[rows]
+
+def train_epoch(method, optimizer, data, settings, epoch):
+    """One pass over the cells; returns the means of the loss and its terms over the steps.
+
+    data: cells and labels. epoch: its number in the stage. The rate falls in the pre-training only.
+    """
+    steps, sums = len(data[0]) // settings.batch_size, {}
+    total = settings.epochs * steps
+    peak = optimizer.defaults["lr"]
+    final = peak if method.split > 0 else 0.0
+    epoch_batches = batches(data, settings, method.split, epoch)
+    name = f"epoch {epoch} of {settings.epochs}: step"
+    for step, batch in enumerate(with_progress(epoch_batches, steps, name)):
+        now = (epoch - 1) * steps + step
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(now, total, 0, peak, final)
+        loss, terms = method(*batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for name, value in {"loss": loss, **terms}.items():
+            sums[name] = sums.get(name, 0) + value.detach()  # .item() would wait for the GPU
+    return {name: value.item() / steps for name, value in sums.items()}
+
+def train(config, data, device, saved, pretrained):
+    """Trains the epochs that a run lacks; returns the method of the last split and the log.
+
+    saved: the checkpoint to continue from, or None. pretrained: the weights of the encoder that
+    the fine-tuning starts from, if there are any yet. The log has a dict of the run, as epoch 0,
+    and one of every epoch.
+    """
+    out, plan = Path(config.out), stages(config)
+    log = [{"epoch": 0, "train_seconds": 0.0, "command": " ".join(["python", *sys.argv]),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "torch": str(torch.__version__), "threads": torch.get_num_threads()}]
+    if saved:
+        log = saved["log"]
+        split, *_ = plan[log[-1]["epoch"] - 1]
+        method, optimizer = begin(config, split, None, device)
+        method.load_state_dict(saved["method"])
+        optimizer.load_state_dict(saved["optimizer"])
+    else:
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
+    done, saved_at = log[-1]["epoch"], time.time()
+    print(f"{out}: {done} of {len(plan)} epochs done", flush=True)
+
+    for epoch in range(done + 1, len(plan) + 1):
+        split, number, settings = plan[epoch - 1]
+        stage = f"split {split}" if split > 0 else "pre-training"
+        training, validation, test = data[split]
+        if number == 1:
+            method, optimizer = begin(config, split, pretrained, device)
+        if number == 1 and split == 0:
+            draw_views(out / "views.png", method, training[0][:4])
+        began = time.time()
+        means = train_epoch(method, optimizer, training, settings, number)
+        finite = all(parameter.isfinite().all() for parameter in method.parameters())
+        if not finite or not math.isfinite(means["loss"]):
+            stop(f"loss or weights are not finite in epoch {epoch}: lower "
+                 f"--lr {config.lr:g} or --tune-lr {config.tune_lr:g}")
+        passed = time.time() - began
+        steps = len(training[0]) // settings.batch_size
+        means["images_per_second"] = steps * settings.batch_size / passed
+        if split > 0 and (number % config.eval_every == 0 or number == settings.epochs):
+            for name, (cells, labels) in (("validation", validation), ("test", test)):
+                means[f"{name}_error"] = 100 * dos_error(predict(method, cells), labels)
+        log.append({"epoch": epoch, "train_seconds": log[-1]["train_seconds"] + passed,
+                    "split": split, **means})
+        left = timedelta(seconds=round(passed * (settings.epochs - number)))
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+        print(f"epoch {epoch}/{len(plan)}, {stage}  {shown}  {left} left of it", flush=True)
+        if split == 0 and number == settings.epochs:
+            pretrained = method.encoder.state_dict()
+        lines = [json.dumps(line) + "\n" for line in log]
+        (out / "metrics.jsonl").write_text("".join(lines))
+        if epoch == len(plan) or time.time() - saved_at > 60 * config.save_every:
+            (out / "results.json").unlink(missing_ok=True)  # of a run whose checkpoint is gone
+            write(out / "checkpoint.pt", {
+                "script": SCRIPT, "config": asdict(config), "data": {}, "log": log,
+                "method": method.state_dict(), "optimizer": optimizer.state_dict(),
+                "pretrained": pretrained})
+            saved_at = time.time()
+    return method, log
+
+def open_run(config, trained_on):
+    """The checkpoint in config.out or None; ends the program if it is of another run."""
+    path = Path(config.out) / "checkpoint.pt"
     if not path.exists():
-        check(not path.with_name("results.json").exists(), f"{path} is lost: choose another --out")
         return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        script, stored = saved["script"], saved["data"]
-        then = saved["config"] | {name: stored.get(name) for name in data}
+        then = {"script": saved["script"], **saved["config"], **saved["data"]}
     except Exception as problem:  # a damaged file can raise nearly anything
-        check(False, f"{path} is damaged ({type(problem).__name__}): remove it or change --out")
-    check(script == SCRIPT, f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
-    differ = "; --".join(f"{name.replace('_', '-')} {then.get(name)} then, {value} now"
-                         for name, value in (asdict(config) | data).items()
-                         if name not in FREE and then.get(name) != value)
-    check(not differ, f"{config.out} holds another run (--{differ}): use its flags or a new --out")
+        stop(f"{path} cannot be read ({type(problem).__name__}): remove it or change --out")
+    now = {"script": SCRIPT, **asdict(config), **trained_on}
+    differences = []
+    for name, value in now.items():
+        if name not in FREE and then.get(name) != value:
+            differences.append(f"{name} was {then.get(name)}, is {value}")
+    if differences:
+        stop(f"{config.out} holds another run: {'; '.join(differences)}. Choose another --out")
     return saved
 
 def pretrained_encoder(config):
-    """Weights that the run in --pretrained, or in its folder MODE, has pre-trained; else None."""
+    """Weights of the encoder of the run in --pretrained, or in its folder MODE; None without."""
     if not config.pretrained or config.mode == "supervised":
         return None
-    path = Path(config.pretrained, config.mode, "checkpoint.pt")
-    path = path if path.exists() else Path(config.pretrained, "checkpoint.pt")
+    path = Path(config.pretrained) / config.mode / "checkpoint.pt"
+    if not path.exists():
+        path = Path(config.pretrained) / "checkpoint.pt"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         encoder, then = saved["pretrained"], saved["config"]
     except Exception as problem:  # a damaged file can raise nearly anything
-        check(False, f"--pretrained needs the folder of a run ({path}: {type(problem).__name__})")
-    differ = [f"--{name} {then[name]} then, {getattr(config, name)} now"
-              for name in ("dataset", "arch", "mode") if then[name] != getattr(config, name)]
-    check(not differ, f"the encoder of {path} is another: {', '.join(differ)}")
-    check(encoder, f"{path} is of a run that has not ended its pre-training")
+        stop(f"--pretrained needs the folder of a run ({path}: {type(problem).__name__})")
+    for name in ("dataset", "arch", "mode"):
+        if then[name] != getattr(config, name):
+            stop(f"{path} is of another encoder: {name} was {then[name]}, "
+                 f"is {getattr(config, name)}")
+    if encoder is None:
+        stop(f"{path} is of a run that has not ended its pre-training")
     return encoder
 
-def start(config):
-    """The device."""
-    check(WORLD == 1, f"{SCRIPT}.py runs on one device: start it without torchrun, and unset "
-          f"WORLD_SIZE, which is {WORLD}")
-    name = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
-    here = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    check(name in here, f"there is no device {name}; here are {', '.join(here)}", alike=False)
-    if name != "cpu":
-        torch.cuda.set_device(name)
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
-    return torch.device(name)
+def write(path, content):
+    """Writes text, or a state for torch.load, to a new file that then takes the name of path."""
+    buffer = io.BytesIO()  # torch.save does not say plainly that a disk is full
+    if isinstance(content, str):
+        buffer.write(content.encode())
+    else:
+        torch.save(content, buffer)
+    beside = path.with_name(path.name + ".new")
+    beside.write_bytes(buffer.getbuffer())
+    os.replace(beside, path)
 
-def stages(config):
-    """What each epoch of a run belongs to: split (0: pre-training), number in it, its settings."""
-    tuning = replace(config, epochs=config.tune_epochs, batch_size=config.tune_batch_size,
-                     lr=config.tune_lr)
-    parts = [] if config.mode == "supervised" or config.pretrained else [(0, config)]
-    parts += [(split, tuning) for split in range(1, config.splits + 1)]
-    return [(split, number, settings) for split, settings in parts
-            for number in range(1, settings.epochs + 1)]
+def draw_views(path, method, cells):
+    """A row for each cell: the cell, its two views and, if they are predicted, its four versions.
 
-def begin(config, split, pretrained, device):
-    """The networks at the start of a stage, from a pre-trained encoder if any, and an optimiser."""
-    method = Method(config, split).to(device, memory_format=torch.channels_last)
-    if split and pretrained:
-        method.encoder.load_state_dict(pretrained)
-    for network in method.children() if config.compile else ():
-        network.compile(dynamic=False)  # in place: the names of the parameters stay
-    return method, make_optimizer(method, config)
+    x runs downwards, y to the right.
+    """
+    columns = [cells, *method.views(cells)]
+    if method.predictor is not None:
+        v, _ = versions(cells, method.config.dataset)
+        columns += v.chunk(4)
+    tiles = []
+    for row in zip(*[to_images(column) for column in columns]):
+        tiles += [frame(image, "white") for image in row]
+    save_image(tiles, path, nrow=len(columns))
 
-def train(config):
-    """Trains what is left of the run of config.out: returns method, data and a dict per epoch."""
-    device, out, plan = start(config), Path(config.out), stages(config)
-    trained_on = {"precision": precision(config, device)}
-    saved = open_run(config, trained_on)
-    pretrained = saved["pretrained"] if saved else pretrained_encoder(config)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
-    except OSError as problem:
-        check(False, f"cannot write to {out} ({problem}): choose another --out")
-    data = load_data(config, device)  # takes long if labels are to be computed
-    log = saved["log"] if saved else [
-        {"epoch": 0, "train_seconds": 0.0, "command": " ".join(["python", *sys.argv]),
-         "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(), "torch":
-         str(torch.__version__), "threads": torch.get_num_threads()}]
-    done = log[-1]["epoch"]
-    torch.manual_seed(config.seed)
-    method, optimizer = begin(config, plan[max(done, 1) - 1][0], pretrained, device)
-    if saved:
-        method.load_state_dict(saved["method"])
-        optimizer.load_state_dict(saved["optimizer"])
-    saved_at, terminal, told = time.time(), sys.stdout.isatty(), False
-    print(f"{out}: {done} of {len(plan)} epochs done")
-
-    for epoch, (split, number, settings) in enumerate(plan[done:], start=done + 1):
-        torch.manual_seed(hash((config.seed, epoch)))  # all chance of an epoch follows from this
-        if split != method.split:  # a stage begins
-            pretrained = pretrained if method.split else method.encoder.state_dict()
-            method, optimizer = begin(config, split, pretrained, device)
-        steps = len(data[split][0][1]) // settings.batch_size
-        total, peak, final = settings.epochs * steps, settings.lr, settings.lr if split else 0.0
-        began, sums = time.time(), Counter()
-        for step, (images, labels) in enumerate(batches(data[split], settings, epoch, device), 1):
-            now = (number - 1) * steps + step - 1
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(now, total, 0, peak, final)
-            loss, terms = method(images, labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            sums.update({"loss": loss.detach(), **terms})  # a Counter adds
-            if step == 1:
-                warm = time.time()  # the first step takes longer
-            elif terminal or time.time() - warm > 5 and not told:
-                left, told = (time.time() - warm) / (step - 1) * (total - now), True
-                print(f" step {step} of {steps}, about {timedelta(seconds=round(left))} left"
-                      + " (sooner: --quick, --arch small, fewer --epochs)" * (left > 7200),
-                      end="\r" if terminal else "\n", flush=True)
-        means = {name: value.item() / steps for name, value in sums.items()}
-        finite = all(x.isfinite().all() for x in (sums["loss"], *method.parameters()))
-        check(finite, f"loss or weights not finite in epoch {epoch}: lower "
-              f"--{'tune-' * bool(split)}lr {peak:g}", 1)
-        seconds = time.time() - began
-        means["images_per_second"] = steps * settings.batch_size / seconds
-        if split and (number % config.eval_every == 0 or number == settings.epochs):
-            for name, (cells, labels) in zip(("validation_error", "test_error"), data[split][1:]):
-                means[name] = 100 * dos_error(predict(method, cells), labels)
-        log.append({"epoch": epoch, "train_seconds": log[-1]["train_seconds"] + seconds,
-                    "split": split, **means})
-        left = timedelta(seconds=round(seconds * (settings.epochs - number)))
-        print(f"epoch {epoch}/{len(plan)}, {f'split {split}' if split else 'pre-training'}:",
-              *(f" {k} {v:.4g}" for k, v in means.items()), f" {left} left of it", flush=True)
-        (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        if epoch == len(plan) or time.time() - saved_at >= 60 * config.save_every:
-            write(out / "checkpoint.pt", {
-                "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
-                "method": method.state_dict(), "optimizer": optimizer.state_dict(),
-                "pretrained": pretrained})
-            saved_at = time.time()
-    return method, data, log
+def frame(image, color):
+    """An image (C, H, W) as a tile of the pictures: 3 channels, 96 pixels wide, with a border."""
+    picture = ImageOps.fit(TF.to_pil_image(image.cpu()).convert("RGB"), (96, 96))
+    return TF.to_tensor(ImageOps.expand(picture, 3, color))
 
 # %% EVALUATE --------------------------------------------------------------------------------------
 def dos_error(prediction, target):
-    """Relative error of densities of states (N, 400): a fraction, the mean over samples.
+    """Relative error of DOS (N, 400): a fraction, the mean over the cells.
 
-    sum |prediction - target| / sum |target| over the points 100 to 399, x from 0.24 to 0.96: below,
-    cells hardly differ.
+    Of a cell it is sum |prediction - target| / sum |target| over the points 100 to 399, x from
+    0.24 to 0.96: below, cells hardly differ.
     """
     wrong = (prediction - target)[:, 100:].abs().sum(1)
     return (wrong / target[:, 100:].abs().sum(1)).mean().item()
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # else --compile would compile again for these sizes
+@torch.compiler.set_stance("force_eager")  # so that nothing is compiled for these sizes, too
 def predict(method, cells):
-    """Densities of states (N, 400) of parts of the cells, in eval mode."""
+    """The predicted DOS (N, 400) of cells, in eval mode."""
     method.eval()
-    predictions = [method.regress(part) for part in cells.split(256)]
+    predictions = [method.predict_dos(part) for part in cells.split(256)]
     method.train()
     return torch.cat(predictions)
 
-def evaluate(method, data, config, log):
-    """The contents of results.json: errors in percent, mean and std over the splits."""
-    last = {line["split"]: line for line in log[1:]}  # of every stage
-    errors = torch.tensor([line["test_error"] for split, line in last.items() if split])
+def evaluate(data, config, log):
+    """Test errors in percent, their mean and standard deviation over the splits, from the log."""
+    errors = {"dos_error": [], "dos_error_validation_minimum": [], "dos_error_test_minimum": []}
+    for split in range(1, config.splits + 1):
+        tested = [line for line in log[1:] if line["split"] == split and "test_error" in line]
+        best = min(tested, key=lambda line: line["validation_error"])
+        errors["dos_error"].append(tested[-1]["test_error"])
+        errors["dos_error_validation_minimum"].append(best["test_error"])
+        errors["dos_error_test_minimum"].append(min(line["test_error"] for line in tested))
     cells, labels = data[0][2]
     empty = empty_lattice(labels.device).expand_as(labels)
-    results = {"dos_error": errors.mean().item(), "dos_error_std": errors.std(correction=0).item(),
-               "dos_error_empty_lattice": 100 * dos_error(empty, labels),
-               "dos_error_protocol": f"last epoch, {len(errors)} splits, {len(cells)} test cells",
-               "transform_top1": last.get(0, {}).get("transform_top1")}
-    results |= {**log[0], **log[-1], "epochs": config.epochs, "seed": config.seed,
-                "peak_memory_gb": torch.cuda.max_memory_allocated() / 2 ** 30 or None}
-    return {name: round(x, 3) if isinstance(x, float) else x for name, x in results.items()}
+    results = {
+        "dos_error_empty_lattice": 100 * dos_error(empty, labels),
+        "dos_error_protocol": f"{config.splits} splits, {len(cells)} test cells; dos_error: last "
+                              "epoch; minimum: epoch of least validation or test error"}
+    for name, values in errors.items():
+        results[name] = torch.tensor(values).mean().item()
+        results[name + "_std"] = torch.tensor(values).std(correction=0).item()
+    for line in log:
+        if "transform_top1" in line:
+            results["transform_top1"] = line["transform_top1"]  # in the end that of the last epoch
+    return results
 
 # %% MAIN ------------------------------------------------------------------------------------------
-def main(argv=None):
-    """Runs a command line. Exit codes: 2 bad input, 1 failed run, 130 Ctrl-C."""
-    config = parse_args(argv)
-    out, results = Path(config.out), Path(config.out, "results.json")
-    try:
-        if config.mode == "all":
-            every_mode(sys.argv[1:] if argv is None else argv, out)
-        elif results.exists():
-            open_run(config, {})
-        else:
-            method, data, log = train(config)
-            measured = json.dumps(evaluate(method, data, config, log), indent=1)
-            write(out / "encoder.pt", method.encoder.cpu().state_dict())
-            write(results, measured)
-        print(f"{out} is finished, with results.json")
-        for name, value in json.loads(results.read_text()).items():
-            if name.startswith("dos_error") and "protocol" not in name:
-                print(f"  {name:32}{value} %")
-        if config.mode != "all":
-            print(f"its spectra: python compare.py {out}")
-    except KeyboardInterrupt:
-        check(False, "stopped; the same command continues from the last checkpoint", 130)
-    except torch.OutOfMemoryError:
-        check(False, "the GPU's memory is full: use a smaller --batch-size", 1, alike=False)
-    except OSError as problem:  # a full disk
-        text = str(problem).splitlines()[-1]
-        check(False, f"{text}. Mend this, then the same command continues", 1, alike=False)
+def parse_args(argv=None):
+    """The Config of a command line: defaults < preset of the dataset < --quick < flags given."""
+    parser = ArgumentParser(
+        prog=f"{SCRIPT}.py", usage="%(prog)s [flags]", description=__doc__.split("\n")[0],
+        epilog="--dataset and --quick change some of these defaults: see PRESETS in the script.",
+        argument_default=SUPPRESS, allow_abbrev=False)  # SUPPRESS: flags not given are left out
+    for setting in fields(Config):
+        parser.add_argument("--" + setting.name.replace("_", "-"), **setting.metadata)
+    given = vars(parser.parse_args(argv))
+    settings = given
+    if "quick" in given:
+        settings = QUICK | given
+    preset = PRESETS.get(settings.get("dataset"), {})
+    config = Config(**(preset | settings))
+    check(config, parser)
+    if not config.out:
+        if config.pretrained:
+            given["pretrained"] = Path(config.pretrained).resolve().name
+        words = [SCRIPT]
+        words += [f"{name}={given[name]}" for name in asdict(config)
+                  if name in given and name not in FREE]
+        config.out = "runs/" + "-".join(words)
+    config.out = os.path.expanduser(config.out)
+    config.data_root = os.path.expanduser(config.data_root)
+    config.pretrained = os.path.expanduser(config.pretrained)
+    return config
 
-def every_mode(argv, out):
-    """Runs the four modes, each in its folder in out, and writes their errors to results.json."""
-    check(not (out / "checkpoint.pt").exists(), f"{out} holds another run: choose another --out")
-    results = {}
+def check(config, parser):
+    """Ends the program if a setting has an impossible value; nan is neither > 0 nor >= 0."""
+    positive = ("test", "cutoff", "temperature", "splits", "epochs", "lr", "tune_epochs", "tune_lr",
+                "eval_every")
+    for name, value in asdict(config).items():
+        if name in positive and not value > 0:
+            parser.error(f"--{name.replace('_', '-')} must be more than 0")
+        if not isinstance(value, str) and not value >= 0:
+            parser.error(f"--{name.replace('_', '-')} must be 0 or more")
+    if 4 * config.cutoff >= SIDE:
+        parser.error(f"--cutoff must be less than {SIDE // 4}")
+    if config.limit < 6:
+        parser.error("--limit must be 6 or more: a sixth as many cells are to validate on")
+    if min(config.batch_size, config.tune_batch_size) < 2:
+        parser.error("--batch-size and --tune-batch-size must be 2 or more")
+    if config.batch_size > config.unlabelled:
+        parser.error(f"--batch-size {config.batch_size} is more than the {config.unlabelled} cells "
+                     "of --unlabelled")
+    if config.tune_batch_size > config.limit:
+        parser.error(f"--tune-batch-size {config.tune_batch_size} is more than the {config.limit} "
+                     "cells of --limit")
+
+def main(argv=None):
+    """Runs a command line: trains, evaluates and writes the results."""
+    config = parse_args(argv)
+    try:
+        device = start(config)
+        if config.mode == "all":
+            run_all_modes(config, device)
+        else:
+            run(config, device)
+    except KeyboardInterrupt:
+        stop("stopped; the same command continues from the last checkpoint, if there is one")
+    except OSError as problem:  # a full disk, or a folder that cannot be written
+        stop(f"{problem}. When this is mended, the same command continues")
+    except RuntimeError as problem:
+        if "out of memory" not in str(problem) and "allocate memory" not in str(problem):
+            raise
+        stop("memory is full: use a smaller --batch-size, and another --out")
+
+def run_all_modes(config, device):
+    """Runs the four modes, each in its folder in --out, and writes their errors to results.json."""
+    out, results = Path(config.out), {}
+    if (out / "checkpoint.pt").exists():
+        stop(f"{out} holds another run. Choose another --out")
+    if config.pretrained and not Path(config.pretrained).is_dir():  # before the first mode trains
+        stop(f"--pretrained needs the folder of a run, and there is no {config.pretrained}")
     for mode in MODES:
-        main([*argv, "--mode", mode, "--out", str(out / mode)])
-        one = json.loads((out / mode / "results.json").read_text())
-        results |= one | {f"dos_error_{mode}{x}": one[f"dos_error{x}"] for x in ("", "_std")}
+        run(replace(config, mode=mode, out=str(out / mode)), device)
+        of_mode = json.loads((out / mode / "results.json").read_text())
+        results.update(of_mode)  # what the modes share is in the end that of essl
+        results[f"dos_error_{mode}"] = of_mode["dos_error"]
+        results[f"dos_error_{mode}_std"] = of_mode["dos_error_std"]
+    write(out / "results.json", json.dumps(results, indent=1))
+    show_results(out)
+
+def run(config, device):
+    """Trains and evaluates one mode, or what is left to do of it."""
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    saved = open_run(config, {})  # {}: the cells follow from the flags
+    if saved is None or not (out / "results.json").exists():
+        if saved:
+            pretrained = saved["pretrained"]
+        else:
+            pretrained = pretrained_encoder(config)
+        data = load_data(config, device)
+        method, log = train(config, data, device, saved, pretrained)
+        finish(method, data, config, log)
+    show_results(out)
+    print(f"its spectra: python compare.py {out}")
+
+def finish(method, data, config, log):
+    """Evaluates; writes encoder.pt and results.json."""
+    out = Path(config.out)
+    encoder = method.encoder.state_dict()
+    write(out / "encoder.pt", {name: value.cpu() for name, value in encoder.items()})
+    results = log[0] | log[-1] | {"epochs": config.epochs, "seed": config.seed}
+    results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30  # of the GPU
+    results.update(evaluate(data, config, log))
+    for name, value in results.items():
+        if isinstance(value, float):
+            results[name] = float(f"{value:.4g}")
     write(out / "results.json", json.dumps(results, indent=1))
 
-# %% SOLVER ----------------------------------------------------------------------------------------
-POINTS, STEP = 400, 1.2 / 499  # the labels are y at x = 0, STEP, 2 STEP, ...
-K_LINE, BANDS, WIDTH = 25, 6, 0.010  # wave vectors in each direction; bands; Gaussian's std in x
-
-def photonic_bands(eps, k, bands, cutoff=4):
-    """The lowest TM bands of square unit cells: frequencies (N, K, bands), velocities (..., 2).
-
-    eps: permittivity (N, n, n) on a grid [x][y] over the cell. k: (K, 2), in reciprocal-lattice
-    units. Frequencies in 2 pi c / a, group velocities in c, float64. The field E_z = sum_g E_g
-    exp(2 pi i (k + g) r) of frequency w obeys, with the Fourier coefficients eps_g of eps,
-        |k + g|^2 E_g = w^2 sum_h eps_(g - h) E_h,
-    that is |q|^2 E = w^2 L L^+ E with the Cholesky factor L of the matrix eps_(g - h), or, with
-    A = L^-1, the Hermitian problem A |q|^2 A^+ v = w^2 v, E = A^+ v. As E^+ eps E = 1, the velocity
-    is sum_g (k + g) |E_g|^2 / w (Hellmann-Feynman); 0 where w = 0.
-    ValueError: eps not square, or too coarse for plane waves with |g1|, |g2| up to the cutoff.
-    """
-    n, line = eps.shape[-1], torch.arange(-cutoff, cutoff + 1, device=eps.device)
-    if eps.ndim != 3 or eps.shape[1] != n or 4 * cutoff >= n:
-        raise ValueError(f"permittivity is (N, n, n) with n > {4 * cutoff}, not {tuple(eps.shape)}")
-    g = torch.cartesian_prod(line, line)  # reciprocal lattice vectors (M, 2)
-    coefficients = torch.fft.fft2(eps.double()) / n ** 2
-    between = (g[:, None] - g) % n  # (M, M, 2)
-    L = torch.linalg.cholesky(coefficients[:, between[..., 0], between[..., 1]])  # (N, M, M)
-    one = torch.eye(len(g), dtype=L.dtype, device=eps.device)
-    A = torch.linalg.solve_triangular(L, one, upper=False)
-    q = k.to(eps.device, torch.float64)[:, None] + g  # (K, M, 2)
-    H = (A[:, None] * (q * q).sum(2)[:, None]) @ A.mH[:, None]  # (N, K, M, M)
-    squares, vectors = torch.linalg.eigh(H)
-    frequencies = squares[..., :bands].clamp(min=0).sqrt()
-    E = A.mH[:, None] @ vectors[..., :bands]  # (N, K, M, bands)
-    flux = (E.abs() ** 2).mT @ q  # (N, K, bands, 2)
-    moving = frequencies[..., None] > 1e-6
-    return frequencies, torch.where(moving, flux / frequencies[..., None], 0.0)
-
-def wave_vectors():
-    """The centers (625, 2) of 25 x 25 squares that fill the Brillouin zone; -k is 624 - index."""
-    line = (torch.arange(K_LINE, dtype=torch.float64) + 0.5) / K_LINE - 0.5
-    return torch.cartesian_prod(line, line)
-
-def states_below(edges, frequencies, velocities):
-    """The share (..., E) of each state's square of wave vectors with frequencies below edges (E,).
-
-    Within its square, a frequency is taken as linear: frequency + velocity . dk (generalised
-    Gilat-Raubenheimer method, arXiv:1711.07993). Its distribution is a trapezoid, of half-width
-    h |vx| + |vy| below and h ||vx| - |vy|| above, with half the side h of the square.
-    """
-    h, v = 0.5 / K_LINE, velocities.abs()
-    base = (h * v.sum(-1)).clamp(min=1e-9)[..., None]
-    top = h * (v[..., 0] - v[..., 1]).abs()[..., None]
-    t = edges - frequencies[..., None]  # (..., E)
-    ramp = ((base - t.abs()) / (base - top).clamp(min=1e-12)).clamp(0, 1)
-    tail = torch.where(t.abs() < top, 0.5 - t.abs() / (base + top),
-                       ramp * ramp * (base - top) / (2 * (base + top)))  # beyond |t|, on one side
-    return torch.where(t < 0, tail, 1 - tail)
-
-def density_of_states(eps, cutoff=4):
-    """y (N, 400), float64: states per cell and unit of x, of permittivities (N, n, n).
-
-    x = frequency sqrt(mean eps), in 2 pi c / a; y(x_j) at x_j = 1.2 j / 499, smoothed by a Gaussian
-    of std 0.010, reflected at 0. Without the one state of frequency 0. Invariant under shifts,
-    mirrors, turns and eps -> s eps. States at -k are those at k: half of the wave vectors suffice.
-    """
-    k = wave_vectors()[:K_LINE ** 2 // 2 + 1]  # the last is 0
-    frequencies, velocities = photonic_bands(eps, k, BANDS, cutoff)
-    frequencies[:, -1, 0] = torch.inf
-    root = eps.double().mean((1, 2)).sqrt()[:, None, None]
-    weights = torch.full((len(k), 1), 2 / K_LINE ** 2, dtype=torch.float64, device=eps.device)
-    weights[-1] /= 2
-    edges = torch.arange(701, dtype=torch.float64, device=eps.device) * 0.0015  # nine stds beyond x
-    below = states_below(edges, root * frequencies, root[..., None] * velocities)
-    counts = (weights[..., None] * below).sum((1, 2)).diff(dim=1)  # (N, 700)
-    centers = (edges[1:] + edges[:-1]) / 2
-    x = torch.arange(POINTS, dtype=torch.float64, device=eps.device) * STEP
-    gauss = sum(torch.exp(-((x - s * centers[:, None]) / WIDTH) ** 2 / 2) for s in (1, -1))
-    return counts @ gauss / (WIDTH * (2 * math.pi) ** 0.5)
+def show_results(out):
+    """Prints the errors in results.json: means, and standard deviations over the splits."""
+    results = json.loads((out / "results.json").read_text())
+    print(f"{out} is finished; it holds results.json")
+    print(f"  {'dos_error_empty_lattice':32} {results['dos_error_empty_lattice']} %")
+    for name, value in results.items():
+        if name + "_std" in results:
+            print(f"  {name:32} {value} % (+- {results[name + '_std']})")
 
 if __name__ == "__main__":
-    main()
+    # in a notebook the arguments are those of its kernel: -f FILE
+    in_notebook = "kernel_launcher" in sys.argv[0] or sys.argv[1:2] == ["-f"]
+    main(["--quick"] if in_notebook else None)
