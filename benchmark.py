@@ -51,13 +51,10 @@ def matmul_tflops(device):
 def views(script, method, images):
     """What a step embeds: the augmented images, or cells, of a batch."""
     config = method.config
-    if script.__name__ in THIRD_FORM:
+    if script.__name__ == "homomorphic" and config.ssl != "augmented":
+        return method.canvas(images / 255)
+    if script.__name__ in [*THIRD_FORM, "homomorphic"]:
         return method.views(images)
-    if script.__name__ == "homomorphic":
-        x, group = method.canvas(images.float() / 255), config.group
-        augmented = config.ssl == "augmented"
-        draws = [script.draw_group(x, group) for _ in range(2 * augmented)]
-        return [script.transform(x, g, group) for g in draws] or [x]
     if script.__name__ == "photonics_reg":
         return [method.view(images), method.view(images), script.versions(images, config.dataset)]
     return [method.view(images, i) for i in range(len(method.policies))]
@@ -98,6 +95,8 @@ def script_row(name, argv, repeats):
     optimizer = script.make_optimizer(method, config)
     if name in THIRD_FORM:
         batch, precision = [images], config.precision
+    elif name == "homomorphic":
+        batch, precision = [images, labels], config.precision
     else:
         batch, precision = [images, labels], script.precision(config, device)
     network = bare_network(method, batch, precision == "bf16")
@@ -137,12 +136,16 @@ def homomorphic_row(group, n, repeats):
     x = method.canvas(torch.rand(n, 1, 28, 28, device=device))
 
     def h_ssl():
-        v1, v2, _ = method.homomorphic(x, *method.draw_fibers(n))
+        z = method.f(x)
+        v1, v2 = [method.h(method.read(z, g)) for g in method.draw_fibers(n)]
         homomorphic.nce_loss(v1, v2, 0.1).backward()
 
     def a_ssl():
         g1, g2 = homomorphic.draw_group(x, group), homomorphic.draw_group(x, group)
-        homomorphic.nce_loss(*method.augmented(x, g1, g2, method.draw_fibers(n)[0]), 0.1).backward()
+        z1, z2 = [method.f(homomorphic.transform(x, g, group)) for g in (g1, g2)]
+        g0, _ = method.draw_fibers(n)
+        v1, v2 = method.h(method.read(z1, g0)), method.h(method.read(z2, g0))
+        homomorphic.nce_loss(v1, v2, 0.1).backward()
 
     ms = milliseconds({"h": h_ssl, "a": a_ssl}, device, repeats)
     return {"comparison": f"H-SSL's step over A-SSL's, {group}, n {n}", "ratio": ms["h"] / ms["a"]}

@@ -65,8 +65,8 @@ def load_run(folder, data_root, device):
     check((path / "results.json").is_file(), f"{folder} has no results.json of a finished run")
     try:
         saved = torch.load(path / "checkpoint.pt", map_location=device, weights_only=True)
-        check(saved["script"] not in ("simclr_essl", "simsiam_essl", "care"), f"{folder} is a run of "
-              f"{saved['script']}.py, whose new form compare.py does not read yet")
+        check(saved["script"] not in ("simclr_essl", "simsiam_essl", "care", "homomorphic"), f"{folder} "
+              f"is a run of {saved['script']}.py, whose new form compare.py does not read yet")
         script = importlib.import_module(saved["script"])
         config = script.Config(**saved["config"])
         config = replace(config, data_root=data_root or config.data_root, precision="fp32")
@@ -285,7 +285,7 @@ def layer_errors(method, images):
     and float64: on a GPU, TF32 would hide that rotation is exact.
     """
     group, strides = method.config.group, method.encoder.strides
-    layers, (mean, std) = deepcopy(method.encoder.layers).double().eval(), method.mean_std.double()
+    layers, mean, std = deepcopy(method.encoder.layers).double().eval(), method.mean, method.std
     x, stride = method.canvas(images.double() / 255), math.prod(strides)
     elements = {"rotation": [1], "translation": [torch.full((len(x), 2), stride, device=x.device)],
                 "scale": [*pairwise(range(len(SCALES)))]}[group]
