@@ -26,7 +26,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import ImageFolder
 
-THIRD_FORM = ["simclr_essl", "simsiam_essl", "care", "photonics_reg"]  # methods that take images alone
 SCRIPTS = ["simclr_essl", "simsiam_essl", "care", "sfrik", "homomorphic", "photonics_reg"]
 
 def milliseconds(functions, device, repeats):
@@ -50,15 +49,9 @@ def matmul_tflops(device):
 
 def views(script, method, images):
     """What a step embeds: the augmented images, or cells, of a batch."""
-    config = method.config
-    if script.__name__ in THIRD_FORM:
-        return method.views(images)
-    if script.__name__ == "homomorphic":
-        x, group = method.canvas(images.float() / 255), config.group
-        augmented = config.ssl == "augmented"
-        draws = [script.draw_group(x, group) for _ in range(2 * augmented)]
-        return [script.transform(x, g, group) for g in draws] or [x]
-    return [method.view(images, i) for i in range(len(method.policies))]
+    if script.__name__ == "homomorphic" and method.config.ssl != "augmented":
+        return method.canvas(images / 255)
+    return method.views(images)
 
 def bare_network(method, batch, bf16):
     """A function that runs the networks of a step, forward and backward, on the step's inputs."""
@@ -91,14 +84,12 @@ def script_row(name, argv, repeats):
         side = config.size if hasattr(config, "size") else 28 if config.dataset == "mnist" else 32
         shape = (config.batch_size, len(script.MEAN_STD[config.dataset][0]), side, side)
         images = torch.randint(256, shape, dtype=torch.uint8, device=device)
-    labels = torch.zeros(len(images), dtype=torch.int64, device=device)
     method = script.Method(config).to(device, memory_format=torch.channels_last)
     optimizer = script.make_optimizer(method, config)
-    if name in THIRD_FORM:
-        batch, precision = [images], config.precision
-    else:
-        batch, precision = [images, labels], script.precision(config, device)
-    network = bare_network(method, batch, precision == "bf16")
+    batch = [images]
+    if name == "homomorphic":  # its classifier needs labels
+        batch.append(torch.zeros(len(images), dtype=torch.int64, device=device))
+    network = bare_network(method, batch, config.precision == "bf16")
 
     def step():
         loss, _ = method(*batch)
@@ -135,12 +126,16 @@ def homomorphic_row(group, n, repeats):
     x = method.canvas(torch.rand(n, 1, 28, 28, device=device))
 
     def h_ssl():
-        v1, v2, _ = method.homomorphic(x, *method.draw_fibers(n))
+        z = method.f(x)
+        v1, v2 = [method.h(method.read(z, g)) for g in method.draw_fibers(n)]
         homomorphic.nce_loss(v1, v2, 0.1).backward()
 
     def a_ssl():
         g1, g2 = homomorphic.draw_group(x, group), homomorphic.draw_group(x, group)
-        homomorphic.nce_loss(*method.augmented(x, g1, g2, method.draw_fibers(n)[0]), 0.1).backward()
+        z1, z2 = [method.f(homomorphic.transform(x, g, group)) for g in (g1, g2)]
+        g0, _ = method.draw_fibers(n)
+        v1, v2 = method.h(method.read(z1, g0)), method.h(method.read(z2, g0))
+        homomorphic.nce_loss(v1, v2, 0.1).backward()
 
     ms = milliseconds({"h": h_ssl, "a": a_ssl}, device, repeats)
     return {"comparison": f"H-SSL's step over A-SSL's, {group}, n {n}", "ratio": ms["h"] / ms["a"]}

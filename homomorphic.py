@@ -1,47 +1,37 @@
-"""Homomorphic SSL (H-SSL): augmentation inside the feature space of a group-equivariant network.
+"""H-SSL: contrastive learning on two parts of one equivariant feature map.
 
 T. A. Keller, X. Suau, L. Zappella, "Homomorphic Self-Supervised Learning", TMLR 2023,
-arXiv:2211.08282. No code of this paper is public.
+arXiv:2211.08282. The authors published no code.
 
-Idea. Contrastive learning compares an image x under two transformations g1, g2 of a group. If the
-encoder f is equivariant, f(T_g x) = Gamma_g f(x), transforming the image only moves its features
-along the group axis. So one forward pass of x is enough: f(x) has a vector of channels, a fiber,
-for every group element, and H-SSL compares two fibers of the same image.
+Contrastive learning compares every image x under two transformations, g1 and g2. That takes two
+forward passes (A-SSL, the usual way). But if the encoder f is equivariant, f(T_g x) = Gamma_g f(x),
+a transformation of the image only moves its features, so that f(x) contains the features of all
+transformed images. H-SSL makes one forward pass and compares two parts of f(x).
 
-Algorithm, for a batch of N images x, f(x) = z of shape (C, L, H, W), head h:
-  A-SSL (the usual way): v_a = h(f(T_g_a x)(g0)) for two drawn g_a, a = 1, 2, and one drawn g0;
-  H-SSL: v_a = h(z(g_a)) for two drawn g_a, z = f(x);
-  loss = -mean_i log(exp(s(v1_i, v2_i) / T) / sum_(k != i) sum_(j, l in 1, 2) exp(s(vj_i, vl_k)
-  / T)), with the cosine s. A fiber is, for rotation and scale, one of the L planes, averaged over
-  space; for translation, with L = 1, one of the H W places.
+f(x) = z has the shape (C, L, H, W). A fiber z(g) is the vector of the C channels at one element g
+of the group: for translation, where L = 1, at one of the H W places; for rotation and scale in one
+of the L planes, of which the mean over space is taken. For a batch of N images and a head h:
+  1. A-SSL: draw two transformations g1, g2 and a fiber g0 of each image; v_a = h(f(T_g_a x)(g0));
+     H-SSL: draw two fibers g1, g2 of each image; v_a = h(z(g_a)) with z = f(x), for a = 1, 2;
+  2. loss = -mean_i log(exp(s(v1_i, v2_i) / T) / sum_(k != i) sum_(a, b in 1, 2)
+     exp(s(va_i, vb_k) / T)), where s is the cosine similarity and T the temperature;
+  3. step f and h on the loss, and a classifier of z, of which f gets no gradient, on its own loss.
 
 Usage
-  python homomorphic.py --quick                       built-in data, a CPU, two minutes
+  python homomorphic.py --quick                       built-in data, two minutes on a CPU
+  python homomorphic.py --quick --ssl augmented       the same by A-SSL; also frozen, supervised
   python homomorphic.py --group scale                 the paper's MNIST run, on a large GPU
-  python homomorphic.py --ssl augmented               A-SSL; also frozen, supervised
-  python homomorphic.py --structure none              Table 2: no equivariance in the encoder
+  python homomorphic.py --structure none              Table 2: an encoder that is not equivariant
+  python homomorphic.py --dataset folder --data-root PATH  your images, decoded by prepare.py
   torchrun --nproc_per_node=8 homomorphic.py --dataset cifar10
 
-Paper, Table 1, MNIST, A-SSL, H-SSL, frozen: translation 95.9, 96.0, 94.1 %; scale 98.6, 98.3, 94.7;
-rotation 68.2, 70.3, 87.2. Measured here: README.md.
-
-What changes a number. [W]: the authors' workshop version (NeurIPS 2022); the text of TMLR was not
-at hand. [SESN]: the public layers that the paper builds on. The rest is inferred or ours:
-  1. [W] losses, sampling, networks, heads, classifiers, LARS, batch 4096, schedule; [SESN] basis,
-     norms shared by all planes, residual block. Inferred: planes do not mix.
-  2. Ours: images get a black row and column for rotation (28 -> 29 pixels), as a stride of 2 on an
-     even map breaks equivariance. MNIST's 8 x 8 map of [W] follows so, or from 32-pixel input.
-  3. Ours: bf16 for the encoder, losses in float32 (TF32 products); LARS's momentum 0.9 and trust
-     0.001, not on one-dimensional parameters; a rate not scaled by the batch; one optimizer for
-     encoder, h and classifier; means and stds; a ragged last batch is left out.
-  4. Ours: A-SSL's classifier sees the image as it is, in a third forward pass without gradient,
-     which BatchNorm's running statistics see too. Shifts are whole pixels, scaling is bilinear.
-  5. MNIST's classifier has stride 1, not 2: on rotation's 8 x 8 map, 2 would read one corner. Then
-     the mean over space and maximum over planes. A base space is a run of --base-size planes or of
-     1 x b places (paper: patches) that fits on the axis.
-  6. Table 2: [W] three linear layers 784-1024-2048, here each with BatchNorm and ReLU as what they
-     replace (a literal reading); 6 times the channels for scale, each with statistics of its own.
-Ours: patterns, --arch small, --width, kNN, probe. A frozen encoder's BatchNorm still sees the data.
+Differences from the paper and guesses where it is silent (more: results/README.md):
+  - For rotation, images get a black row and column: on maps of even size a stride of 2 is not
+    equivariant. H-SSL then equals A-SSL to rounding, but only with --base-size 1: runs of several
+    planes end at the last plane, though rotations go round ("contiguous elements" in the paper).
+  - Guessed: planes do not mix, the rate is not scaled by the batch, LARS's momentum and trust.
+  - On a GPU the encoder runs in bfloat16 and matrix products in TF32.
+  - A-SSL's classifier sees the image as it is, in a third pass; on MNIST the stride is 1, not 2.
 """
 import io
 import json
@@ -50,13 +40,15 @@ import os
 import signal
 import sys
 import time
+import warnings
+import zlib
 from argparse import SUPPRESS, ArgumentParser
-from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -64,226 +56,316 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from PIL import ImageOps
 from torchvision import datasets
-from torchvision.datasets.utils import download_and_extract_archive
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 
 SCRIPT = "homomorphic"
-WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes that torchrun started
-RANK = int(os.environ.get("RANK") or 0) if WORLD > 1 else 0  # of this process among them
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)  # among those of this machine
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes, set by torchrun
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # of this process among all
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0  # among those of its machine
 
 # %% CONFIG ----------------------------------------------------------------------------------------
-PRESETS = {
-    "mnist": {},
-    "cifar10": dict(arch="resnet20", epochs=1300, projector="512-2048-512"),
-    "tinyimagenet": dict(arch="tiny", epochs=1300, projector="512-2048-512"),
-    "patterns": dict(arch="small", epochs=50, batch_size=512, optimizer="sgd", warmup_epochs=3),
-}
-QUICK = PRESETS["patterns"] | dict(epochs=10, knn_every=2, limit=4000)
-FREE = ("data_root", "out", "device", "compile", "save_every", "knn_every")  # may change in a run
-LEAST = dict(epochs=1, batch_size=2, lr=1e-9, temperature=1e-9, width=1e-9, base_size=1)
-
-def option(group, default, help, choices=None):
-    """A field of Config, with its group and line in --help."""
-    return field(default=default, metadata={"group": group, "help": help, "choices": choices})
+def option(default, explanation, choices=""):
+    """A field of Config; its metadata are what argparse is told of its flag."""
+    if default is False:
+        flag = {"action": "store_true", "help": explanation}
+    else:
+        flag = {"type": type(default), "help": f"{explanation} (default: {default})"}
+    if choices:
+        flag["choices"] = choices.split()
+    return field(default=default, metadata=flag)
 
 @dataclass
 class Config:
-    """One field, one flag. Defaults: the paper's MNIST run. Other datasets: PRESETS."""
-    dataset: str = option("data", "mnist", "patterns is built in", tuple(PRESETS))
-    data_root: str = option("data", "data", "where the data are or go")
-    limit: int = option("data", 0, "train on N images, drawn once (0: all)")
-    arch: str = option("training", "mnist", "encoder", ("mnist", "resnet20", "tiny", "small"))
-    width: float = option("training", 1.0, "factor of the encoder's channels (paper: 1)")
-    epochs: int = option("training", 500, "passes over the images (paper: 500; others 1300)")
-    batch_size: int = option("training", 4096, "images per step of all processes (paper: 4096)")
-    optimizer: str = option("training", "lars", "paper: lars", ("lars", "sgd"))
-    lr: float = option("training", 0.1, "peak rate, whatever the batch size (paper: 0.1)")
-    final_lr: float = option("training", 0.0, "share of the rate left at the end")
-    warmup_epochs: int = option("training", 10, "of linear warm-up (paper: 10; of few, a quarter)")
-    weight_decay: float = option("training", 1e-4, "lars: on matrices (paper: 1e-4)")
-    seed: int = option("training", 0, "of the weights, the order and the draws")
-    device: str = option("run", "auto", "cpu, cuda, cuda:1 (auto: cuda where there is one)")
-    precision: str = option("run", "auto", "auto: bf16 if the GPU has it", ("auto", "bf16", "fp32"))
-    compile: bool = option("run", False, "torch.compile the networks")
-    knn_every: int = option("run", 10, "epochs between kNN evaluations (0: only at the end)")
-    save_every: float = option("run", 5.0, "minutes between checkpoints, at the end of an epoch")
-    out: str = option("run", "", "folder of the run (default: runs/, named after the flags)")
-    quick: bool = option("run", False, "built-in data, small network: two minutes on a CPU")
-    group: str = option("method", "translation", "whose transformations f is equivariant to", (
-        "translation", "rotation", "scale"))
-    ssl: str = option("method", "homomorphic", "H-SSL, A-SSL, or a baseline", (
-        "homomorphic", "augmented", "frozen", "supervised"))
-    structure: str = option("method", "equivariant", "none: Table 2", ("equivariant", "none"))
-    temperature: float = option("method", 0.1, "of the loss (paper: 0.1)")
-    distance: float = option("method", 0.0, "largest of two fibers on the group axis (0: any)")
-    base_size: int = option("method", 1, "neighbouring fibers that h reads (paper's tables: 1)")
-    projector: str = option("method", "128-128-128", "widths of h (paper, MNIST: 128-128-128)")
+    """The paper's MNIST run. PRESETS has what other datasets change."""
+    dataset: str = option("mnist", "what to train on (folder: your own images)",
+                          "mnist cifar10 tinyimagenet folder patterns")
+    data_root: str = option("data", "folder that holds the dataset, or to download it to")
+    limit: int = option(0, "train on this many images, always the same (0: all)")
+    size: int = option(28, "side of the images, in pixels")
+    classes: int = option(10, "number of classes of the images, or more")
+    group: str = option("translation", "transformations that the encoder is equivariant to",
+                        "translation rotation scale")
+    ssl: str = option("homomorphic", "homomorphic: H-SSL; augmented: A-SSL; frozen: the encoder "
+                      "stays random; supervised: the classifier trains it",
+                      "homomorphic augmented frozen supervised")
+    structure: str = option("equivariant", "none: an encoder that is not equivariant (Table 2)",
+                            "equivariant none")
+    temperature: float = option(0.1, "temperature of the loss")
+    distance: float = option(0.0, "largest distance of the two fibers of H-SSL (0: any)")
+    base_size: int = option(1, "number of neighbouring fibers that h sees at once")
+    arch: str = option("mnist", "encoder", "mnist resnet20 tiny small")
+    width: float = option(1.0, "factor of the number of channels of the encoder")
+    projector: str = option("128-128-128", "widths of the layers of the head h")
+    epochs: int = option(500, "passes over the training images")
+    batch_size: int = option(4096, "images per step, over all processes")
+    optimizer: str = option("lars", "optimizer", "lars sgd")
+    lr: float = option(0.1, "peak learning rate, whatever the batch size")
+    final_lr: float = option(0.0, "learning rate at the end, as a share of the peak")
+    warmup_epochs: int = option(10, "epochs of linear warm-up (of short runs, a quarter)")
+    weight_decay: float = option(1e-4, "weight decay")
+    seed: int = option(0, "random seed of the weights, the batches and the draws")
+    knn_every: int = option(10, "epochs between kNN evaluations (0: only at the end)")
+    save_every: float = option(5.0, "minutes between checkpoints")
+    device: str = option("auto", "cpu, cuda or cuda:1 (auto: cuda if there is one)")
+    precision: str = option("auto", "precision of the encoder (auto: bf16 if the GPU has it)",
+                            "auto bf16 fp32")
+    compile: bool = option(False, "use torch.compile, unless there are several processes")
+    out: str = option("", "folder for the results (empty: in runs/, named after the flags)")
+    quick: bool = option(False, "small network and built-in data: two minutes on a CPU")
 
-def check(condition, message, code=2, alike=True):
-    """Ends the program with one line unless the condition holds; one process speaks for all."""
-    if not condition:
-        if LOCAL_RANK == 0 or not alike:
-            print("error:", *message.split(), file=sys.stderr)
-        raise SystemExit(code)
+PRESETS = {  # what datasets change
+    "cifar10": dict(arch="resnet20", size=32, epochs=1300, projector="512-2048-512"),
+    "tinyimagenet": dict(arch="tiny", size=64, classes=200, epochs=1300, projector="512-2048-512"),
+    "folder": dict(arch="tiny", size=64, classes=1000, epochs=100, batch_size=256, lr=0.03,
+                   optimizer="sgd", projector="512-2048-512"),  # ours
+    "patterns": dict(arch="small", size=32, epochs=50, batch_size=512, optimizer="sgd",
+                     warmup_epochs=3),  # ours
+}
+QUICK = PRESETS["patterns"] | dict(dataset="patterns", epochs=10, knn_every=2, limit=4000)
+# what may change when a run is continued
+FREE = ("data_root", "out", "device", "compile", "save_every", "knn_every")
+PHOTOS = ("folder", "tinyimagenet")  # photographs, decoded by prepare.py
 
-def parse_args(argv=None):
-    """Config of a command line: defaults < preset of the dataset < --quick < explicit flags."""
-    parser = ArgumentParser(f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0],
-                            Config.__doc__, argument_default=SUPPRESS, allow_abbrev=False)
-    parser.error = lambda message: check(False, f"{message} (see --help)")
-    groups = {g: parser.add_argument_group(g) for g in ("data", "training", "run", "method")}
-    for f in fields(Config):
-        group, words, choices = f.metadata.values()
-        words += f": {', '.join(choices)}" if choices else ""
-        kind = {"type": f.type, "choices": choices, "metavar": f.type.__name__.upper()}
-        groups[group].add_argument(f"--{f.name.replace('_', '-')}", help=f"{words} [{f.default}]",
-                                   **{"action": "store_true"} if f.type is bool else kind)
-    given = vars(parser.parse_args(argv))
-    quick = QUICK if "quick" in given else {}
-    dataset = given.get("dataset", "patterns" if quick else Config.dataset)
-    config = Config(**asdict(Config(dataset)) | PRESETS[dataset] | quick | given)
-    config.warmup_epochs = given.get("warmup_epochs", min(config.warmup_epochs, config.epochs // 4))
-    for name, value in vars(config).items():
-        check(isinstance(value, str) or LEAST.get(name, 0) <= value < 2 ** 32,
-              f"--{name.replace('_', '-')} is {LEAST.get(name, 0)} to 4294967295, not {value}")
-    check(all(w.isdecimal() and int(w) for w in config.projector.split("-")),
-          f"widths look like 128-128-128, not like {config.projector}")
-    check(config.batch_size % WORLD == 0 and config.batch_size >= 2 * WORLD,
-          f"--batch-size {config.batch_size} must give {WORLD} processes 2 or more images each")
-    check(config.ssl == "homomorphic" or not config.distance, "--distance is for H-SSL")
-    check(config.ssl in ("homomorphic", "augmented") or config.base_size == 1,
-          "--base-size is for H-SSL and A-SSL")
-    check(config.structure == "equivariant" or config.group != "rotation",
-          "--structure none is for translation and scale (paper's Table 2)")
-    check((config.group, config.arch, dataset) != ("rotation", "tiny", "mnist"),
-          "--arch tiny would halve an even map of mnist, which breaks the equivariance to rotation")
-    name = SCRIPT
-    for flag, value in vars(config).items():
-        if flag in given and flag not in FREE:
-            value = f"{value:g}" if isinstance(value, float) else Path(str(value)).resolve().name
-            name += f"-{flag.replace('_', '-')}" + (f"={value}" if value != "True" else "")
-    config.out = os.path.expanduser(config.out or f"runs/{name}")  # no shell does it for --out=~/x
-    return config
+SCALES = (1.0, 1.25, 1.33, 1.5, 1.66, 1.75)  # of the six planes of the group "scale"
+PLANES = {"translation": 1, "rotation": 4, "scale": len(SCALES)}  # L, the number of planes of z
 
-# %% DATA ------------------------------------------------------------------------------------------
-MEAN_STD = {"mnist": ((0.1307,), (0.3081,)),
-            "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-            "tinyimagenet": ((0.480, 0.448, 0.398), (0.277, 0.269, 0.282)),
-            "patterns": ((0.4, 0.4, 0.4), (0.25, 0.25, 0.25))}
-FILES = {"mnist": "MNIST/raw/*.gz (delete MNIST if it is incomplete)",
-         "cifar10": datasets.CIFAR10.filename, "tinyimagenet": "tiny-imagenet-200.zip"}
-TINY_IMAGENET = (100_000, 10_000)  # images of train and val
+def stop(message):
+    """Ends the program with one line."""
+    raise SystemExit(f"error: {message}")
 
-def draw_patterns(n, seed):
-    """Built-in data: uint8 (n, 3, 32, 32), labels (n,); a class is a level set of a Fourier sum."""
-    waves = [(i, j) for i in range(-2, 3) for j in range(3) if (j, i) > (0, 0)]
-    phases = 2 * math.pi * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(10, (n,), generator=generator)
-    zoom, tilt, light, shift_x, shift_y = torch.rand(5, n, 1, 1, generator=generator)
-    zoom, tilt, light = 1.2 + zoom, (2 * tilt - 1) * math.radians(20), 2 * math.pi * light
-    y, x = torch.meshgrid(*[(torch.arange(32) - 15.5) / 32] * 2, indexing="ij")
-    u = zoom * (tilt.cos() * x - tilt.sin() * y) + shift_x  # (n, 32, 32)
-    v = zoom * (tilt.sin() * x + tilt.cos() * y) + shift_y
-    pattern = sum(torch.cos(2 * math.pi * (i * u + j * v) + phase[labels, None, None])
-                  / (i * i + j * j) for (i, j), phase in zip(waves, phases))
-    tone = 0.1 + 0.6 * torch.sigmoid(6 * pattern / pattern.std())
-    lit = tone * (1 + 0.6 * (light.cos() * x + light.sin() * y))
-    tint = 0.98 + 0.04 * torch.rand(n, 3, 1, 1, generator=generator)
-    noise = 0.02 * torch.randn(n, 3, 32, 32, generator=generator)
-    return ((lit[:, None] * tint + noise).clamp(0, 1) * 255).byte(), labels
+# %% METHOD ----------------------------------------------------------------------------------------
+# transform (T_g) and draw_group are defined in AUGMENT, the networks in MODEL, gather (for several
+# processes) in TRAIN, middle (which resizes images to --size) in EVALUATE.
+def nce_loss(v1, v2, temperature):
+    """Equation 2 of the paper, of the projections v1 and v2 (N, D) of N images.
 
-def first_of(limit, n):
-    """Indices of the first `limit` of n things in a fixed random order; for limit 0 of all."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    return order[:limit] if limit else torch.arange(n)
+    The two projections of an image are its positive pair; the four pairs that they form with those
+    of another image are negative. Only these are in the denominator: the loss can be below 0.
+    """
+    n = len(v1)
+    v = F.normalize(torch.cat([v1, v2]))  # (2N, D)
+    similarity = v @ v.T / temperature  # (2N, 2N)
+    positive = similarity.diagonal(n)  # (N,), of v1 and v2 of the same image
+    same_image = torch.eye(n, dtype=torch.bool, device=v.device).repeat(2, 2)
+    negatives = similarity.masked_fill(same_image, -torch.inf)
+    from_v1, from_v2 = negatives.logsumexp(1).chunk(2)  # (N,) each
+    return (torch.logaddexp(from_v1, from_v2) - positive).mean()
 
-def load_tiny_imagenet(root):
-    """Images, uint8 (N, 3, 64, 64), and labels (N,) of train and val; downloaded if missing."""
-    folder = root / "tiny-imagenet-200"
-    if not folder.is_dir():
-        download_and_extract_archive("http://cs231n.stanford.edu/tiny-imagenet-200.zip", root,
-                                     md5="90528d7ca1a48142e341f4ef8d21d0de")
-    train, list_of_val = datasets.ImageFolder(folder / "train"), folder / "val/val_annotations.txt"
-    lines = list_of_val.read_text().splitlines() if list_of_val.exists() else []
-    classes = dict(line.split("\t")[:2] for line in lines)  # else the images are in class folders
-    val = [(path, classes.get(path.name, path.relative_to(folder / "val").parts[0]))
-           for path in sorted((folder / "val").rglob("*.JPEG"))]
-    whole = {word for _, word in val} == set(train.classes)
-    whole = whole and (len(train), len(val)) == TINY_IMAGENET
-    check(whole, f"{folder} has {len(train)} images of {len(train.classes)} classes in train/ and "
-          f"{len(val)} in val/, not 100000 of 200 and 10000: delete it, to have it downloaded anew")
-    splits = [train.samples, [(path, train.class_to_idx[word]) for path, word in val]]
-    return [(torch.stack([TF.pil_to_tensor(train.loader(path)) for path, _ in samples]),
-             torch.tensor([label for _, label in samples])) for samples in splits]
+def act(z, g, group):
+    """Gamma_g z: what f(T_g x) is for features z = f(x), (B, C, L, H, W), if f is equivariant.
 
-def load_data(config, device):
-    """(images, labels) to train on, to learn kNN from, to test; uint8 (N, 1 or 3, H, W)."""
-    root, name = Path(config.data_root).expanduser(), config.dataset
-    try:
-        if name == "patterns":
-            splits = [draw_patterns(4000, 1), draw_patterns(1000, 2)]
-        elif name == "tinyimagenet":
-            splits = load_tiny_imagenet(root)
+    rotation: g counts quarter turns, an int or (B,); all planes are turned and each becomes the
+    g-th next one. Returned are the features. For translation and scale a mask is returned as well,
+    of the features that z determines; the others are 0. translation: g (B, 2) counts places down
+    and right. scale: g = (i, j), plane i is magnified by SCALES[j] / SCALES[i] to be plane j.
+
+    The loss needs none of this, since H-SSL leaves z as it is and reads another part of it.
+    compare.py and the tests measure by it how equivariant an encoder is.
+    """
+    if group == "rotation":
+        versions = [z.rot90(k, (3, 4)).roll(k, 2) for k in range(4)]
+        return torch.stack(versions)[g % 4, torch.arange(len(z), device=z.device)]
+    if group == "translation":
+        maps = z.flatten(1, 2)  # (B, C L, H, W)
+        moved = transform(maps, g, group)
+        known = transform(torch.ones_like(maps), g, group) > 0
+        return moved.view_as(z), known.view_as(z)
+    i, j = g
+    factor = SCALES[j] / SCALES[i]
+    moved, known = torch.zeros_like(z), torch.zeros_like(z)
+    moved[:, :, j] = transform(z[:, :, i], factor, group)
+    known[:, :, j] = transform(torch.ones_like(z[:, :, i]), factor, group)
+    return moved, known > 0.999  # at the border a part of a pixel comes from outside
+
+class Method(nn.Module):
+    """H-SSL, A-SSL or a baseline: images and labels (N,) to the loss and terms for the log.
+
+    Images are uint8 (N, I, H, W) with I = 1 or 3 channels. Only the classifier needs the labels.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        mean, std = MEAN_STD[config.dataset]  # constants: they need not be saved
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.encoder = GroupEncoder(config.group, len(mean), config.arch, config.width,
+                                    config.structure, config.size)
+        self.shape = self.feature_shape()  # L, H', W'
+        self.classifier = Classifier(config, self.encoder.channels, min(7, *self.shape[1:]))
+        self.h = None
+        if config.ssl in ("homomorphic", "augmented"):
+            self.h = make_projector(config, self.encoder.channels)
+            self.register_buffer("pairs", fiber_pairs(config, self.shape), persistent=False)
+        if config.ssl == "frozen":
+            self.encoder.requires_grad_(False)
+
+    def forward(self, images, labels):
+        config, f, h, read = self.config, self.f, self.h, self.read
+        x = self.canvas(TF.convert_image_dtype(images))  # (N, I, H, W) in [0, 1]
+        if config.ssl == "augmented":  # A-SSL: one fiber of two transformed images
+            x1, x2 = self.views(images)
+            g0, _ = self.draw_fibers(len(x))  # (N,)
+            v1 = h(read(f(x1), g0))  # (N, D)
+            v2 = h(read(f(x2), g0))
+            with torch.no_grad():
+                z = f(x)  # for the classifier
         else:
-            kind = getattr(datasets, name.upper())
-            splits = [kind(root, train, download=True) for train in (True, False)]
-            splits = [(torch.as_tensor(x.data), torch.as_tensor(x.targets)) for x in splits]
-            splits = [(x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2), y) for x, y in splits]
-    except (OSError, RuntimeError, ValueError) as problem:
-        check(False, f"cannot read {name} in {root} ({problem}): it needs {FILES[name]}, or try "
-                     "--quick")
-    splits[0] = [x[first_of(config.limit, len(x))] for x in splits[0]]
-    train, test = ((x.to(device), y.to(device)) for x, y in splits)
-    return train, train, test
+            z = f(x)  # (N, C, L, H', W')
+        if config.ssl == "homomorphic":  # H-SSL: two fibers of one image
+            g1, g2 = self.draw_fibers(len(x))
+            v1 = h(read(z, g1))
+            v2 = h(read(z, g2))
 
-def batches(data, config, epoch, device):
-    """Yields this process's images and labels of each batch of an epoch, in a random order."""
-    images, labels = data[0]
-    steps = len(labels) // config.batch_size  # the ragged rest is left out
-    rows = torch.randperm(len(labels))[:steps * config.batch_size].view(steps, WORLD, -1)[:, RANK]
-    yield from ((images[row], labels[row]) for row in rows.to(device))
+        logits = self.classifier(z if config.ssl == "supervised" else z.detach())  # (N, classes)
+        loss = F.cross_entropy(logits, labels)
+        correct = (logits.argmax(1) == labels).float()
+        terms = {"classifier": loss, "train_top1": 100 * correct.mean()}
+        if h is None:  # frozen and supervised
+            return loss, terms
+        contrast = nce_loss(gather(v1), gather(v2), config.temperature)
+        terms |= {"contrast": contrast, "std": spread(v1)}
+        return loss + contrast, terms
+
+    def f(self, x):
+        """Features z (N, C, L, H', W'), float32, of images on the canvas."""
+        bf16 = self.config.precision == "bf16"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            return self.encoder((x - self.mean) / self.std).float()
+
+    def read(self, z, g):
+        """z(g . g0): the fiber g (N,) of each image and the b - 1 after it, (N, b C).
+
+        The fibers of translation are numbered row by row, those of rotation and scale by plane.
+        """
+        if self.config.group == "translation":
+            fibers = z.flatten(2)  # (N, C, H' W')
+        else:
+            fibers = z.mean((3, 4))  # (N, C, L)
+        image = torch.arange(len(z), device=z.device)
+        return torch.cat([fibers[image, :, g + i] for i in range(self.config.base_size)], dim=1)
+
+    def draw_fibers(self, n):
+        """Two fibers, (n,) each, of each of n images, at most --distance apart."""
+        drawn = torch.randint(len(self.pairs), (n,), device=self.pairs.device)
+        return self.pairs[drawn].unbind(1)
+
+    def canvas(self, x):
+        """Images in [0, 1] as f takes them: of side --size, for rotation of the next odd one."""
+        x = middle(x, self.config)
+        if self.config.group == "rotation" and self.config.size % 2 == 0:
+            x = F.pad(x, [0, 1, 0, 1])  # a black column at the right, a black row below
+        return x
+
+    def feature_shape(self):
+        """The number of planes L, the height H' and the width W' of features."""
+        size = self.config.size
+        blank = torch.zeros(1, len(self.mean), size, size)
+        self.eval()  # keeps BatchNorm's running statistics as they are
+        try:
+            with torch.no_grad():
+                z = self.f(self.canvas(blank))
+        except ValueError as problem:
+            stop(f"--size {size} does not fit --arch {self.config.arch}: {problem}")
+        self.train()
+        return z.shape[2:]
+
+    def views(self, images):
+        """T_g1 x and T_g2 x, the images that v1 and v2 are of, in [0, 1]; x for baselines.
+
+        A-SSL embeds these. H-SSL embeds x alone; these show what its two fibers are, if f is
+        equivariant: each is the central fiber, or first plane, of one of these images.
+        """
+        x, group = self.canvas(TF.convert_image_dtype(images)), self.config.group
+        if self.config.ssl == "augmented":
+            g1, g2 = draw_group(x, group), draw_group(x, group)
+        elif self.config.ssl == "homomorphic":
+            g1, g2 = [self.to_base(g) for g in self.draw_fibers(len(x))]
+        else:
+            return [x]
+        return [transform(x, g1, group), transform(x, g2, group)]
+
+    def to_base(self, g):
+        """The transformation that moves fiber g (N,) to the central place or the first plane."""
+        if self.config.group == "rotation":
+            return -g
+        if self.config.group == "scale":
+            return SCALES[0] / torch.tensor(SCALES, device=g.device)[g]
+        _, height, width = self.shape
+        places = torch.stack([height // 2 - g // width, width // 2 - g % width], dim=1)
+        return places * (self.config.size // height)  # in pixels
+
+    def classify(self, x):
+        """Logits (N, classes) of images in [0, 1]."""
+        return self.classifier(self.f(self.canvas(x)))
+
+    def features(self, x):
+        """Features (N, C), float32, of images in [0, 1]: the mean of all fibers."""
+        return self.f(self.canvas(x)).mean((2, 3, 4))
+
+def fiber_pairs(config, shape):
+    """All pairs (P, 2) of fibers that may be drawn, by number, of features with shape (L, H, W).
+
+    They are at most --distance apart, and each has --base-size - 1 others after it in its row.
+    """
+    planes, height, width = shape
+    if config.group != "translation":
+        height, width = 1, planes  # the planes are one row
+    place = torch.cartesian_prod(torch.arange(height), torch.arange(width))  # row and column
+    fibers = (place[:, 1] + config.base_size <= width).nonzero().flatten()  # their numbers
+    place = place[fibers].float()
+    apart = (place[:, None] - place).norm(dim=2)  # (E, E), of E fibers
+    largest = config.distance if config.distance > 0 else math.inf
+    pairs = fibers[(apart <= largest).nonzero()]
+    if len(pairs) <= len(fibers):
+        stop(f"--base-size {config.base_size} and --distance {config.distance:g} leave no two "
+             f"different fibers of {height} x {width}")
+    return pairs
+
+def spread(z):
+    """Standard deviation of the normalised embeddings (N, D) times sqrt(D): 0 if they collapse."""
+    return F.normalize(z.detach()).std(0).mean() * z.shape[1] ** 0.5
 
 # %% AUGMENT ---------------------------------------------------------------------------------------
-SCALES = (1.0, 1.25, 1.33, 1.5, 1.66, 1.75)  # of the six planes of the group `scale`
-PLANES = {"translation": 1, "rotation": 4, "scale": len(SCALES)}
-
 def transform(x, g, group):
-    """T_g x: images or maps (B, C, H, W), moved by a group element each; zeros come in.
+    """T_g x of images or maps (B, C, H, W), each transformed by its own g; black comes in.
 
-    translation: g (B, 2), whole pixels down and right. rotation: quarter turns counter-clockwise,
-    an int or (B,), of square images. scale: factors, a float or (B,), about the center, bilinear.
+    translation: g (B, 2) counts pixels down and right. rotation: g counts quarter turns
+    counter-clockwise, an int or (B,). scale: g is the factor, a float or (B,), about the centre.
     """
     n, _, height, width = x.shape
     if group == "rotation":
-        image = torch.arange(n, device=x.device)
-        return torch.stack([x.rot90(k, (-2, -1)) for k in range(4)])[g % 4, image]
-    theta = x.new_zeros(n, 2, 3)  # where a pixel comes from; images reach from -1 to 1
+        versions = torch.stack([x.rot90(k, (2, 3)) for k in range(4)])  # (4, B, C, H, W)
+        return versions[g % 4, torch.arange(n, device=x.device)]
+    # a matrix for each image: from where in x a pixel comes, where x reaches from -1 to 1
+    theta = x.new_zeros(n, 2, 3)
     if group == "translation":
+        mode = "nearest"
         theta[:, 0, 0] = theta[:, 1, 1] = 1
         theta[:, 0, 2] = -2 * g[:, 1] / width
         theta[:, 1, 2] = -2 * g[:, 0] / height
     else:
+        mode = "bilinear"
         theta[:, 0, 0] = theta[:, 1, 1] = 1 / g
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    mode = "nearest" if group == "translation" else "bilinear"
     return F.grid_sample(x, grid, mode, align_corners=False)
 
 def draw_group(x, group):
-    """A random g for each image of A-SSL: 20 % of the side, a quarter turn, a factor 0.57 to 1."""
+    """A random transformation of A-SSL for each of the images (N, I, H, W), as in the paper."""
     n, most = len(x), int(0.2 * x.shape[2])
     if group == "translation":
-        return torch.randint(-most, most + 1, (WORLD, n, 2), device=x.device)[RANK]
+        return torch.randint(-most, most + 1, (n, 2), device=x.device)
     if group == "rotation":
-        return torch.randint(4, (WORLD, n), device=x.device)[RANK]
-    return torch.empty(WORLD, n, device=x.device).uniform_(0.57, 1.0)[RANK]
+        return torch.randint(4, (n,), device=x.device)
+    return torch.empty(n, device=x.device).uniform_(0.57, 1.0)
 
 # %% MODEL -----------------------------------------------------------------------------------------
+# The layers are those of SESN (Sosnovik et al., "Scale-Equivariant Steerable Networks", 2020).
 def hermite_gaussians(size, orders, scale):
-    """SESN's basis (orders^2, size, size), float64, on the centered grid of whole pixels.
+    """A basis of kernels (orders^2, size, size), float64, on the grid of pixels about the centre.
 
-    He_n(y / s) He_m(x / s) exp(-(x^2 + y^2) / (2 s^2)) / s^2 for n, m < orders and the scale s.
+    He_n(y / s) He_m(x / s) exp(-(x^2 + y^2) / (2 s^2)) / s^2 for n, m < orders and the scale s,
+    with the Hermite polynomials He_n.
     """
     x = (torch.arange(size, dtype=torch.float64) - size // 2) / scale
     hermite = torch.special.hermite_polynomial_he(x, torch.arange(orders)[:, None])
@@ -291,15 +373,18 @@ def hermite_gaussians(size, orders, scale):
     return (f[:, None, :, None] * f[None, :, None, :]).flatten(0, 1)
 
 def make_basis(group, size, orders):
-    """Basis (L, orders^2, size, size) of the kernels of all L planes.
+    """The basis (L, orders^2, size, size) of the kernels of all planes: scaled, or rotated.
 
-    Smaller scales have smaller grids (SESN's basis A); norms are those of the smallest scale.
+    Smaller scales have smaller grids, with zeros around (basis A of SESN). A function is divided by
+    its norm at the smallest scale.
     """
-    scales = SCALES if group == "scale" else (1.0,)
-    grids = [int(size * scale / max(scales)) // 2 * 2 + 1 for scale in scales]
-    basis = torch.stack([F.pad(hermite_gaussians(grid, orders, scale), [(size - grid) // 2] * 4)
-                         for grid, scale in zip(grids, scales)])
-    basis = basis / basis[:1].flatten(2).norm(dim=2)[..., None, None]
+    scales = SCALES if group == "scale" else SCALES[:1]
+    bases = []
+    for scale in scales:
+        grid = int(size * scale / scales[-1]) // 2 * 2 + 1
+        bases.append(F.pad(hermite_gaussians(grid, orders, scale), [(size - grid) // 2] * 4))
+    basis = torch.stack(bases)
+    basis = basis / basis[0].norm(dim=(1, 2), keepdim=True)
     if group == "rotation":
         basis = torch.cat([basis.rot90(k, (2, 3)) for k in range(4)])
     return basis.float()
@@ -307,97 +392,110 @@ def make_basis(group, size, orders):
 class GroupConv(nn.Module):
     """Convolution from images (B, I, H, W) or planes (B, I, L, H, W) to planes (B, O, L, H', W').
 
-    Every plane has its own version of one steerable kernel, weight @ basis, and is filtered alone.
+    There is one kernel, weight @ basis, which every plane has in its own size or orientation. A
+    plane is filtered by its own kernel and does not mix with the others.
     """
 
     def __init__(self, group, inputs, outputs, size, orders, stride, padding):
         super().__init__()
         self.stride, self.padding, self.planes = stride, padding, PLANES[group]
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, orders ** 2))
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, orders**2))
         self.register_buffer("basis", make_basis(group, size, orders), persistent=False)
-        nn.init.kaiming_uniform_(self.weight, a=5 ** 0.5)
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def forward(self, x):
         kernel = torch.einsum("oif,lfyx->loiyx", self.weight, self.basis).flatten(0, 1)
-        groups = 1 if x.ndim == 4 else self.planes
-        x = x if x.ndim == 4 else x.transpose(1, 2).flatten(1, 2)  # (B, L I, H, W)
-        maps = F.conv2d(x, kernel, None, self.stride, self.padding, groups=groups)  # (B, L O, ...)
-        return maps.unflatten(1, (self.planes, -1)).transpose(1, 2)
+        if x.is_cuda:  # on a CPU a step would take half as long again
+            kernel = kernel.contiguous(memory_format=torch.channels_last)
+        groups = 1
+        if x.ndim == 5:
+            groups = self.planes
+            x = x.transpose(1, 2).flatten(1, 2)  # (B, L I, H, W)
+        maps = F.conv2d(x, kernel, None, self.stride, self.padding, groups=groups)
+        return maps.unflatten(1, (self.planes, -1)).transpose(1, 2)  # from (B, L O, H', W')
 
 class PlaneConv(nn.Conv2d):
-    """The same plain convolution of every plane of (B, I, L, H, W)."""
+    """A convolution with 1 x 1 pixel, the same for every plane of (B, I, L, H, W)."""
 
     def forward(self, x):
-        return torch.stack([super(PlaneConv, self).forward(plane) for plane in x.unbind(2)], dim=2)
+        maps = super().forward(x.transpose(1, 2).flatten(0, 1))  # (B L, O, H', W')
+        return maps.unflatten(0, (len(x), -1)).transpose(1, 2)
 
 class Block(nn.Module):
-    """SESN's pre-activation residual block of two convolutions."""
+    """The residual block of SESN: BatchNorm and ReLU stand before each of the two convolutions."""
 
     def __init__(self, conv, norm, inputs, outputs, stride):
         super().__init__()
         self.norm1, self.conv1 = norm(inputs), conv(inputs, outputs, 7, 3, stride)
         self.norm2, self.conv2 = norm(outputs), conv(outputs, outputs, 7, 3, 1)
-        widens = (inputs, stride) != (outputs, 1)
-        self.widen = conv(inputs, outputs, 1, 1, stride) if widens else None
+        self.widen = None
+        if inputs != outputs or stride > 1:
+            self.widen = conv(inputs, outputs, 1, 1, stride)
 
     def forward(self, x):
         y = F.relu(self.norm1(x))
-        skip = self.widen(y) if self.widen else x
+        skip = x if self.widen is None else self.widen(y)
         return skip + self.conv2(F.relu(self.norm2(self.conv1(y))))
 
-# channels, kernel size, orders of the basis and stride of every layer
-CONVOLUTIONS = {"mnist": ((32, 11, 11, 1), (64, 7, 3, 2), (128, 7, 3, 2)),
-                "small": ((16, 5, 3, 1), (32, 5, 3, 2), (64, 5, 3, 1))}
-# channels and stride of every block
-BLOCKS = {"resnet20": ((128, 1), (128, 1), (128, 1), (256, 2), (256, 1), (256, 1), (512, 2),
-                       (512, 1), (512, 1)),
-          "tiny": ((64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1))}
+# channels, side of the kernel, orders of its basis and stride of every layer
+CONVOLUTIONS = {"mnist": [(32, 11, 11, 1), (64, 7, 3, 2), (128, 7, 3, 2)],
+                "small": [(16, 5, 3, 1), (32, 5, 3, 2), (64, 5, 3, 1)]}
+# channels of every stage, and the number of residual blocks in each
+STAGES = {"resnet20": ((128, 256, 512), 3), "tiny": ((64, 128, 256, 512), 2)}
 
 class GroupEncoder(nn.Module):
-    """f: images (B, I, H, W) to z (B, C, L, H', W'), L planes: 1, 4 rotations or 6 scales.
+    """f: images (B, I, H, W) to features (B, C, L, H', W'), with PLANES[group] = L.
 
-    Without structure (Table 2), scale is a plain network of L times the channels, and translation
-    an MLP, whose 16 rows of C outputs are a map of 4 x 4. ValueError where rotation would break.
+    With structure none (Table 2) it is not equivariant. Scale: plain convolutions with L times the
+    channels, of which every L-th belongs to the same plane. Translation: three linear layers, whose
+    outputs stand for C channels at 4 x 4 places.
     """
 
     def __init__(self, group, in_channels=3, arch="small", width=1.0, structure="equivariant",
                  image_size=28):
         super().__init__()
-        self.group, free = group, structure == "none"
+        self.group = group
+        free = structure == "none"
         copies = PLANES[group] if free else 1
-        norm = nn.BatchNorm2d if free else nn.BatchNorm3d  # one set of statistics for all planes
+        norm = nn.BatchNorm2d if free else nn.BatchNorm3d  # the planes share their statistics
 
         def wide(channels):
             return max(1, round(channels * width)) * copies
 
-        def conv(inputs, outputs, size, orders, stride):
-            if free or size == 1:
-                kind = nn.Conv2d if free else PlaneConv
-                return kind(inputs, outputs, size, stride, size // 2, bias=False)
-            return GroupConv(group, inputs, outputs, size, orders, stride, size // 2)
+        def conv(inputs, outputs, side, orders, stride):
+            if free:
+                return nn.Conv2d(inputs, outputs, side, stride, side // 2, bias=False)
+            if side == 1:
+                return PlaneConv(inputs, outputs, 1, stride, bias=False)
+            return GroupConv(group, inputs, outputs, side, orders, stride, side // 2)
 
-        def layer(inputs, outputs, *how):
-            return nn.Sequential(conv(inputs, outputs, *how), norm(outputs), nn.ReLU())
+        def layer(inputs, outputs, side, orders, stride):
+            return nn.Sequential(conv(inputs, outputs, side, orders, stride), norm(outputs),
+                                 nn.ReLU())
 
         if free and group == "translation":
             outputs, self.strides = wide(128), [1]
-            widths = [in_channels * image_size ** 2, wide(784), wide(1024), 16 * outputs]
-            layers = [nn.Sequential(nn.Flatten(), *mlp_layers(widths, nn.BatchNorm1d, bias=False),
+            widths = [in_channels * image_size**2, wide(784), wide(1024), 16 * outputs]
+            layers = [nn.Sequential(nn.Flatten(), *linear_layers(widths, bias=False),
                                     nn.Unflatten(1, (outputs, 1, 4, 4)))]
         elif arch in CONVOLUTIONS:
             layers, outputs, self.strides = [], in_channels, []
-            for channels, size, orders, stride in CONVOLUTIONS[arch]:
+            for channels, side, orders, stride in CONVOLUTIONS[arch]:
                 inputs, outputs = outputs, wide(channels)
-                layers.append(layer(inputs, outputs, size, orders, stride))
+                layers.append(layer(inputs, outputs, side, orders, stride))
                 self.strides.append(stride)
         else:
-            layers, outputs, self.strides = [conv(in_channels, wide(9), 7, 7, 1)], wide(64), [1, 1]
-            layers.append(layer(wide(9), outputs, 7, 3, 1))
-            for channels, stride in BLOCKS[arch]:
-                inputs, outputs = outputs, wide(channels)
-                layers.append(Block(conv, norm, inputs, outputs, stride))
-                self.strides.append(stride)
-        self.layers, self.channels = nn.Sequential(*layers), outputs // copies
+            outputs, self.strides = wide(64), [1, 1]
+            layers = [conv(in_channels, wide(9), 7, 7, 1), layer(wide(9), outputs, 7, 3, 1)]
+            stages, blocks = STAGES[arch]
+            for channels in stages:
+                for block in range(blocks):
+                    stride = 2 if block == 0 and channels != stages[0] else 1
+                    inputs, outputs = outputs, wide(channels)
+                    layers.append(Block(conv, norm, inputs, outputs, stride))
+                    self.strides.append(stride)
+        self.layers = nn.Sequential(*layers)
+        self.channels = outputs // copies  # C
 
     def forward(self, x):
         for layer, stride in zip(self.layers, self.strides):
@@ -405,185 +503,161 @@ class GroupEncoder(nn.Module):
             if self.group == "rotation" and stride > 1 and (height % 2 == 0 or height != width):
                 raise ValueError(f"a stride on {height} x {width}: rotation needs odd, square maps")
             x = layer(x)
-        return x if x.ndim == 5 else x.unflatten(1, (-1, PLANES[self.group]))
+        if x.ndim == 4:  # free kernels: (B, C L, H', W')
+            x = x.unflatten(1, (-1, PLANES[self.group]))
+        return x
 
-def mlp_layers(widths, norm, bias=True):
-    """Linear, norm and ReLU from each width to the next: a tuple of modules."""
-    blocks = [(nn.Linear(a, b, bias), norm(b), nn.ReLU()) for a, b in pairwise(widths)]
-    return sum(blocks, ())
+def linear_layers(widths, bias=True):
+    """A list of a linear layer, BatchNorm and ReLU from each width to the next."""
+    layers = []
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs, bias), nn.BatchNorm1d(outputs), nn.ReLU()]
+    return layers
+
+def make_projector(config, channels):
+    """h: linear layers with BatchNorm and ReLU; the last has no ReLU after it."""
+    widths = [channels * config.base_size, *map(int, config.projector.split("-"))]
+    layers = linear_layers(widths)[:-1]
+    if config.arch in STAGES:  # whose features do not end with a BatchNorm
+        layers.insert(0, nn.BatchNorm1d(widths[0]))
+    return nn.Sequential(*layers)
 
 class Classifier(nn.Module):
-    """Logits of z (B, C, L, H, W), by a convolution of the given size or, with 0, by pooling."""
+    """Logits (N, K) of features (N, C, L, H, W): the maximum over planes, and a linear layer.
 
-    def __init__(self, group, channels, classes, size, structure):
+    MNIST's network has one more convolution and the mean over space before the maximum; the others
+    have BatchNorm, ReLU and the mean over space after it.
+    """
+
+    def __init__(self, config, channels, side):
         super().__init__()
-        self.conv = self.norm = None
-        if size and structure == "none":
-            every = channels * PLANES[group]
-            self.conv = nn.Sequential(nn.Flatten(1, 2), nn.Conv2d(every, every, size, bias=False),
-                                      nn.Unflatten(1, (channels, -1)))
-        elif size:
-            self.conv = GroupConv(group, channels, channels, size, 3, 1, 0)
-        else:
+        self.norm = None
+        if config.arch != "mnist":
             self.norm = nn.BatchNorm2d(channels)
-        self.linear = nn.Linear(channels, classes)
+        elif config.structure == "equivariant":
+            self.conv = GroupConv(config.group, channels, channels, side, 3, 1, 0)
+        else:
+            every = channels * PLANES[config.group]
+            self.conv = nn.Sequential(nn.Flatten(1, 2), nn.Conv2d(every, every, side, bias=False),
+                                      nn.Unflatten(1, (channels, -1)))
+        self.linear = nn.Linear(channels, config.classes)
 
     def forward(self, z):
-        if self.conv:
+        if self.norm is None:
             return self.linear(self.conv(z).mean((3, 4)).amax(2))
         return self.linear(F.relu(self.norm(z.amax(2))).mean((2, 3)))
 
-# %% METHOD ----------------------------------------------------------------------------------------
-def nce_loss(v1, v2, temperature):
-    """Equation 2 of the paper, of two projections (N, D), normalised here.
+# %% DATA ------------------------------------------------------------------------------------------
+# mean and standard deviation of the channels
+CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+MEAN_STD = {"mnist": ((0.1307,), (0.3081,)), "cifar10": CIFAR, "folder": IMAGENET,
+            "tinyimagenet": ((0.480, 0.448, 0.398), (0.277, 0.269, 0.282)),
+            "patterns": ((0.4, 0.4, 0.4), (0.25, 0.25, 0.25))}
 
-    4 (N - 1) negatives of an image, its positive not among them: the loss can be negative.
+def load_data(config, device):
+    """Pairs (images, labels): to train on, to learn kNN and the probe from, and to test on.
+
+    Images are uint8 (N, 1 or 3, H, W). The last two are None if there is nothing to evaluate.
     """
-    v = F.normalize(torch.cat([v1, v2]).to(torch.promote_types(v1.dtype, torch.float32)))
-    s, n = v @ v.T / temperature, len(v1)  # (2N, 2N)
-    others = s.masked_fill(torch.eye(n, dtype=torch.bool, device=s.device).repeat(2, 2), -torch.inf)
-    others = others.logsumexp(1).view(2, n).logsumexp(0)  # (N,), over j, l and k != i
-    return (others - s.diagonal(n)).mean()
+    root = Path(config.data_root)
+    if config.dataset == "patterns":
+        train, test = draw_patterns(4000, seed=1), draw_patterns(1000, seed=2)
+    elif config.dataset in PHOTOS:
+        train, test = load_photos(root, "train"), load_photos(root, "val")
+    else:
+        train, test = load_download(root, config)
+    if config.limit:
+        rows = random_rows(len(train[1]), config.limit)
+        train = train[0][rows], train[1][rows]
+    if len(train[1]) < config.batch_size:
+        stop(f"--batch-size {config.batch_size} is more than the {len(train[1])} images")
+    classes = int(train[1].max()) + 1
+    if classes > config.classes:
+        stop(f"the images have {classes} classes, not {config.classes}: add --classes {classes}")
+    train = place(train, device)
+    if len(test[1]) == 0 or classes == 1:
+        print("no evaluation: it needs test images, and two or more classes")
+        return train, None, None
+    return train, train, place(test, device)
 
-def act(z, g, group):
-    """Gamma_g z of features (B, C, L, H, W): f(T_g x) is act(f(x), g) for an equivariant f.
+def load_download(root, config):
+    """Training and test images and labels of MNIST or CIFAR-10, downloaded if they are missing."""
+    source, folder = datasets.MNIST, root / "MNIST"
+    if config.dataset == "cifar10":
+        source, folder = datasets.CIFAR10, root / datasets.CIFAR10.base_folder
+    try:
+        splits = [source(root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError, ValueError) as problem:
+        if folder.exists():
+            stop(f"{folder} is damaged ({problem}): remove it, to download it again")
+        stop(f"{folder} is missing and cannot be downloaded ({problem}); --quick needs no data")
+    if config.dataset == "mnist":
+        return [(split.data[:, None], split.targets) for split in splits]
+    return [(torch.tensor(split.data).permute(0, 3, 1, 2).contiguous(),
+             torch.tensor(split.targets)) for split in splits]
 
-    rotation: g quarter turns, an int or (B,); returns the features. translation: g (B, 2), whole
-    cells down and right. scale: g = (i, j) puts plane i, magnified by SCALES[j] / SCALES[i], in
-    place of plane j. These two return the features and a mask of what is known of them.
+def load_photos(root, split):
+    """Images and labels of a split that prepare.py wrote; the images may be larger than memory."""
+    try:  # mapped into memory: a row is read from the disk when it is used
+        images = np.load(root / f"{split}-images.npy", mmap_mode="r")
+        labels = np.load(root / f"{split}-labels.npy")
+    except (OSError, ValueError, EOFError) as problem:
+        stop(f"{problem}; first run: python prepare.py YOUR_IMAGES --out {root}")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        stop(f"{split}-images.npy must be uint8 (N, 3, H, W), not {images.dtype} {images.shape}")
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or (labels < 0).any():
+        stop(f"{split}-labels.npy must be {len(images)} classes: integers from 0")
+    with warnings.catch_warnings(action="ignore"):  # torch warns that it could not write to the map
+        images = torch.from_numpy(images)
+    return images, torch.tensor(labels, dtype=torch.int64)
+
+def place(data, device):
+    """Labels on the device; images, too, if they take less than a quarter of its free memory."""
+    images, labels = data
+    if device.type == "cpu" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+        images = images.to(device)
+    return images, labels.to(device)
+
+def take(images, rows, device):
+    """The images of these rows, on the device."""
+    batch = images[rows]
+    if batch.device.type == device.type:
+        return batch
+    return batch.pin_memory().to(device, non_blocking=True)  # nobody waits for a pinned copy
+
+def random_rows(n, count):
+    """The first `count` of n indices in a random order that is always the same."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:count]
+
+def draw_patterns(n, seed):
+    """Built-in data: uint8 images (n, 3, 32, 32) and labels (n,).
+
+    A class is a periodic pattern, a sum of waves, seen at a random zoom, tilt, place and light.
     """
-    if group == "rotation":
-        turned = torch.stack([z.rot90(k, (-2, -1)).roll(k, 2) for k in range(4)])
-        return turned[g % 4, torch.arange(len(z), device=z.device)]
-    maps = z.flatten(1, 2)
-    if group == "translation":
-        inside = transform(torch.ones_like(maps), g, group).view_as(z) > 0
-        return transform(maps, g, group).view_as(z), inside
-    i, j = g
-    factor, moved, inside = SCALES[j] / SCALES[i], torch.zeros_like(z), torch.zeros_like(z)
-    moved[:, :, j] = transform(z[:, :, i], factor, group)
-    inside[:, :, j] = transform(torch.ones_like(z[:, :, i]), factor, group)
-    return moved, inside > 0.999
-
-class Method(nn.Module):
-    """H-SSL, A-SSL and baselines: uint8 images (N, 1 or 3, H, W), labels (N,) to loss and terms."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config, group, structure = config, config.group, config.structure
-        mean_std = torch.tensor(MEAN_STD[config.dataset])[..., None, None]  # (2, 1 or 3, 1, 1)
-        self.register_buffer("mean_std", mean_std, persistent=False)
-        pixels = {"mnist": 28, "cifar10": 32, "tinyimagenet": 64, "patterns": 32}[config.dataset]
-        blank = torch.zeros(1, mean_std.shape[1], pixels, pixels)
-        self.encoder = GroupEncoder(
-            group, mean_std.shape[1], config.arch, config.width, structure, pixels)
-        with torch.no_grad():  # in eval mode, which leaves the running statistics alone
-            _, channels, *shape = self.eval().f(self.canvas(blank)).shape  # L, H', W'
-        self.train()
-        size = min(7, *shape[1:]) if config.arch == "mnist" else 0
-        classes = 200 if config.dataset == "tinyimagenet" else 10
-        self.classifier = Classifier(group, channels, classes, size, structure)
-        self.h = None
-        if config.ssl in ("homomorphic", "augmented"):
-            widths = [channels * config.base_size, *map(int, config.projector.split("-"))]
-            norm = [] if config.arch in CONVOLUTIONS else [nn.BatchNorm1d(widths[0])]
-            self.h = nn.Sequential(*norm, *mlp_layers(widths, nn.BatchNorm1d)[:-1])
-            self.register_buffer("pairs", fiber_pairs(shape, config), persistent=False)
-        if config.ssl == "frozen":
-            self.encoder.requires_grad_(False)
-
-    def forward(self, images, labels):
-        config, x = self.config, self.canvas(images.float() / 255)  # (N, I, H, W)
-        if config.ssl == "homomorphic":
-            g1, g2 = self.draw_fibers(len(x))
-            v1, v2, z = self.homomorphic(x, g1, g2)
-        elif config.ssl == "augmented":
-            g0, _ = self.draw_fibers(len(x))
-            g1, g2 = draw_group(x, config.group), draw_group(x, config.group)
-            v1, v2 = self.augmented(x, g1, g2, g0)
-            with torch.no_grad():
-                z = self.f(x)
-        else:
-            z = self.f(x)
-        logits = self.classifier(z if config.ssl == "supervised" else z.detach())
-        loss = F.cross_entropy(logits, labels)
-        right = (logits.argmax(1) == labels).float()
-        terms = {"classifier": loss.detach(), "train_top1": 100 * right.mean()}
-        if self.h:
-            contrast = nce_loss(gather(v1), gather(v2), config.temperature)
-            terms |= {"contrast": contrast.detach(), "std": spread(v1)}
-            loss = loss + contrast
-        return loss, terms
-
-    def homomorphic(self, x, g1, g2):
-        """H-SSL: v1, v2 (N, D), read from z = f(x) at two group elements; and z."""
-        z = self.f(x)  # (N, C, L, H', W')
-        return self.h(self.read(z, g1)), self.h(self.read(z, g2)), z
-
-    def augmented(self, x, g1, g2, g0):
-        """A-SSL: v1, v2 (N, D), read from two transformed images at the element g0."""
-        group = self.config.group
-        z1, z2 = self.f(transform(x, g1, group)), self.f(transform(x, g2, group))
-        return self.h(self.read(z1, g0)), self.h(self.read(z2, g0))
-
-    def f(self, x):
-        """z (N, C, L, H', W'), float32, of images in [0, 1]: normalisation and encoder."""
-        mean, std = self.mean_std
-        bf16 = precision(self.config, x.device) == "bf16"
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            return self.encoder((x - mean) / std).float()
-
-    def read(self, z, g):
-        """Fibers (N, b C) of z at g (N, 3: plane, row, column) and b - 1 neighbours on the axis."""
-        image, base = torch.arange(len(z), device=z.device), range(self.config.base_size)
-        plane, row, column = g.T
-        if self.config.group == "translation":
-            return torch.cat([z[image, :, 0, row, column + i] for i in base], dim=1)
-        planes = z.mean((3, 4))  # (N, C, L), over space
-        return torch.cat([planes[image, :, plane + i] for i in base], dim=1)
-
-    def draw_fibers(self, n):
-        """Two group elements (n, 3) for each image, at most --distance apart."""
-        drawn = torch.randint(len(self.pairs), (WORLD, n), device=self.pairs.device)[RANK]
-        return self.pairs[drawn].unbind(1)
-
-    def canvas(self, x):
-        """Images, padded to an odd size for rotation."""
-        even = self.config.group == "rotation" and x.shape[2] % 2 == 0
-        return F.pad(x, [0, 1, 0, 1]) if even else x
-
-    def classify(self, x):
-        """Logits (N, K) of images in [0, 1]."""
-        return self.classifier(self.f(self.canvas(x)))
-
-    def features(self, x):
-        """Features (N, C), float32, of images in [0, 1]: the mean of all fibers."""
-        return self.f(self.canvas(x)).mean((2, 3, 4))
-
-def fiber_pairs(shape, config):
-    """All pairs (P, 2, 3) of base spaces of features of shape (L, H, W) within --distance.
-
-    An element is plane, row and column: a place for translation, else a plane.
-    """
-    base, (planes, height, width) = config.base_size, shape
-    axis = width if config.group == "translation" else planes
-    starts = max(0, axis - base + 1)  # of bases that end on the axis
-    sizes = (1, height, starts) if config.group == "translation" else (starts, 1, 1)
-    elements = torch.cartesian_prod(*map(torch.arange, sizes))  # (E, 3)
-    apart = (elements[:, None] - elements).float().norm(dim=2)  # (E, E)
-    pairs = elements[(apart <= (config.distance or math.inf)).nonzero()]
-    check(len(pairs) > len(elements), f"--base-size {base} and --distance {config.distance:g} "
-          f"leave no two different fibers of the {axis} on the axis")
-    return pairs
-
-def precision(config, device):
-    """Of the backbone: bf16 on GPUs that have it, unless --precision says otherwise."""
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return config.precision if config.precision != "auto" else "bf16" if able else "fp32"
-
-def spread(z):
-    """Std of the normalised embeddings (N, D) over its ideal 1 / sqrt(D); 0 if all are equal."""
-    return F.normalize(z.detach().float()).std(0).mean() * z.shape[1] ** 0.5
+    # frequencies; half of them are enough, since (-i, -j) is the same wave as (i, j)
+    waves = [(i, j) for i in range(-2, 3) for j in range(3) if j > 0 or i > 0]
+    phases = math.tau * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (n,), generator=generator)
+    zoom, tilt, light, shift_x, shift_y = torch.rand(5, n, 1, 1, generator=generator)
+    zoom = 1.2 + zoom  # (n, 1, 1)
+    tilt = (2 * tilt - 1) * math.radians(20)
+    light = math.tau * light
+    x = (torch.arange(32) - 15.5) / 32
+    y = x[:, None]
+    u = zoom * (tilt.cos() * x - tilt.sin() * y) + shift_x  # (n, 32, 32)
+    v = zoom * (tilt.sin() * x + tilt.cos() * y) + shift_y
+    pattern = 0
+    for (i, j), phase in zip(waves, phases):
+        wave = torch.cos(math.tau * (i * u + j * v) + phase[labels, None, None])
+        pattern = pattern + wave / (i * i + j * j)
+    tone = 0.1 + 0.6 * torch.sigmoid(6 * pattern / pattern.std())
+    lit = tone * (1 + 0.6 * (light.cos() * x + light.sin() * y))
+    tint = 0.98 + 0.04 * torch.rand(n, 3, 1, 1, generator=generator)
+    noise = 0.02 * torch.randn(n, 3, 32, 32, generator=generator)
+    images = (lit[:, None] * tint + noise).clamp(0, 1)
+    return (255 * images).byte(), labels
 
 # %% TRAIN -----------------------------------------------------------------------------------------
 def gather(z):
@@ -591,288 +665,451 @@ def gather(z):
     if WORLD == 1:
         return z
     parts = [torch.empty_like(z) for _ in range(WORLD)]
-    dist.all_gather(parts, z.detach().contiguous())
-    parts[RANK] = z.detach() + WORLD * (z - z.detach())  # DistributedDataParallel takes the mean
+    dist.all_gather(parts, z.detach())
+    # all_gather passes no gradient on, so one's own part is replaced: by the value of z with WORLD
+    # times its gradient, since DistributedDataParallel divides the sum of gradients by WORLD
+    parts[RANK] = z.detach() + WORLD * (z - z.detach())
     return torch.cat(parts)
 
 def learning_rate(step, total_steps, warmup_steps, peak, final=0.0):
     """Linear from 0 to peak at warmup_steps, then a cosine to final at total_steps."""
     if step < warmup_steps:
         return peak * step / warmup_steps
-    turn = (step - warmup_steps) / (total_steps - warmup_steps) if step < total_steps else 1
-    return final + (peak - final) * (1 + math.cos(math.pi * turn)) / 2
+    if step >= total_steps:
+        return final
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
 
 class LARS(torch.optim.SGD):
-    """SGD that decays weight matrices p and scales their gradients g by eta |p| / |g|."""
+    """SGD that decays weight matrices p and scales their gradients g by 0.001 |p| / |g|."""
 
-    def __init__(self, parameters, lr, weight_decay=0.0, momentum=0.9, eta=0.001):
-        super().__init__(parameters, lr, momentum)
-        self.decay, self.eta = weight_decay, eta
+    def __init__(self, parameters, lr, weight_decay=0.0):
+        super().__init__(parameters, lr, momentum=0.9)
+        self.decay = weight_decay
 
     @torch.no_grad()
     def step(self):
-        for p in (p for group in self.param_groups for p in group["params"] if p.ndim > 1):
-            p.grad.add_(p, alpha=self.decay)
-            trust = self.eta * p.norm() / p.grad.norm()
-            p.grad.mul_(torch.where((trust > 0) & trust.isfinite(), trust, 1.0))
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim > 1:
+                    p.grad.add_(p, alpha=self.decay)
+                    trust = 0.001 * p.norm() / p.grad.norm()
+                    p.grad.mul_(torch.where((trust > 0) & trust.isfinite(), trust, 1.0))
         super().step()
 
 def make_optimizer(method, config):
-    """LARS, or SGD, at the peak rate; train sets the rate of every step."""
+    """LARS or SGD at the peak rate; train_epoch sets the rate of every step."""
     parameters = [p for p in method.parameters() if p.requires_grad]
     if config.optimizer == "lars":
         return LARS(parameters, config.lr, config.weight_decay)
     return torch.optim.SGD(parameters, config.lr, momentum=0.9,
-                           weight_decay=config.weight_decay, fused=method.mean_std.is_cuda)
-
-def write(path, content):
-    """Writes text, or a state for torch.load, whole or not at all: beside, then renamed."""
-    buffer = io.BytesIO(content.encode() if isinstance(content, str) else b"")
-    if not isinstance(content, str):
-        torch.save(content, buffer)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(buffer.getbuffer())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-def open_run(config, data):
-    """The checkpoint in the run's folder, which must be of this config and data, or None."""
-    path = Path(config.out, "checkpoint.pt")
-    if not path.exists():
-        check(not path.with_name("results.json").exists(), f"{path} is lost: choose another --out")
-        return None
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        script, stored = saved["script"], saved["data"]
-        then = saved["config"] | {name: stored.get(name) for name in data}
-    except Exception as problem:  # a damaged file can raise nearly anything
-        check(False, f"{path} is damaged ({type(problem).__name__}): remove it or change --out")
-    check(script == SCRIPT, f"{path} is a checkpoint of {script}.py, not of {SCRIPT}.py")
-    differ = "; --".join(f"{name.replace('_', '-')} {then.get(name)} then, {value} now"
-                         for name, value in (asdict(config) | data).items()
-                         if name not in FREE and then.get(name) != value)
-    check(not differ, f"{config.out} holds another run (--{differ}): use its flags or a new --out")
-    return saved
+                           weight_decay=config.weight_decay, fused=method.mean.is_cuda)
 
 def start(config):
-    """The device. Under torchrun also the process group, of which only the first process prints."""
-    name = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
+    """The device. Writes it and the precision into config, in place of "auto"."""
+    if config.device == "auto":
+        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device == "cuda":
+        config.device = f"cuda:{LOCAL_RANK}"
     here = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    check(name in here, f"there is no device {name}; here are {', '.join(here)}", alike=False)
-    if name != "cpu":
-        torch.cuda.set_device(name)
-        torch.set_float32_matmul_precision("high")
+    if config.device not in here:
+        stop(f"there is no device {config.device} here, only {', '.join(here)}")
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.benchmark = True
+    if config.precision == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        config.precision = "bf16" if bf16 else "fp32"
     if WORLD > 1:
-        check("MASTER_PORT" in os.environ, f"WORLD_SIZE is {WORLD}: unset it, or use torchrun")
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-        print(f"waiting for {WORLD} processes", flush=True)
-        ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's would wait with us
-        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
-        signal.signal(signal.SIGINT, ctrl_c)
-        store.set_timeout(timedelta(hours=12))  # for downloads and evaluations by the first process
-        dist.init_process_group("gloo" if name == "cpu" else "nccl", timeout=store.timeout,
-                                world_size=WORLD, rank=RANK, store=store)
-    return torch.device(name)
+        join_processes(device)
+    print(f"on {config.device}, {config.precision}, {torch.get_num_threads()} threads", flush=True)
+    return device
 
-def train(config):
-    """Trains what is left of the run of config.out: returns method, data and a dict per epoch."""
-    device, out = start(config), Path(config.out)
-    data = load_data(config, device) if RANK == 0 else None  # the first process downloads
-    if WORLD > 1:
-        dist.barrier()
-    data = data or load_data(config, device)
-    images, labels = data[0]
-    steps = len(labels) // config.batch_size
-    check(steps > 0, f"--batch-size {config.batch_size} is more than the {len(labels)} images")
-    trained_on = {"classes": getattr(images, "classes", config.dataset),
-                  "images": [len(split[1]) for split in data if split],
-                  "precision": precision(config, device)}
-    saved = open_run(config, trained_on)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
-    except OSError as problem:
-        check(False, f"cannot write to {out} ({problem}): choose another --out")
-    torch.manual_seed(config.seed)
-    method = Method(config).to(device, memory_format=torch.channels_last)
-    if device.type == "cuda" and WORLD > 1:
-        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
-    optimizer = make_optimizer(method, config)
-    log = [{"epoch": 0, "train_seconds": 0.0, "command": " ".join(["python", *sys.argv]),
-            "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(), "torch":
-            str(torch.__version__), "threads": torch.get_num_threads(), "processes": WORLD}]
-    if saved:
-        log = saved["log"]
-        method.load_state_dict(saved["method"])
-        optimizer.load_state_dict(saved["optimizer"])
-    for network in method.children() if config.compile else ():
-        network.compile(dynamic=False)  # in place: the names of the parameters stay
-    model = nn.parallel.DistributedDataParallel(method) if WORLD > 1 else method
-    done, total, peak = log[-1]["epoch"], config.epochs * steps, optimizer.defaults["lr"]
-    warmup, saved_at = config.warmup_epochs * steps, time.time()
-    terminal, told = sys.stdout.isatty(), False
-    print(f"{out}: {done} of {config.epochs} epochs done, {steps} steps each, peak rate {peak:g}")
+def join_processes(device):
+    """Waits for the other processes of torchrun. Only the first process prints."""
+    if "MASTER_ADDR" not in os.environ:
+        stop(f"WORLD_SIZE is {WORLD}: unset it, or start the script with torchrun")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+    print(f"waiting for {WORLD} processes", flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # lets Ctrl-C end the wait
+    backend, own_gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    long = timedelta(hours=2)  # the others may have to wait for an evaluation by the first
+    dist.init_process_group(backend, timeout=long, device_id=own_gpu)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    for epoch in range(done + 1, config.epochs + 1):
-        torch.manual_seed(hash((config.seed, epoch)))  # all chance of an epoch follows from this
-        began, sums = time.time(), Counter()
-        for step, (images, labels) in enumerate(batches(data, config, epoch, device), start=1):
-            now = (epoch - 1) * steps + step - 1
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(now, total, warmup, peak, config.final_lr * peak)
-            loss, terms = model(images, labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            sums.update({"loss": loss.detach(), **terms})  # a Counter adds
-            if step == 1:
-                warm = time.time()  # the first step takes longer
-            elif terminal or time.time() - warm > 5 and not told:
-                left, told = (time.time() - warm) / (step - 1) * (total - now), True
-                print(f" step {step} of {steps}, about {timedelta(seconds=round(left))} left"
-                      + " (sooner: --quick, --arch small, fewer --epochs)" * (left > 7200),
-                      end="\r" if terminal else "\n", flush=True)
-        means = {name: value.item() / steps for name, value in sums.items()}
-        finite = all(x.isfinite().all() for x in (sums["loss"], *method.parameters()))
-        check(finite, f"loss or weights not finite in epoch {epoch}: lower --lr {config.lr:g}", 1)
-        seconds = log[-1]["train_seconds"] + time.time() - began
-        means["images_per_second"] = epoch * steps * config.batch_size / seconds
-        if data[1] and config.knn_every and epoch % config.knn_every == 0 and RANK == 0:
-            means["knn_top1"], *_ = knn(method, data)
-        log.append({"epoch": epoch, "train_seconds": seconds, **means})
-        left = timedelta(seconds=round(seconds / epoch * (config.epochs - epoch)))
-        print(f"epoch {epoch}/{config.epochs}", *(f" {k} {v:.4g}" for k, v in means.items()),
-              f" {left} left", flush=True)
-        if RANK == 0:
-            (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-            if epoch == config.epochs or time.time() - saved_at >= 60 * config.save_every:
-                write(out / "checkpoint.pt", {
-                    "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
-                    "method": method.state_dict(), "optimizer": optimizer.state_dict()})
-                saved_at = time.time()
-    return method, data, log
+def with_progress(items, total, name):
+    """Yields the items; says after ten seconds, and then every now and then, how far they are."""
+    began, pause, terminal = time.time(), 10, sys.stdout.isatty()
+    for done, item in enumerate(items):
+        passed = time.time() - began
+        if done > 0 and passed > pause:
+            left = timedelta(seconds=round(passed / done * (total - done)))
+            end = "\r" if terminal else "\n"  # on a terminal the same line, every second
+            print(f" {name} {done} of {total}, {left} left", end=end, flush=True)
+            pause = passed + 1 if terminal else 2 * passed
+        yield item
 
-# %% EVALUATE --------------------------------------------------------------------------------------
-KNN_K, KNN_TEMPERATURE = 200, 0.1  # ours
+def batches(images, labels, config, device, epoch):
+    """Yields this process's images and labels of every batch of an epoch, in a random order."""
+    # All processes draw the same order of the images, then each draws its own views. The hash of a
+    # tuple of integers is the same in every run.
+    torch.manual_seed(hash((config.seed, epoch)))
+    order = torch.randperm(len(images)).to(images.device)
+    torch.manual_seed(hash((config.seed, epoch, RANK)))
+    mine = config.batch_size // WORLD
+    for step in range(len(images) // config.batch_size):
+        first = step * config.batch_size + RANK * mine
+        rows = order[first:first + mine]
+        yield take(images, rows, device), labels[rows.to(device)]
 
-@torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # else --compile would compile again for these sizes
-def extract(method, images, prepare=lambda x: x.float() / 255, output="features"):
-    """Features (N, D), or other output, of prepare(parts of the images), in eval mode."""
-    method.eval()
-    features = [getattr(method, output)(prepare(part)) for part in images.split(256)]
-    method.train()
-    return torch.cat(features)
-
-def knn_accuracy(bank, bank_labels, queries, query_labels, k, temperature, classes):
-    """Percent of queries (M, D) whose class has most of the k votes, exp(cosine / T), in bank."""
-    bank, queries, right = F.normalize(bank), F.normalize(queries), 0
-    for part, labels in zip(queries.split(250), query_labels.split(250)):
-        s, nearest = (part @ bank.T).topk(k)  # (m, k)
-        votes = s.new_zeros(len(part), classes)
-        votes.scatter_add_(1, bank_labels[nearest], (s / temperature).exp())
-        right += (votes.argmax(1) == labels).sum().item()
-    return 100 * right / len(queries)
-
-def knn(method, data):
-    """knn_accuracy of the encoder on the whole test set, and the features of bank and test."""
-    _, (bank, bank_labels), (test, test_labels) = data
-    bank, test = extract(method, bank), extract(method, test)
-    k, classes = min(KNN_K, len(bank)), int(bank_labels.max()) + 1
-    accuracy = knn_accuracy(bank, bank_labels, test, test_labels, k, KNN_TEMPERATURE, classes)
-    return accuracy, bank, test
-
-def linear_probe(draw, labels, test, test_labels, lr=30.0, final_lr=0.0, weight_decay=0.0,
-                 epochs=100, probes=5):
-    """Mean and std, over probes, of percent right on test (M, D); draw(): (N, D) for an epoch."""
-    n, width, classes = len(labels), test.shape[1], int(labels.max()) + 1
-    steps, bound = max(1, n // 256), width ** -0.5
-    weight = test.new_empty(probes, width, classes).uniform_(-bound, bound).requires_grad_()
-    bias = test.new_empty(probes, 1, classes).uniform_(-bound, bound).requires_grad_()
-    optimizer = torch.optim.SGD([weight, bias], lr, momentum=0.9, weight_decay=weight_decay)
-    for step in range(epochs * steps):
-        if step % steps == 0:
-            features = draw()
-            order = torch.rand(probes, n, device=test.device).argsort(1)
-        rows = order[:, step % steps * 256:][:, :256]  # (probes, batch)
-        logits = features[rows] @ weight + bias  # (probes, batch, classes)
-        loss = probes * F.cross_entropy(logits.flatten(0, 1), labels[rows].flatten())
-        optimizer.param_groups[0]["lr"] = learning_rate(step, epochs * steps, 0, lr, final_lr)
+def train_epoch(model, optimizer, images, labels, config, device, epoch):
+    """One pass over the images; returns the means of the loss and its terms over the steps."""
+    steps, sums = len(images) // config.batch_size, {}
+    total, warmup = config.epochs * steps, config.warmup_epochs * steps
+    peak = optimizer.defaults["lr"]
+    epoch_batches = batches(images, labels, config, device, epoch)
+    for step, batch in enumerate(with_progress(epoch_batches, steps, f"epoch {epoch}: step")):
+        now = (epoch - 1) * steps + step
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(now, total, warmup, peak, config.final_lr * peak)
+        loss, terms = model(*batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    right = 100 * ((test @ weight + bias).argmax(2) == test_labels).float().mean(1)  # (probes,)
-    return right.mean().item(), right.std(correction=0).item()
+        for name, value in {"loss": loss, **terms}.items():
+            sums[name] = sums.get(name, 0) + value.detach()  # .item() would wait for the GPU
+    return {name: value.item() / steps for name, value in sums.items()}
+
+def train(config, data, device):
+    """Trains the epochs that the run in config.out lacks; returns the method and the log.
+
+    The log has a dict of the run, as epoch 0, and one of every epoch.
+    """
+    out = Path(config.out)
+    (images, labels), bank, test = data
+    torch.manual_seed(config.seed)
+    # channels_last: in this order of the numbers of an image convolutions are fastest on a GPU
+    method = Method(config).to(device, memory_format=torch.channels_last)
+    if WORLD > 1 and device.type == "cuda":
+        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    optimizer = make_optimizer(method, config)
+    log = [{"epoch": 0, "train_seconds": 0.0, "command": " ".join(["python", *sys.argv]),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "torch": str(torch.__version__), "threads": torch.get_num_threads(),
+            "processes": WORLD}]
+    trained_on = describe(images, config)
+    saved = open_run(config, trained_on)
+    if saved:
+        method.load_state_dict(saved["method"])
+        optimizer.load_state_dict(saved["optimizer"])
+        log = saved["log"]
+    elif RANK == 0:
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
+        draw_views(out / "views.png", method, take(images, random_rows(len(images), 4), device))
+    if config.compile and WORLD == 1:
+        for network in method.children():
+            network.forward = torch.compile(network.forward, dynamic=False)
+    model = nn.parallel.DistributedDataParallel(method) if WORLD > 1 else method
+    done, saved_at = log[-1]["epoch"], time.time()
+    print(f"{out}: {done} of {config.epochs} epochs done", flush=True)
+
+    for epoch in range(done + 1, config.epochs + 1):
+        began = time.time()
+        means = train_epoch(model, optimizer, images, labels, config, device, epoch)
+        finite = all(parameter.isfinite().all() for parameter in method.parameters())
+        if not finite or not math.isfinite(means["loss"]):
+            stop(f"loss or weights are not finite in epoch {epoch}: lower --lr {config.lr:g}")
+        seconds = log[-1]["train_seconds"] + time.time() - began
+        if bank and config.knn_every and epoch % config.knn_every == 0 and RANK == 0:
+            means["knn_top1"] = knn(method, bank, test)
+        log.append({"epoch": epoch, "train_seconds": seconds, **means})
+        left = timedelta(seconds=round(seconds / epoch * (config.epochs - epoch)))
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+        print(f"epoch {epoch}/{config.epochs}  {shown}  {left} left", flush=True)
+        if RANK > 0:
+            continue
+        lines = [json.dumps(line) + "\n" for line in log]
+        (out / "metrics.jsonl").write_text("".join(lines))
+        if epoch == config.epochs or time.time() - saved_at > 60 * config.save_every:
+            (out / "results.json").unlink(missing_ok=True)  # of a run whose checkpoint is gone
+            write(out / "checkpoint.pt", {
+                "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
+                "method": method.state_dict(), "optimizer": optimizer.state_dict()})
+            saved_at = time.time()
+    return method, log
+
+def describe(images, config):
+    """What identifies the training images: a run continues only on the same ones."""
+    sample = images[random_rows(len(images), 64)]
+    trained_on = {"number of images": len(images),
+                  "checksum of 64 images": zlib.crc32(sample.cpu().numpy().tobytes())}
+    names = Path(config.data_root) / "classes.json"
+    if config.dataset in PHOTOS and names.exists():
+        trained_on["class names"] = json.loads(names.read_text())
+    return trained_on
+
+def open_run(config, trained_on):
+    """The checkpoint in config.out or None; ends the program if it is of another run."""
+    path = Path(config.out) / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        then = {"script": saved["script"], **saved["config"], **saved["data"]}
+    except Exception as problem:  # a damaged file can raise nearly anything
+        stop(f"{path} cannot be read ({type(problem).__name__}): remove it or change --out")
+    now = {"script": SCRIPT, **asdict(config), **trained_on}
+    differences = []
+    for name, value in now.items():
+        if name not in FREE and then.get(name) != value:
+            differences.append(f"{name} was {then.get(name)}, is {value}")
+    if differences:
+        stop(f"{config.out} holds another run: {'; '.join(differences)}. Choose another --out")
+    return saved
+
+def write(path, content):
+    """Writes text, or a state for torch.load, to a new file that then takes the name of path."""
+    buffer = io.BytesIO()  # torch.save does not say plainly that a disk is full
+    if isinstance(content, str):
+        buffer.write(content.encode())
+    else:
+        torch.save(content, buffer)
+    beside = path.with_name(path.name + ".new")
+    beside.write_bytes(buffer.getbuffer())
+    os.replace(beside, path)
+
+def draw_views(path, method, images):
+    """A row for each image: the image, and what the method makes its projections v1 and v2 of."""
+    columns = [images, *method.views(images)]
+    tiles = []
+    for row in zip(*columns):
+        tiles += [frame(image, "white") for image in row]
+    save_image(tiles, path, nrow=len(columns))
+
+def frame(image, color):
+    """An image (C, H, W) as a tile of the pictures: 3 channels, 96 pixels wide, with a border."""
+    picture = ImageOps.fit(TF.to_pil_image(image.cpu()).convert("RGB"), (96, 96))
+    return TF.to_tensor(ImageOps.expand(picture, 3, color))
+
+# %% EVALUATE --------------------------------------------------------------------------------------
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # so that nothing is compiled for these sizes, too
+def extract(method, images, view=None, rows=None):
+    """Features (N, D) of images, or of some rows of them, in eval mode.
+
+    view maps images (n, C, H, W) in [0, 1] to what the encoder sees: without it, their middle.
+    """
+    if rows is None:
+        rows = torch.arange(len(images))
+    method.eval()
+    features, parts = [], rows.split(256)
+    for part in with_progress(parts, len(parts), "features: batch"):
+        x = TF.convert_image_dtype(take(images, part, method.mean.device))  # uint8 to [0, 1]
+        x = view(x) if view else middle(x, method.config)
+        features.append(method.features(x))
+    method.train()
+    return torch.cat(features)
+
+def middle(images, config):
+    """Images (N, C, H, W) in [0, 1] with side --size, as training and evaluation see them."""
+    return TF.resize(images, [config.size, config.size])
+
+def knn(method, bank, test):
+    """kNN accuracy of the encoder; bank and test are (images, labels)."""
+    return knn_accuracy(extract(method, bank[0]), bank[1], extract(method, test[0]), test[1])
+
+def knn_accuracy(bank, bank_labels, queries, query_labels, k=200, temperature=0.1):
+    """Percent of queries (M, D) whose class gets most votes of the k nearest rows of the bank.
+
+    A row votes for its own class with the weight exp(cosine / temperature).
+    """
+    lengths = bank.norm(dim=1).clamp(min=1e-12)  # saves the memory of a normalised copy
+    queries = F.normalize(queries)
+    classes = int(bank_labels.max()) + 1
+    k, right = min(k, len(bank)), 0
+    for part, labels in zip(queries.split(250), query_labels.split(250)):
+        cosines, nearest = (part @ bank.T / lengths).topk(k)  # (m, k)
+        votes = torch.zeros(len(part), classes, device=part.device)
+        # votes[i, class of nearest[i, j]] += exp(cosines[i, j] / T)
+        votes.scatter_add_(1, bank_labels[nearest], (cosines / temperature).exp())
+        right += (votes.argmax(1) == labels).sum().item()
+    return 100 * right / len(queries)
+
+def linear_probe(draw_features, labels, test, test_labels, lr=30.0, final_lr=0.0, weight_decay=0.0,
+                 epochs=100, probes=5):
+    """Mean and standard deviation of the test accuracy, in percent, of linear classifiers.
+
+    draw_features() gives the training features (N, D) of an epoch. The classifiers differ in their
+    start and in the order of the images.
+    """
+    n, classes = len(labels), int(labels.max()) + 1
+    heads = nn.ModuleList(nn.Linear(test.shape[1], classes) for _ in range(probes)).to(test.device)
+    optimizer = torch.optim.SGD(heads.parameters(), lr, momentum=0.9, weight_decay=weight_decay)
+    steps = max(1, n // 256)  # an incomplete last batch is left out
+    for epoch in with_progress(range(epochs), epochs, "linear probe: epoch"):
+        features = draw_features()
+        orders = [torch.randperm(n, device=test.device).split(256) for _ in heads]
+        for step in range(steps):
+            now = epoch * steps + step
+            optimizer.param_groups[0]["lr"] = learning_rate(now, epochs * steps, 0, lr, final_lr)
+            loss = 0
+            for head, order in zip(heads, orders):
+                rows = order[step]
+                loss += F.cross_entropy(head(features[rows]), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    right = [(head(test).argmax(1) == test_labels).float().mean() for head in heads]
+    accuracies = 100 * torch.stack(right)
+    return accuracies.mean().item(), accuracies.std(correction=0).item()
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # as in extract
+def classifier_accuracy(method, images, labels):
+    """Percent of the images whose class the classifier finds that was trained along."""
+    method.eval()
+    right = 0
+    for rows in torch.arange(len(images)).split(256):
+        x = TF.convert_image_dtype(take(images, rows, labels.device))
+        right += (method.classify(x).argmax(1) == labels[rows]).sum().item()
+    method.train()
+    return 100 * right / len(images)
+
+def evaluate(method, data, config):
+    """Accuracies of the encoder, before and after training. Draws neighbours.png."""
+    _, (images, labels), (test_images, test_labels) = data
+    results = {
+        "knn_protocol": f"k {min(200, len(labels))}, temperature 0.1",
+        "linear_protocol": "5 probes on fixed features: the mean of all fibers",
+        "classifier_protocol": "trained along on features without their gradient, last epoch"}
+    torch.manual_seed(config.seed)  # as train does: the weights before training
+    untrained = Method(config).to(method.mean.device, memory_format=torch.channels_last)
+    bank, test = extract(untrained, images), extract(untrained, test_images)
+    results["random_init_knn_top1"] = knn_accuracy(bank, labels, test, test_labels)
+    results["random_init_linear_top1"], _ = linear_probe(lambda: bank, labels, test, test_labels,
+                                                         lr=1.0)
+    bank, test = extract(method, images), extract(method, test_images)
+    results["knn_top1"] = knn_accuracy(bank, labels, test, test_labels)
+    draw_neighbours(Path(config.out) / "neighbours.png", data, bank, test)
+    accuracy, std = linear_probe(lambda: bank, labels, test, test_labels, lr=1.0)
+    results |= {"linear_top1": accuracy, "linear_top1_std": std}
+    results["classifier_top1"] = classifier_accuracy(method, test_images, test_labels)
+    return results
 
 def draw_neighbours(path, data, bank, test):
     """Eight test images, each with its eight nearest training images, green if of its class."""
-    _, (images, labels), (queries, query_labels) = data
+    _, (images, labels), (test_images, test_labels) = data
     tiles = []
-    for query in first_of(8, len(test)).tolist():
-        nearest = F.cosine_similarity(bank, test[query]).topk(min(8, len(bank))).indices
-        colors = ["lime" if right else "red" for right in labels[nearest] == query_labels[query]]
-        places = [(queries, query), *((images, row) for row in nearest.tolist())]
-        for (source, row), color in zip(places, ["gray", *colors]):
-            image = TF.to_pil_image(source[row].expand(3, -1, -1))
-            tiles.append(TF.to_tensor(ImageOps.expand(image, 2, color)))
-    save_image(F.interpolate(make_grid(tiles, nrow=len(places))[None], scale_factor=2), path)
-
-def evaluate(method, data, config, log):
-    """Measures the encoder: the contents of results.json. Draws neighbours.png beside it."""
-    _, (_, labels), (images, test_labels) = data
-    results = {**log[0], **log[-1], "epochs": config.epochs, "seed": config.seed,
-               "peak_memory_gb": torch.cuda.max_memory_allocated() / 2 ** 30 or None}
-    print("evaluating: kNN, and a linear probe of 100 epochs", flush=True)
-    torch.manual_seed(config.seed)
-    untrained = Method(config).to(method.mean_std.device)
-    results["random_init_knn_top1"], *_ = knn(untrained, data)
-    results["knn_top1"], bank, test = knn(method, data)
-    results["knn_protocol"] = f"k {min(KNN_K, len(bank))}, temperature {KNN_TEMPERATURE}"
-    draw_neighbours(Path(config.out) / "neighbours.png", data, bank, test)
-    results["linear_top1"], results["linear_top1_std"] = linear_probe(
-        lambda: bank, labels, test, test_labels, lr=1.0)
-    results["linear_protocol"] = "5 probes, cached means of all fibers"
-    right = extract(method, images, output="classify").argmax(1) == test_labels
-    results["classifier_top1"] = 100 * right.float().mean().item()
-    results["classifier_protocol"] = "trained along on detached features, last epoch"
-    return {k: float(f"{x:.4g}") if isinstance(x, float) else x for k, x in results.items()}
+    for query in random_rows(len(test), 8).tolist():
+        nearest = (bank @ test[query] / bank.norm(dim=1)).topk(min(8, len(bank))).indices
+        tiles.append(frame(test_images[query], "gray"))
+        for row in nearest.tolist():
+            same = labels[row] == test_labels[query]
+            tiles.append(frame(images[row], "lime" if same else "red"))
+    save_image(tiles, path, nrow=1 + len(nearest))
 
 # %% MAIN ------------------------------------------------------------------------------------------
+def parse_args(argv=None):
+    """The Config of a command line: defaults < preset of the dataset < --quick < flags given."""
+    parser = ArgumentParser(
+        prog=f"{SCRIPT}.py", usage="%(prog)s [flags]", description=__doc__.split("\n")[0],
+        epilog="--dataset and --quick change some of these defaults: see PRESETS in the script.",
+        argument_default=SUPPRESS, allow_abbrev=False)  # SUPPRESS: flags not given are left out
+    for setting in fields(Config):
+        parser.add_argument("--" + setting.name.replace("_", "-"), **setting.metadata)
+    given = vars(parser.parse_args(argv))
+    settings = given
+    if "quick" in given:
+        settings = QUICK | given
+    preset = PRESETS.get(settings.get("dataset"), {})
+    config = Config(**(preset | settings))
+    if "warmup_epochs" not in given:
+        config.warmup_epochs = min(config.warmup_epochs, config.epochs // 4)
+    check(config, parser)
+    if not config.out:
+        words = [SCRIPT]
+        words += [f"{name}={given[name]}" for name in asdict(config)
+                  if name in given and name not in FREE]
+        if config.dataset in PHOTOS:
+            words.append(Path(config.data_root).resolve().name)
+        config.out = "runs/" + "-".join(words)
+    config.out = os.path.expanduser(config.out)
+    config.data_root = os.path.expanduser(config.data_root)
+    return config
+
+def check(config, parser):
+    """Ends the program if a setting has an impossible value; nan is neither > 0 nor >= 0."""
+    positive = ("temperature", "epochs", "batch_size", "lr", "classes", "base_size", "width")
+    for name, value in asdict(config).items():
+        if name in positive and not value > 0:
+            parser.error(f"--{name.replace('_', '-')} must be more than 0")
+        if not isinstance(value, str) and not value >= 0:
+            parser.error(f"--{name.replace('_', '-')} must be 0 or more")
+    if config.size < 8:
+        parser.error("--size must be 8 or more")
+    if not all(width.isdecimal() and int(width) > 0 for width in config.projector.split("-")):
+        parser.error(f"widths look like 128-128-128, not like {config.projector}")
+    if config.batch_size % WORLD > 0 or config.batch_size < 2 * WORLD:
+        parser.error(f"--batch-size must be a multiple of {WORLD} and at least {2 * WORLD}")
+    if config.distance > 0 and config.ssl != "homomorphic":
+        parser.error("--distance is for --ssl homomorphic")
+    if config.base_size > 1 and config.ssl in ("frozen", "supervised"):
+        parser.error("--base-size is for --ssl homomorphic and augmented")
+    if config.structure == "none" and config.group == "rotation":
+        parser.error("--structure none is for translation and scale, as in Table 2")
+
 def main(argv=None):
-    """Runs a command line. Exit codes: 2 bad input, 1 failed run, 130 Ctrl-C."""
+    """Runs a command line: trains, evaluates and writes the results."""
     config = parse_args(argv)
-    out, results = Path(config.out), Path(config.out, "results.json")
     try:
-        if results.exists():
-            open_run(config, {})
-        else:
-            method, data, log = train(config)
-        if dist.is_initialized():  # the first process evaluates, longer than others could wait
+        device = start(config)
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        if RANK > 0:
+            dist.barrier()  # the first process downloads
+        data = load_data(config, device)
+        if WORLD > 1 and RANK == 0:
             dist.barrier()
-            dist.destroy_process_group()
-        if RANK == 0 and not results.exists():
-            write(out / "encoder.pt", {k: v.cpu() for k, v in method.encoder.state_dict().items()})
-            write(results, json.dumps(evaluate(method, data, config, log), indent=1))
+        method, log = train(config, data, device)
+        if WORLD > 1:
+            dist.barrier()
+            dist.destroy_process_group()  # the others need not wait for the evaluation
         if RANK == 0:
-            print(f"{out} is finished, with encoder.pt and results.json")
-            for name, value in json.loads(results.read_text()).items():
-                if "top1" in name:
-                    print(f"  {name:22}{value} %")
-            print(f"beside other runs: python compare.py {out} OTHERS")
+            finish(method, data, config, log)
     except KeyboardInterrupt:
-        check(False, "stopped; the same command continues from the last checkpoint", 130)
-    except torch.OutOfMemoryError:
-        check(False, "the GPU's memory is full: use a smaller --batch-size", 1, alike=False)
-    except OSError as problem:  # a full disk
-        check(False, f"{problem}. Mend this, then the same command continues", 1, alike=False)
+        stop("stopped; the same command continues from the last checkpoint, if there is one")
+    except OSError as problem:  # a full disk, or a folder that cannot be written
+        stop(f"{problem}. When this is mended, the same command continues")
     except RuntimeError as problem:
-        lost = isinstance(problem, dist.DistError) or "gloo" in str(problem)
-        check(not lost, "another process was lost; the same command continues", 1, alike=False)
-        raise
+        if "out of memory" not in str(problem) and "allocate memory" not in str(problem):
+            raise
+        stop("memory is full: use a smaller --batch-size, and another --out")
+
+def finish(method, data, config, log):
+    """Evaluates, unless that is done; writes encoder.pt and results.json and prints a summary."""
+    out = Path(config.out)
+    if not (out / "results.json").exists():
+        encoder = method.encoder.state_dict()
+        write(out / "encoder.pt", {name: value.cpu() for name, value in encoder.items()})
+        results = log[0] | log[-1] | {"epochs": config.epochs, "seed": config.seed}
+        images = config.epochs * (len(data[0][1]) // config.batch_size) * config.batch_size
+        results["images_per_second"] = images / results["train_seconds"]
+        results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30  # of the GPU
+        if data[1]:
+            results.update(evaluate(method, data, config))
+        for name, value in results.items():
+            if isinstance(value, float):
+                results[name] = float(f"{value:.4g}")
+        write(out / "results.json", json.dumps(results, indent=1))
+    results = json.loads((out / "results.json").read_text())
+    print(f"{out} is finished; it holds encoder.pt, results.json and pictures")
+    for name, value in results.items():
+        if "top1" in name:
+            print(f"  {name:24} {value} %")
 
 if __name__ == "__main__":
-    main()
+    # in a notebook the arguments are those of its kernel: -f FILE
+    in_notebook = "kernel_launcher" in sys.argv[0] or sys.argv[1:2] == ["-f"]
+    main(["--quick"] if in_notebook else None)
