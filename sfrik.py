@@ -128,7 +128,7 @@ PRESETS = {  # what datasets change, whatever the loss
                        projector="8192-8192-8192"),
     "imagenet": dict(arch="resnet50", size=224, epochs=200, batch_size=2048, lr=0.4,
                      lam=32768 / 40000, knn_every=0, projector="8192-8192-32768"),
-    "patterns": dict(arch="small", epochs=100, batch_size=256, optimizer="sgd", lr=0.1,
+    "patterns": dict(arch="small", epochs=100, batch_size=256, optimizer="sgd", lr=0.03, lam=0.5,
                      warmup_epochs=3, weight_decay=5e-4, projector="1024-1024-1024"),  # ours
 }
 QUICK = PRESETS["patterns"] | dict(dataset="patterns", epochs=12, knn_every=2, limit=4000)
