@@ -13,7 +13,7 @@ two kinds of cells: those of gpm have a mirror, those of blob one inclusion in t
 Algorithm for a batch of N cells, encoder f, projector p1, predictor p2, regressor h:
   1. draw two views of every cell; loss_invariance = NT-Xent between the two p1(f(view));
   2. v = every cell in four versions: turned by 0, 90, 180 and 270 degrees (gpm), or shifted by
-     half a cell along neither, the second, the first and both axes (blob);
+     half a cell along no axis, y, x and both (blob);
   3. loss_equivariance = cross-entropy of p2(f(v)) against the class of the version;
   4. step f, p1 and p2 on loss_invariance + alpha * loss_equivariance.
   5. Afterwards, for a view of 3,000 labelled cells: step f and h, or with --frozen h alone, on the

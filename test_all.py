@@ -1399,19 +1399,28 @@ def test_states_are_distributed_exactly():
 
 def test_the_label_is_the_smoothed_count_of_states():
     """All 625 wave vectors, fine bins and the Gaussian by hand: time reversal, scales, the sum of states."""
-    eps, k = golden_cell("c_pm_2")[0], photonics_reg.wave_vectors()
-    frequencies, velocities = photonics_reg.photonic_bands(eps, k, 6, 2)
-    assert frequencies[0, 312, 0] < 1e-6 and k[312].abs().max() < 1e-12
-    frequencies[0, 312, 0] = math.inf  # the one state that does not count
-    root, edges = eps.mean().sqrt(), 0.0015 / 4 * torch.arange(8001, dtype=torch.float64)
-    below = photonics_reg.states_below(edges, root * frequencies[0], root * velocities[0])
-    counts, centers = below.sum((0, 1)).diff() / 625, (edges[1:] + edges[:-1]) / 2
-    assert counts.sum().item() == pytest.approx(6 - 1 / 625, abs=1e-10) and (counts > -1e-12).all()
-    got = photonics_reg.density_of_states(eps, 2)[0]
-    for j in (3, 150, 260, 399):
-        weight = sum(torch.exp(-((X_OF_LABELS[j] - s * centers) ** 2) / (2 * 0.01**2)) for s in (1, -1))
-        want = (counts * weight).sum() / (0.01 * math.sqrt(2 * math.pi))
-        assert got[j].item() == pytest.approx(want.item(), rel=2e-3, abs=2e-4)
+    k = photonics_reg.wave_vectors()
+    for eps in (golden_cell("c_pm_2")[0], photonics_reg.draw_cells("gpm", 1, 3)):
+        frequencies, velocities = photonics_reg.photonic_bands(eps, k, 6, 2)
+        assert frequencies[0, 312, 0] < 1e-6 and k[312].abs().max() < 1e-12
+        frequencies[0, 312, 0] = math.inf  # the one state that does not count
+        root, edges = eps.mean().sqrt(), 0.0015 / 4 * torch.arange(8001, dtype=torch.float64)
+        below = photonics_reg.states_below(edges, root * frequencies[0], root * velocities[0])
+        counts, centers = below.sum((0, 1)).diff() / 625, (edges[1:] + edges[:-1]) / 2
+        assert counts.sum().item() == pytest.approx(6 - 1 / 625, abs=1e-10) and (counts > -1e-12).all()
+        got, at_gamma = photonics_reg.density_of_states(eps, 2)[0], (root * frequencies[0, 312, 1]).item()
+        for j in (3, 150, 260, 399, min(399, round(at_gamma / X_OF_LABELS[1].item()))):
+            weight = sum(torch.exp(-((X_OF_LABELS[j] - s * centers) ** 2) / (2 * 0.01**2)) for s in (1, -1))
+            want = (counts * weight).sum() / (0.01 * math.sqrt(2 * math.pi))
+            assert got[j].item() == pytest.approx(want.item(), rel=2e-3, abs=2e-4)
+    assert at_gamma < 0.9  # of the second cell: a state of k = 0 counts once
+
+def test_bands_of_cells_on_a_gpu_are_solved_on_the_cpu():
+    with FakeTensorMode():  # tensors without numbers, on any machine
+        eps = torch.empty(1, 32, 32, device="cuda")
+        for bands in photonics_reg.photonic_bands(eps, torch.empty(3, 2), 2, 1):
+            assert bands.device == CPU
+        assert photonics_reg.density_of_states(eps, 1).device == CPU
 
 def test_gpm_cells_follow_the_published_law():
     """Cells by the definition: complex Fourier sum, quantile, mean of 3 x 3 points."""
@@ -1613,7 +1622,8 @@ def test_every_epoch_has_its_place_and_every_step_its_rate(tmp_path, monkeypatch
     assert plan(*few) == [(0, 1, (2, 256)), (0, 2, (2, 256)), *tune] and plan(*few, "--pretrained", "x") == tune
     assert plan(*few, "--mode", "supervised") == tune
     rates = spied_rates(photonics_reg, monkeypatch)
-    photonics_training(tmp_path / "run", "--splits", "2")
+    _, log = photonics_training(tmp_path / "run", "--splits", "2", "--eval-every", "2")
+    assert [line["epoch"] for line in log if "test_error" in line] == [4, 5, 7, 8]  # always after the last
     cosine = [0.005 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
     assert sum(rates, []) == pytest.approx(cosine + [1e-3] * 12)
 
