@@ -115,8 +115,7 @@ def check_alike(runs):
     for run in runs:
         for what, value in run.kind.items():
             if value != runs[0].kind[what]:
-                stop(f"{runs[0].name} and {run.name} are not of the same images: their {what} "
-                     "differs")
+                stop(f"{runs[0].name} and {run.name} cannot be compared: they differ in {what}")
 
 @dataclass
 class Data:
@@ -384,6 +383,7 @@ def positive_cosines(method, images):
     z1, z2 = [embed(method, images, lambda x: augmented(x, 1)) for _ in range(2)]
     return (z1 * z2).sum(1)
 
+@torch.no_grad()
 def layer_errors(method, images):
     """For every layer of a GroupEncoder |act(f(x), g) - f(T_g x)| / |f(T_g x)|, Frobenius norms.
 
