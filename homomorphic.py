@@ -608,12 +608,14 @@ def load_download(root, config):
     source, folder = datasets.MNIST, root / "MNIST"
     if config.dataset == "cifar10":
         source, folder = datasets.CIFAR10, root / datasets.CIFAR10.base_folder
+    missing = not folder.exists()  # a failed download leaves a part of it
     try:
         splits = [source(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, ValueError) as problem:
-        if folder.exists():
-            stop(f"{folder} is damaged ({problem}): remove it, to download it again")
-        stop(f"{folder} is missing and cannot be downloaded ({problem}); --quick needs no data")
+        reason = " ".join(str(problem).split())  # in one line
+        if missing:
+            stop(f"{folder} is missing and cannot be downloaded ({reason}); --quick needs no data")
+        stop(f"{folder} is damaged or incomplete ({reason}): remove it, to download it again")
     if config.dataset == "mnist":
         return [(split.data[:, None], split.targets) for split in splits]
     return [(torch.tensor(split.data).permute(0, 3, 1, 2).contiguous(),

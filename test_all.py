@@ -2089,6 +2089,7 @@ def test_what_each_mode_trains():
         method(images, torch.zeros(12).long())[0].backward()
         moved = [p.grad is not None and p.grad.abs().sum() > 0 for p in method.encoder.parameters()]
         assert all(moved) if trains else not any(moved)
+        assert {p.requires_grad for p in method.encoder.parameters()} == {trains}  # else LARS finds no gradient
         assert all(p.grad is not None for p in method.classifier.parameters())
         if ssl == "homomorphic":  # the classifier trains nothing but itself
             both = [p.grad.clone() for p in method.encoder.parameters()]
@@ -2170,6 +2171,15 @@ def test_files_of_mnist_and_cifar(tmp_path, monkeypatch, capsys):
     images.write_bytes(images.read_bytes()[:-5])
     message = stopped(capsys, *line, *out, script=homomorphic)
     assert "MNIST is damaged" in message and "remove it" in message
+
+    def no_network(root, train, download):
+        (Path(root) / "MNIST" / "raw").mkdir(parents=True)
+        raise RuntimeError("Error downloading train-images:\nTried a\nTried b")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "MNIST", no_network)
+        message = stopped(capsys, "--data-root", tmp_path / "new", *out, script=homomorphic)
+    assert "new/MNIST is missing" in message and "train-images: Tried a Tried b" in message
 
     write_cifar(tmp_path, "cifar-10-batches-py", {f"data_batch_{i}": 60 for i in range(1, 6)} | {"test_batch": 40}, "labels")
     monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, md5=None: True)
