@@ -3,35 +3,35 @@
 T. A. Keller, X. Suau, L. Zappella, "Homomorphic Self-Supervised Learning", TMLR 2023,
 arXiv:2211.08282. The authors published no code.
 
-Contrastive learning compares every image x under two transformations, g1 and g2. That takes two
-forward passes (A-SSL, the usual way). But if the encoder f is equivariant, f(T_g x) = Gamma_g f(x),
-a transformation of the image only moves its features, so that f(x) contains the features of all
-transformed images. H-SSL makes one forward pass and compares two parts of f(x).
+Contrastive learning compares two transformed copies T_g1 x and T_g2 x of an image x. The usual way,
+A-SSL, computes the features of both. But if the encoder f is equivariant, f(T_g x) = Gamma_g f(x),
+then a transformation only moves the features, and f(x) contains those of all transformed copies. So
+H-SSL computes f(x), in one forward pass instead of two, and compares two parts of it.
 
-f(x) = z has the shape (C, L, H, W). A fiber z(g) is the vector of the C channels at one element g
-of the group: for translation, where L = 1, at one of the H W places; for rotation and scale in one
-of the L planes, of which the mean over space is taken. For a batch of N images and a head h:
-  1. A-SSL: draw two transformations g1, g2 and a fiber g0 of each image; v_a = h(f(T_g_a x)(g0));
-     H-SSL: draw two fibers g1, g2 of each image; v_a = h(z(g_a)) with z = f(x), for a = 1, 2;
-  2. loss = -mean_i log(exp(s(v1_i, v2_i) / T) / sum_(k != i) sum_(a, b in 1, 2)
-     exp(s(va_i, vb_k) / T)), where s is the cosine similarity and T the temperature;
-  3. step f and h on the loss, and a classifier of z, of which f gets no gradient, on its own loss.
+z = f(x) has the shape (C, L, H, W). A fiber z(g) is the vector of its C channels at one element g
+of the group: for translation (L = 1) at one of the H W places; for rotation and scale in one of the
+L planes, averaged over space. Algorithm, for a batch of N images, head h and temperature tau:
+  1. A-SSL: draw g1, g2 and a fiber g0 for each image; v_a = h(f(T_g_a x)(g0)) for a = 1, 2;
+     H-SSL: draw two fibers g1, g2 for each image; v_a = h(f(x)(g_a)) for a = 1, 2;
+  2. loss = -mean_i log(exp(s(v1_i, v2_i) / tau) / sum_(k != i) sum_(a, b in 1, 2)
+     exp(s(va_i, vb_k) / tau)), where s is the cosine similarity;
+  3. step f and h on the loss, and beside them a classifier of z that passes no gradient on to f.
 
 Usage
-  python homomorphic.py --quick                       built-in data, two minutes on a CPU
-  python homomorphic.py --quick --ssl augmented       the same by A-SSL; also frozen, supervised
-  python homomorphic.py --group scale                 the paper's MNIST run, on a large GPU
-  python homomorphic.py --structure none              Table 2: an encoder that is not equivariant
-  python homomorphic.py --dataset folder --data-root PATH  your images, decoded by prepare.py
+  python homomorphic.py --quick                    built-in data, two minutes on a CPU
+  python homomorphic.py --quick --ssl augmented    the same by A-SSL; also: frozen, supervised
+  python homomorphic.py --group scale              the paper's MNIST run, on a large GPU
+  python homomorphic.py --structure none           Table 2: an encoder that is not equivariant
+  python homomorphic.py --dataset folder --data-root PATH    your images, decoded by prepare.py
   torchrun --nproc_per_node=8 homomorphic.py --dataset cifar10
 
-Differences from the paper and guesses where it is silent (more: results/README.md):
-  - For rotation, images get a black row and column: on maps of even size a stride of 2 is not
-    equivariant. H-SSL then equals A-SSL to rounding, but only with --base-size 1: runs of several
-    planes end at the last plane, though rotations go round ("contiguous elements" in the paper).
-  - Guessed: planes do not mix, the rate is not scaled by the batch, LARS's momentum and trust.
+Differences from the paper that change numbers, and choices of ours (more: results/README.md):
+  - For rotation, images get a black row and column: a stride of 2 on maps of even size would break
+    the equivariance. H-SSL and A-SSL then agree exactly, but for --base-size 1 only: neighbouring
+    planes end at the last one ("contiguous elements" in the paper), while rotations go round.
+  - Ours: planes do not mix; the rate is not scaled by the batch; LARS's momentum and trust.
+  - A-SSL's classifier sees the image as it is, in a third pass; MNIST's has a stride of 1, not 2.
   - On a GPU the encoder runs in bfloat16 and matrix products in TF32.
-  - A-SSL's classifier sees the image as it is, in a third pass; on MNIST the stride is 1, not 2.
 """
 import io
 import json
@@ -271,10 +271,10 @@ class Method(nn.Module):
         return z.shape[2:]
 
     def views(self, images):
-        """T_g1 x and T_g2 x, the images that v1 and v2 are of, in [0, 1]; x for baselines.
+        """T_g1 x and T_g2 x in [0, 1], (N, I, H, W) each; x alone for frozen and supervised.
 
-        A-SSL embeds these. H-SSL embeds x alone; these show what its two fibers are, if f is
-        equivariant: each is the central fiber, or first plane, of one of these images.
+        A-SSL computes the features of these. For H-SSL they only show what is compared: if f is
+        equivariant, fiber g_a of x is the central place, or the first plane, of f(T_g_a x).
         """
         x, group = self.canvas(TF.convert_image_dtype(images)), self.config.group
         if self.config.ssl == "augmented":
@@ -293,7 +293,7 @@ class Method(nn.Module):
             return SCALES[0] / torch.tensor(SCALES, device=g.device)[g]
         _, height, width = self.shape
         places = torch.stack([height // 2 - g // width, width // 2 - g % width], dim=1)
-        return places * (self.config.size // height)  # in pixels
+        return places * (self.config.size // height)  # in pixels down and right
 
     def classify(self, x):
         """Logits (N, classes) of images in [0, 1]."""
@@ -328,16 +328,17 @@ def spread(z):
 
 # %% AUGMENT ---------------------------------------------------------------------------------------
 def transform(x, g, group):
-    """T_g x of images or maps (B, C, H, W), each transformed by its own g; black comes in.
+    """T_g x of images or maps (B, C, H, W), each transformed by its own g; zeros come in.
 
     translation: g (B, 2) counts pixels down and right. rotation: g counts quarter turns
-    counter-clockwise, an int or (B,). scale: g is the factor, a float or (B,), about the centre.
+    counter-clockwise, an int or (B,). scale: g is a factor about the centre, a float or (B,).
     """
     n, _, height, width = x.shape
     if group == "rotation":
         versions = torch.stack([x.rot90(k, (2, 3)) for k in range(4)])  # (4, B, C, H, W)
         return versions[g % 4, torch.arange(n, device=x.device)]
-    # a matrix for each image: from where in x a pixel comes, where x reaches from -1 to 1
+    # The matrix theta of an image tells from which point of x a pixel comes. Coordinates, first to
+    # the right, then down, go from -1 to 1, so that a pixel is 2 / width wide.
     theta = x.new_zeros(n, 2, 3)
     if group == "translation":
         mode = "nearest"
@@ -352,15 +353,17 @@ def transform(x, g, group):
 
 def draw_group(x, group):
     """A random transformation of A-SSL for each of the images (N, I, H, W), as in the paper."""
-    n, most = len(x), int(0.2 * x.shape[2])
+    n = len(x)
     if group == "translation":
+        most = int(0.2 * x.shape[2])
         return torch.randint(-most, most + 1, (n, 2), device=x.device)
     if group == "rotation":
         return torch.randint(4, (n,), device=x.device)
     return torch.empty(n, device=x.device).uniform_(0.57, 1.0)
 
 # %% MODEL -----------------------------------------------------------------------------------------
-# The layers are those of SESN (Sosnovik et al., "Scale-Equivariant Steerable Networks", 2020).
+# The layers are those of SESN, on which the paper builds: I. Sosnovik, M. Szmaja, A. Smeulders,
+# "Scale-Equivariant Steerable Networks", ICLR 2020.
 def hermite_gaussians(size, orders, scale):
     """A basis of kernels (orders^2, size, size), float64, on the grid of pixels about the centre.
 
@@ -370,19 +373,21 @@ def hermite_gaussians(size, orders, scale):
     x = (torch.arange(size, dtype=torch.float64) - size // 2) / scale
     hermite = torch.special.hermite_polynomial_he(x, torch.arange(orders)[:, None])
     f = hermite * (-x * x / 2).exp() / scale  # (orders, size)
-    return (f[:, None, :, None] * f[None, :, None, :]).flatten(0, 1)
+    products = f[:, None, :, None] * f[None, :, None, :]  # (orders, orders, size, size)
+    return products.flatten(0, 1)
 
 def make_basis(group, size, orders):
-    """The basis (L, orders^2, size, size) of the kernels of all planes: scaled, or rotated.
+    """The basis of the kernels in all planes, scaled or rotated: (L, orders^2, size, size).
 
-    Smaller scales have smaller grids, with zeros around (basis A of SESN). A function is divided by
-    its norm at the smallest scale.
+    Smaller scales have smaller grids, with zeros around (basis A of SESN). Every function is
+    divided by its norm at the smallest scale.
     """
     scales = SCALES if group == "scale" else SCALES[:1]
     bases = []
     for scale in scales:
-        grid = int(size * scale / scales[-1]) // 2 * 2 + 1
-        bases.append(F.pad(hermite_gaussians(grid, orders, scale), [(size - grid) // 2] * 4))
+        grid = int(size * scale / scales[-1]) // 2 * 2 + 1  # an odd number, at most size
+        margin = (size - grid) // 2
+        bases.append(F.pad(hermite_gaussians(grid, orders, scale), [margin] * 4))
     basis = torch.stack(bases)
     basis = basis / basis[0].norm(dim=(1, 2), keepdim=True)
     if group == "rotation":
@@ -392,8 +397,8 @@ def make_basis(group, size, orders):
 class GroupConv(nn.Module):
     """Convolution from images (B, I, H, W) or planes (B, I, L, H, W) to planes (B, O, L, H', W').
 
-    There is one kernel, weight @ basis, which every plane has in its own size or orientation. A
-    plane is filtered by its own kernel and does not mix with the others.
+    All planes have one kernel, weight @ basis, each in its own size or orientation. Every plane is
+    filtered alone.
     """
 
     def __init__(self, group, inputs, outputs, size, orders, stride, padding):
@@ -404,31 +409,44 @@ class GroupConv(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def forward(self, x):
-        kernel = torch.einsum("oif,lfyx->loiyx", self.weight, self.basis).flatten(0, 1)
-        if x.is_cuda:  # on a CPU a step would take half as long again
+        kernel = torch.einsum("oif,lfyx->loiyx", self.weight, self.basis)
+        kernel = kernel.flatten(0, 1)  # (L O, I, size, size)
+        if x.is_cuda:  # fastest there, but on a CPU a step would take half as long again
             kernel = kernel.contiguous(memory_format=torch.channels_last)
         groups = 1
         if x.ndim == 5:
-            groups = self.planes
+            groups = self.planes  # plane l of x meets part l of the kernels only
             x = x.transpose(1, 2).flatten(1, 2)  # (B, L I, H, W)
         maps = F.conv2d(x, kernel, None, self.stride, self.padding, groups=groups)
         return maps.unflatten(1, (self.planes, -1)).transpose(1, 2)  # from (B, L O, H', W')
 
-class PlaneConv(nn.Conv2d):
-    """A convolution with 1 x 1 pixel, the same for every plane of (B, I, L, H, W)."""
+class PlaneConv(nn.Linear):
+    """The same 1 x 1 convolution of every plane: (B, I, L, H, W) to (B, O, L, H', W').
+
+    It is no nn.Conv2d, whose CPU code can crash for 1 x 1 kernels with a stride (torch 2.14).
+    """
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__(inputs, outputs, bias=False)
+        self.stride = stride
 
     def forward(self, x):
-        maps = super().forward(x.transpose(1, 2).flatten(0, 1))  # (B L, O, H', W')
-        return maps.unflatten(0, (len(x), -1)).transpose(1, 2)
+        x = x[..., ::self.stride, ::self.stride].movedim(1, 4)  # channels last
+        return super().forward(x).movedim(4, 1)
 
 class Block(nn.Module):
-    """The residual block of SESN: BatchNorm and ReLU stand before each of the two convolutions."""
+    """The residual block of SESN, with BatchNorm and ReLU before each of its two convolutions.
+
+    conv and norm make a layer, as GroupEncoder says.
+    """
 
     def __init__(self, conv, norm, inputs, outputs, stride):
         super().__init__()
-        self.norm1, self.conv1 = norm(inputs), conv(inputs, outputs, 7, 3, stride)
-        self.norm2, self.conv2 = norm(outputs), conv(outputs, outputs, 7, 3, 1)
-        self.widen = None
+        self.norm1 = norm(inputs)
+        self.conv1 = conv(inputs, outputs, 7, 3, stride)
+        self.norm2 = norm(outputs)
+        self.conv2 = conv(outputs, outputs, 7, 3, 1)
+        self.widen = None  # the skip connection, where it cannot be the identity
         if inputs != outputs or stride > 1:
             self.widen = conv(inputs, outputs, 1, 1, stride)
 
@@ -437,18 +455,18 @@ class Block(nn.Module):
         skip = x if self.widen is None else self.widen(y)
         return skip + self.conv2(F.relu(self.norm2(self.conv1(y))))
 
-# channels, side of the kernel, orders of its basis and stride of every layer
+# of every layer: channels, side of the kernel, orders of its basis, stride
 CONVOLUTIONS = {"mnist": [(32, 11, 11, 1), (64, 7, 3, 2), (128, 7, 3, 2)],
                 "small": [(16, 5, 3, 1), (32, 5, 3, 2), (64, 5, 3, 1)]}
-# channels of every stage, and the number of residual blocks in each
+# channels of every stage of residual blocks, and the number of blocks in each
 STAGES = {"resnet20": ((128, 256, 512), 3), "tiny": ((64, 128, 256, 512), 2)}
 
 class GroupEncoder(nn.Module):
-    """f: images (B, I, H, W) to features (B, C, L, H', W'), with PLANES[group] = L.
+    """f: images (B, I, H, W) to features (B, C, L, H', W') of L = PLANES[group] planes.
 
-    With structure none (Table 2) it is not equivariant. Scale: plain convolutions with L times the
-    channels, of which every L-th belongs to the same plane. Translation: three linear layers, whose
-    outputs stand for C channels at 4 x 4 places.
+    With structure none (Table 2) it is not equivariant. For scale it has plain convolutions with L
+    times the channels, of which every L-th is taken for the same plane. For translation it has
+    three linear layers, whose outputs are taken for C channels at 4 x 4 places.
     """
 
     def __init__(self, group, in_channels=3, arch="small", width=1.0, structure="equivariant",
@@ -462,11 +480,12 @@ class GroupEncoder(nn.Module):
         def wide(channels):
             return max(1, round(channels * width)) * copies
 
+        # side: of the kernel; orders: of the Hermite polynomials in its basis
         def conv(inputs, outputs, side, orders, stride):
             if free:
                 return nn.Conv2d(inputs, outputs, side, stride, side // 2, bias=False)
             if side == 1:
-                return PlaneConv(inputs, outputs, 1, stride, bias=False)
+                return PlaneConv(inputs, outputs, stride)
             return GroupConv(group, inputs, outputs, side, orders, stride, side // 2)
 
         def layer(inputs, outputs, side, orders, stride):
@@ -474,19 +493,22 @@ class GroupEncoder(nn.Module):
                                  nn.ReLU())
 
         if free and group == "translation":
-            outputs, self.strides = wide(128), [1]
+            outputs = wide(128)
+            self.strides = [1]
             widths = [in_channels * image_size**2, wide(784), wide(1024), 16 * outputs]
             layers = [nn.Sequential(nn.Flatten(), *linear_layers(widths, bias=False),
                                     nn.Unflatten(1, (outputs, 1, 4, 4)))]
         elif arch in CONVOLUTIONS:
-            layers, outputs, self.strides = [], in_channels, []
+            outputs = in_channels
+            layers, self.strides = [], []
             for channels, side, orders, stride in CONVOLUTIONS[arch]:
                 inputs, outputs = outputs, wide(channels)
                 layers.append(layer(inputs, outputs, side, orders, stride))
                 self.strides.append(stride)
         else:
-            outputs, self.strides = wide(64), [1, 1]
+            outputs = wide(64)
             layers = [conv(in_channels, wide(9), 7, 7, 1), layer(wide(9), outputs, 7, 3, 1)]
+            self.strides = [1, 1]
             stages, blocks = STAGES[arch]
             for channels in stages:
                 for block in range(blocks):
@@ -525,8 +547,8 @@ def make_projector(config, channels):
 class Classifier(nn.Module):
     """Logits (N, K) of features (N, C, L, H, W): the maximum over planes, and a linear layer.
 
-    MNIST's network has one more convolution and the mean over space before the maximum; the others
-    have BatchNorm, ReLU and the mean over space after it.
+    For MNIST, one more convolution (with a kernel of this side) and the mean over space come before
+    the maximum; for the others, BatchNorm, ReLU and the mean over space come after it.
     """
 
     def __init__(self, config, channels, side):
@@ -586,12 +608,14 @@ def load_download(root, config):
     source, folder = datasets.MNIST, root / "MNIST"
     if config.dataset == "cifar10":
         source, folder = datasets.CIFAR10, root / datasets.CIFAR10.base_folder
+    missing = not folder.exists()  # a failed download leaves a part of it
     try:
         splits = [source(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, ValueError) as problem:
-        if folder.exists():
-            stop(f"{folder} is damaged ({problem}): remove it, to download it again")
-        stop(f"{folder} is missing and cannot be downloaded ({problem}); --quick needs no data")
+        reason = " ".join(str(problem).split())  # in one line
+        if missing:
+            stop(f"{folder} is missing and cannot be downloaded ({reason}); --quick needs no data")
+        stop(f"{folder} is damaged or incomplete ({reason}): remove it, to download it again")
     if config.dataset == "mnist":
         return [(split.data[:, None], split.targets) for split in splits]
     return [(torch.tensor(split.data).permute(0, 3, 1, 2).contiguous(),

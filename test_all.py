@@ -1108,7 +1108,7 @@ def test_layers_by_hand():
     wide, same = layers[5], layers[6]  # the first two of the second stage
     x = torch.randn(2, wide.norm1.num_features, 6, 9, 9)  # statistics are of all planes
     y = F.relu(wide.norm1(x))
-    skip = torch.einsum("oi,bilyx->bolyx", wide.widen.weight[..., 0, 0], y[..., ::2, ::2])
+    skip = torch.einsum("oi,bilyx->bolyx", wide.widen.weight, y[..., ::2, ::2])
     z = wide(x)
     assert torch.allclose(z, skip + wide.conv2(F.relu(wide.norm2(wide.conv1(y)))), atol=1e-4)
     assert torch.allclose(same(z), z + same.conv2(F.relu(same.norm2(same.conv1(F.relu(same.norm1(z)))))), atol=1e-4)
@@ -1127,6 +1127,16 @@ def test_layers_by_hand():
     assert torch.allclose(steered(z), steered.linear(steered.conv(z)[..., 0, 0].max(2).values), atol=1e-5)
     z = torch.randn(4, 8, 6, 8, 8)  # the mean over space comes first
     assert torch.allclose(steered(z), steered.linear(steered.conv(z).mean((3, 4)).max(2).values), atol=1e-5)
+
+def test_a_block_with_a_stride_does_not_crash():
+    """As one with nn.Conv2d as its 1 x 1 convolution did, on CPUs, in train's memory format."""
+    step = """
+import torch, homomorphic
+encoder = homomorphic.GroupEncoder("scale", 3, "tiny", 0.06).to(memory_format=torch.channels_last)
+for i in range(3):
+    encoder.layers[4](torch.randn(32, 4, 6, 64, 64, requires_grad=True)).sum().backward()
+"""
+    assert subprocess.run([sys.executable, "-c", step], cwd=HERE).returncode == 0
 
 def test_the_mlp_of_table_2():
     """Three linear layers, each with BatchNorm and ReLU as the convolution that it replaces."""
@@ -1178,6 +1188,7 @@ def test_what_each_mode_trains():
         method(images, torch.zeros(12).long())[0].backward()
         moved = [p.grad is not None and p.grad.abs().sum() > 0 for p in method.encoder.parameters()]
         assert all(moved) if trains else not any(moved)
+        assert {p.requires_grad for p in method.encoder.parameters()} == {trains}  # else LARS finds no gradient
         assert all(p.grad is not None for p in method.classifier.parameters())
         if ssl == "homomorphic":  # the classifier trains nothing but itself
             both = [p.grad.clone() for p in method.encoder.parameters()]
@@ -1259,6 +1270,15 @@ def test_files_of_mnist_and_cifar(tmp_path, monkeypatch, capsys):
     images.write_bytes(images.read_bytes()[:-5])
     message = stopped(capsys, *line, *out, script=homomorphic)
     assert "MNIST is damaged" in message and "remove it" in message
+
+    def no_network(root, train, download):
+        (Path(root) / "MNIST" / "raw").mkdir(parents=True)
+        raise RuntimeError("Error downloading train-images:\nTried a\nTried b")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "MNIST", no_network)
+        message = stopped(capsys, "--data-root", tmp_path / "new", *out, script=homomorphic)
+    assert "new/MNIST is missing" in message and "train-images: Tried a Tried b" in message
 
     write_cifar(tmp_path, "cifar-10-batches-py", {f"data_batch_{i}": 60 for i in range(1, 6)} | {"test_batch": 40}, "labels")
     monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, md5=None: True)
