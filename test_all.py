@@ -10,7 +10,6 @@ import inspect
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -60,6 +59,49 @@ of_scripts = lambda which: pytest.mark.parametrize("script", which, ids=lambda s
 # drawn and computed once for all tests: a second for patterns, five for chains, three for labels of cells
 drawn, LABELS = functools.cache(simclr_essl.draw_patterns), tempfile.TemporaryDirectory()
 care.draw_chains = functools.cache(lambda n, seed, draw=care.draw_chains: draw(min(n, 500), seed))
+IMAGES = [simclr_essl, simsiam_essl, care, sfrik, homomorphic]
+image_scripts = of_scripts(IMAGES)
+cropping = of_scripts([script for script in IMAGES if hasattr(script, "draw_boxes")])
+ALL = [*IMAGES, photonics_reg]  # for tests of what images and cells have in common
+all_scripts = of_scripts(ALL)
+for module in IMAGES:
+    module.draw_patterns = drawn
+# name: why it differs between scripts. What is not named is the same text wherever it occurs, so that
+# one script is enough to test it.
+MAY_DIFFER = {
+    "SCRIPT": "the name of the script",
+    "Config": "the method's flags",
+    "PRESETS": "the paper's values",
+    "QUICK": "the method's epochs",
+    "FREE": "photonics_reg evaluates errors, not kNN",
+    "PHOTOS": "the paper's datasets",
+    "Method": "the method",
+    "view_arguments": "the paper's augmentation",
+    "augment": "CARE's chunks share a draw, its blur has a radius; SFRIK's jitter has a probability",
+    "make_encoder": "E-SSL's residual branches start at zero for photographs, CARE's do not",
+    "make_projector": "the paper's heads",
+    "make_predictor": "the paper's heads",
+    "MEAN_STD": "the paper's datasets",
+    "load_data": "the paper's datasets",
+    "load_stl10": "CARE trains on the labelled images, too",
+    "make_optimizer": "the paper's optimiser",
+    "start": "photonics_reg runs on one device",
+    "batches": "CARE's processes draw the same views, since several may have a part of one chunk; cells and H-SSL's "
+               "classifier have labels",
+    "train_epoch": "SimSiam's h keeps its rate; so does photonics_reg's fine-tuning, which needs labels, as H-SSL's "
+                   "classifier does",
+    "train": "H-SSL's classifier needs labels; photonics_reg trains in stages, each with a method and an optimizer",
+    "draw_views": "the method's views",
+    "middle": "SFRIK evaluates STL-10 at 96 pixels; H-SSL trains on whole images, so it is evaluated on them",
+    "knn_accuracy": "the temperature of the paper's protocol",
+    "linear_probe": "the paper's protocol",
+    "probe": "the paper's protocol",
+    "evaluate": "the number of probes; CARE also evaluates clouds of points",
+    "parse_args": "CARE has presets of MoCo, SFRIK of its baselines; cells have no photographs, no warm-up, but other runs' encoders",
+    "check": "the method's rules",
+    "main": "photonics_reg runs on one device, and up to four modes",
+    "finish": "E-SSL's rotation and CARE's axes in the summary; photonics_reg's errors are in the log",
+}
 
 def wave(n, d, a, b):
     i, j = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(d, dtype=torch.float64)
@@ -179,32 +221,13 @@ class OnTheGpu(TorchDispatchMode):
         assert {x.device.type for x in tensors if x.ndim} <= {"cuda"}, function
         return function(*args, **(kwargs or {}))
 
-# -------------------------------------------------------------------------------- the frame of all
-
-def test_patterns():
-    images, labels = sfrik.draw_patterns(500, 1)
-    assert images.shape == (500, 3, 32, 32) and images.dtype == torch.uint8 and labels.dtype == torch.int64
-    assert torch.equal(images, drawn.__wrapped__(500, 1)[0])
-    assert not torch.equal(images, sfrik.draw_patterns(500, 2)[0])
-    assert labels.bincount().min() > 25 and len(labels.unique()) == 10
-    tint = images.float().mean((2, 3))
-    assert ((tint.amax(1) - tint.amin(1)) / tint.mean(1)).max() < 0.05  # nothing to learn from colour
-
-# augmentation
-
 def distance(a, b):
     """Of Kolmogorov and Smirnov, between two samples."""
     points = torch.cat([a, b]).unique()
     a, b = (torch.searchsorted(x.sort().values, points, right=True) / len(x) for x in (a, b))
     return (a - b).abs().max()
 
-# the method
-
 kinds = lambda net: "".join(type(layer).__name__[0] for layer in net)  # Linear, BatchNorm, ...
-
-# evaluation
-
-# a run, its files, its faults
 
 # Runs command lines of scripts in forked children. A SIGKILL hits one at a call of a function, or after
 # so many seconds; its files cannot grow over a size. Answers with exit code, seconds and output.
@@ -276,20 +299,14 @@ def write_cifar(root, folder, names, key):
     for meta, classes in (("batches.meta", "label_names"), ("meta", "fine_label_names")):
         (root / folder / meta).write_bytes(pickle.dumps({classes: list("abcdefghij")}))
 
-# images from a folder
-
 def gray_wave(n=40):
     y, x = np.mgrid[:n, :n] / n
     return 0.5 + 0.4 * np.sin(9 * x + 5 * y)
-
-# several processes
 
 def free_port():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return str(probe.getsockname()[1])
-
-# on a real GPU
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
@@ -308,6 +325,1328 @@ class DrawsOfTheCpu(TorchDispatchMode):
         if name in ("aten::rand", "aten::randn", "aten::randint", "aten::randperm"):
             return function(*args, **kwargs | {"device": CPU}).to(kwargs.get("device") or CPU)
         return function(*args, **kwargs)
+
+FULL_BOX = lambda uniform, height, width, scale: torch.tensor([[0.0, 0, height, width]]).expand(len(uniform(0, 1)), 4)
+
+def stopped(capsys, *argv, script=simclr_essl):
+    """The command ends with one line that starts with "error: ", or argparse's; returns the line."""
+    with pytest.raises(SystemExit) as stop:
+        script.main([str(word) for word in argv])
+    if stop.value.code == 2:  # argparse prints its usage before
+        return capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code.startswith("error: ") and "\n" not in stop.value.code
+    return stop.value.code
+
+def batch_of(script, *flags, n=16):
+    """A method, and uint8 images for it."""
+    config = script.parse_args(tiny(script, "unused", *flags, "--batch-size", str(n)))
+    script.start(config)
+    torch.manual_seed(0)
+    if script is photonics_reg:
+        return script.Method(config), script.draw_cells("gpm", n, 3).float()
+    return script.Method(config), script.draw_patterns(n, 3)[0]
+
+def outcome(method, images):
+    """(loss, terms) of a method; homomorphic's needs labels."""
+    labels = [torch.arange(len(images), device=images.device) % 10] if isinstance(method, homomorphic.Method) else []
+    return method(images, *labels)
+
+def interrupted(script, step, line, monkeypatch, capsys):
+    """Runs the line, with Ctrl-C at a step, counted from where the run begins or goes on."""
+    rate, calls = script.learning_rate, []
+
+    def at_step(*args):
+        calls.append(1)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return rate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "learning_rate", at_step)
+        assert "same command" in stopped(capsys, *line, script=script)
+
+def test_shares_blocks_to_the_letter():
+    sources = [definitions(script) for script in ALL]
+    _, different = drift(sources)
+    assert different == MAY_DIFFER.keys()
+    for one, other in itertools.combinations(sources, 2):
+        order = [[name for name in x if name in y] for x, y in ((one, other), (other, one))]
+        assert order[0] == order[1]
+
+@all_scripts
+def test_has_the_paper_first_and_stands_alone(script):
+    text = Path(script.__file__).read_text()
+    lines = text.splitlines()
+    banners = [line.split()[2] for line in lines if line.startswith("# %%")]
+    own = {"care": ["PROTEINS"], "photonics_reg": ["SOLVER"]}.get(script.__name__, [])
+    assert banners == ["CONFIG", "METHOD", "AUGMENT", "MODEL", "DATA", *own, "TRAIN", "EVALUATE", "MAIN"]
+    assert lines.index(next(line for line in lines if line.startswith("# %% METHOD"))) < len(lines) / 4
+    assert script.SCRIPT == script.__name__ and max(map(len, lines)) <= 100
+    assert len(script.__doc__.splitlines()) <= 42
+    allowed = {"torch", "torchvision", "numpy", "PIL"} | set(sys.stdlib_module_names)
+    for node in ast.walk(ast.parse(text)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert {name.split(".")[0] for name in names} <= allowed, names
+    for name, definition in vars(script).items():
+        if inspect.isfunction(definition) and definition.__module__ == script.__name__:
+            assert definition.__doc__, name
+
+# the method
+
+# golden: E-SSL CIFAR-10 code, InfoNCE at temperature 0.5: [loss, |dloss/dz1|, |dloss/dz2|]
+INFO_NCE = {
+    (8, 5, 0.3, 0.7, 0.35, 0.72): (1.192156737774062, 0.12262782438712605, 0.1014942545528762),
+    (16, 32, 1.1, 0.2, 1.0, 0.25): (1.360161967104057, 0.06009900317481963, 0.05983954413634611),
+}
+
+def test_info_nce_equals_the_authors():
+    for key, want in INFO_NCE.items():
+        golden(lambda z1, z2: simclr_essl.info_nce(z1, z2, 0.5), key, want)
+
+def test_every_transformation_against_torchvision():
+    x = torch.rand(2, 3, 16, 16)
+    versions = {name: f(x).chunk(number) for name, (number, f) in simclr_essl.TRANSFORMS.items()}
+    for name, wanted in {
+        "vflip": [x, TF.vflip(x)], "hflip": [x, TF.hflip(x)], "grayscale": [x, TF.rgb_to_grayscale(x, 3)],
+        "inversion": [x, TF.invert(x)], "rotation": [TF.rotate(x, 90 * k) for k in range(4)],
+        "blur": [x] + [TF.gaussian_blur(x, k) for k in (5, 9, 15)],
+    }.items():
+        for got, want in zip(versions[name], wanted, strict=True):
+            assert torch.allclose(got, want, atol=1e-5), name
+    quadrants = lambda v: v[0, 0].unfold(0, 8, 8).unfold(1, 8, 8).flatten(2).sum(2).flatten().tolist()
+    orders = {tuple(quadrants(v)) for v in versions["jigsaw"]}
+    assert len(orders) == 24 and all(sorted(order) == sorted(quadrants(x)) for order in orders)
+    assert torch.equal(versions["jigsaw"][0], x)
+
+@of_scripts(IMAGES[:2])
+def test_forward_is_algorithm_1(script):
+    """The loss of a step, its terms and its gradient, from views drawn alike and sums by hand."""
+    method, images = batch_of(script, "--lam", "0.7")
+    torch.manual_seed(1)
+    loss, terms = method(images)
+    assert method.encoder[1].num_batches_tracked == 3  # three passes, each with statistics of its own
+    torch.manual_seed(1)
+    mean, std = torch.tensor(script.MEAN_STD["patterns"])[..., None, None]
+    embed = lambda x, head: head(method.encoder((x - mean) / std))
+    *large, small = (script.augment(images, **how) for how in script.view_arguments(method.config))
+    assert [view.shape[2] for view in (*large, small)] == [32, 32, 16]
+    z1, z2 = (embed(view, method.projector) for view in large)
+    logits = embed(torch.cat([torch.rot90(small, k, (2, 3)) for k in range(4)]), method.predictor)
+    rotation = -sum(logits.log_softmax(1)[k * 16 + i, k] for k in range(4) for i in range(16)) / 64
+    right = sum(logits[k * 16 + i].argmax().item() == k for k in range(4) for i in range(16))
+    if script is simclr_essl:
+        invariance = script.info_nce(z1, z2, 0.5)
+    else:
+        assert method.h[1].num_batches_tracked == 2
+        cosines = [F.cosine_similarity(method.h(a), b.detach()) for a, b in ((z1, z2), (z2, z1))]
+        invariance = -sum(cosines).mean() / 2
+    want = invariance + 0.7 * rotation
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    assert terms["equivariance"].item() == pytest.approx(rotation.item(), rel=1e-5)
+    assert terms["rotation_top1"].item() == pytest.approx(100 * right / 64)
+    parameters = list(method.parameters())
+    gradients = (torch.autograd.grad(value, parameters) for value in (loss, want))
+    for got, wanted in zip(*gradients, strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-6) and got.abs().sum() > 0
+    x = images.float() / 255
+    assert torch.equal(method.embed(x), embed(x, method.projector))
+
+@of_scripts(IMAGES[:2])
+def test_lam_0_is_the_baseline(script):
+    method, images = batch_of(script, "--lam", "0")
+    torch.manual_seed(1)
+    loss, terms = method(images)
+    assert method.predictor is None and terms.keys() == {"invariance", "std"}
+    torch.manual_seed(1)
+    V_large1, V_large2, v_small = method.views(images)
+    z1, z2 = method.embed(V_large1), method.embed(V_large2)
+    if script is simclr_essl:
+        want = script.info_nce(z1, z2, 0.5)
+    else:
+        want = (script.negative_cosine(method.h(z1), z2) + script.negative_cosine(method.h(z2), z1)) / 2
+    assert v_small is None and loss.item() == pytest.approx(want.item(), rel=1e-5)
+
+# golden: E-SSL CIFAR-10 code, D(p = z1, z = z2)
+NEGATIVE_COSINE = {
+    (8, 5, 0.3, 0.7, 0.35, 0.72): -0.9735987435868874,
+    (16, 32, 1.1, 0.2, 1.0, 0.25): -0.8007049919128958,
+}
+
+def test_negative_cosine_equals_the_authors_and_stops_at_z():
+    for (n, d, a1, b1, a2, b2), want in NEGATIVE_COSINE.items():
+        p, z = wave(n, d, a1, b1).requires_grad_(), wave(n, d, a2, b2).requires_grad_()
+        loss = simsiam_essl.negative_cosine(p, z)
+        assert loss.item() == pytest.approx(want, rel=1e-9)
+        loss.backward()
+        u, v = p / p.norm(dim=1, keepdim=True), z / z.norm(dim=1, keepdim=True)
+        slope = (v - (u * v).sum(1, keepdim=True) * u) / p.norm(dim=1, keepdim=True)  # d cosine / dp
+        assert z.grad is None and torch.allclose(p.grad, -slope / n, atol=1e-12)
+
+def test_simclr_heads_have_the_specified_layers():
+    cifar = simclr_essl.Method(simclr_essl.Config())
+    assert kinds(cifar.projector) == "LBRLB" and kinds(cifar.predictor) == "LLRLLRL"
+    assert cifar.projector[-1].weight is None and cifar.projector[1].weight is not None
+    assert cifar.projector[0].bias is None and cifar.predictor[-1].out_features == 4
+    assert sum(p.numel() for p in cifar.encoder.parameters()) == 11_168_832  # the authors' net
+    imagenet = simclr_essl.Method(simclr_essl.parse_args(["--dataset", "imagenet"]))
+    assert kinds(imagenet.projector) == "LBRLBRLB"  # 2048, 2048, 2048, 128 in the code
+    assert imagenet.projector[-1].weight is not None and imagenet.projector[-1].num_features == 128
+    assert kinds(imagenet.predictor) == "LLRLLRLLL"  # no ReLU after the last LayerNorm
+    assert imagenet.predictor[-3].out_features == 128 and imagenet.encoder.layer1[0].bn3.weight.sum() == 0
+
+def test_simsiam_heads_and_presets():
+    method = simsiam_essl.Method(simsiam_essl.Config())
+    assert kinds(method.projector) == "LBRLB" and method.projector[-1].weight is None
+    assert kinds(method.h) == "LBRL" and kinds(method.predictor) == "LLRLLL"
+    assert method.h[0].bias is None and method.h[3].bias is not None
+    assert sum(p.numel() for p in method.encoder.parameters()) == 11_168_832  # the authors' net
+    assert [(layer.in_features, layer.out_features) for layer in (method.h[0], method.h[3])] == [(2048, 512), (512, 2048)]
+    others, h = simsiam_essl.make_optimizer(method, method.config).param_groups
+    assert {id(p) for p in h["params"]} == {id(p) for p in method.h.parameters()}
+    assert len(others["params"] + h["params"]) == len([*method.parameters()])
+    assert (others["weight_decay"], h["weight_decay"], h["lr"]) == (5e-4, 5e-4, 0.12)
+    config = simsiam_essl.parse_args(["--dataset", "imagenet"])
+    values = config.lam, config.batch_size, config.lr, config.warmup_epochs, config.weight_decay, config.epochs
+    assert values == (0.08, 512, 0.05, 0, 1e-4, 100)
+    imagenet = simsiam_essl.Method(config)
+    assert kinds(imagenet.projector) == "LBRLBRLB" and imagenet.projector[-1].weight is None
+    assert kinds(imagenet.predictor) == "LLRLLRLLL" and imagenet.predictor[-3].out_features == 256
+    assert imagenet.encoder.layer1[0].bn3.weight.sum() == 0
+
+@pytest.mark.parametrize("transform", simclr_essl.TRANSFORMS)
+@pytest.mark.parametrize("role", ("predict", "augment"))
+def test_figure_1(transform, role):
+    """Which images the predictor sees, and against which targets; how a version is drawn for a view."""
+    method, images = batch_of(simclr_essl, "--transform", transform, "--role", role, "--crop-only")
+    number, seen = method.num_versions, []
+    for how in (method.large1, method.large2, method.small):
+        assert how["size"] == 32 and how["jitter"] is None
+        assert how["flip"] == how["gray"] == how["blur"] == how["solarize"] == 0
+    if role == "predict":
+        method.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        method.predictor.register_forward_hook(lambda module, x, y: seen.append(y))
+    torch.manual_seed(1)
+    loss, terms = method(images)
+    assert loss.isfinite() and ("equivariance" in terms) == (role == "predict")
+    if role == "predict":
+        torch.manual_seed(1)
+        _, _, v_small = method.views(images)
+        shown = v_small[::6] if transform == "jigsaw" else v_small  # 24 versions of 3 of 16
+        versions = method.transform(shown).chunk(number)
+        assert torch.allclose(seen[2] * method.std + method.mean, torch.cat(versions), atol=1e-5)
+        losses = [F.cross_entropy(part, torch.full((len(shown),), k)) for k, part in enumerate(seen[3].chunk(number))]
+        assert terms["equivariance"].item() == pytest.approx(sum(losses).item() / number, rel=1e-5)
+        return
+    pictures, counts = images.float() / 255, torch.zeros(number)
+    every = method.transform(pictures).unflatten(0, (number, 16))
+    for _ in range(60):
+        shown = method.random_version(images)
+        is_version = (every == shown).flatten(2).all(2)  # (K, 16)
+        assert is_version.any(0).all()
+        counts += (is_version.float() / is_version.sum(0)).sum(1)  # gray images have equal versions
+    counts /= 960 / number
+    assert (counts > 0.4).all() and (counts < 1.8).all()
+    torch.manual_seed(2)
+    V_large1, V_large2, v_small = method.views(images)
+    torch.manual_seed(2)
+    one, two = method.random_version(images), method.random_version(images)  # first, then the crop
+    assert torch.equal(V_large1, simclr_essl.augment(one, **method.large1)) and v_small is None
+    assert torch.equal(V_large2, simclr_essl.augment(two, **method.large2))
+
+@of_scripts(IMAGES[:2])
+def test_views_of_the_paper_and_of_the_code(script):
+    arguments = lambda *line: script.view_arguments(script.parse_args([*line]))
+    assert arguments() == ({"size": 32}, {"size": 32}, {"size": 16})
+    defaults = {name: p.default for name, p in inspect.signature(script.augment).parameters.items()}
+    assert defaults["scale"] == (0.2, 1.0) and defaults["jitter"] == (0.4, 0.4, 0.4, 0.1)
+    assert (defaults["flip"], defaults["gray"], defaults["blur"], defaults["solarize"]) == (0.5, 0.2, 0, 0)
+    for dataset in ("imagenet", "folder"):
+        first, other, small = arguments("--dataset", dataset)
+        assert (first["blur"], other["blur"], small["blur"]) == (1.0, 0.1, 0.1)
+        assert "solarize" not in first.keys() | small.keys() and other["solarize"] == 0.2
+        assert first["scale"] == other["scale"] == (0.08, 1.0) and small["scale"] == (0.05, 0.14)
+        assert (first["size"], small["size"]) == (224, 96)
+        assert {how["jitter"] for how in (first, other, small)} == {(0.4, 0.4, 0.2, 0.1)}
+        if script is simclr_essl:
+            cropped = arguments("--dataset", dataset, "--crop-only")
+            assert [how["scale"] for how in cropped] == [(0.08, 1.0), (0.08, 1.0), (0.05, 0.14)]
+    for transform, name in (("hflip", "flip"), ("grayscale", "gray"), ("blur", "blur")):
+        if script is simclr_essl:
+            large, _, small = arguments("--transform", transform)
+            assert small[name] == 0 and name not in large  # the version could not be told from the view
+
+def test_simclr_presets():
+    parse = lambda line: simclr_essl.parse_args(line.split())
+    config = parse("--dataset imagenet")
+    assert config.lr * config.batch_size / 256 == pytest.approx(4.8) and config.final_lr == 0.001
+    assert (config.lam, config.temperature, config.warmup_epochs) == (0.4, 0.2, 10)
+    assert (config.weight_decay, config.arch, config.epochs) == (1e-6, "resnet50", 100)
+    small = simclr_essl.Method(parse("--quick"))
+    optimizer = simclr_essl.make_optimizer(small, config)
+    assert isinstance(optimizer, simclr_essl.LARS) and optimizer.decay == 1e-6
+    optimizer = simclr_essl.make_optimizer(small, parse(""))
+    assert type(optimizer) is torch.optim.SGD and optimizer.defaults["lr"] == pytest.approx(0.12)
+    [group] = optimizer.param_groups
+    assert group["weight_decay"] == 5e-4 and len(group["params"]) == len([*small.parameters()])
+    config = parse("--dataset folder")
+    assert (config.arch, config.batch_size, config.size) == ("resnet18", 256, 224)
+    # defaults < preset < --quick < flags
+    assert (parse("").dataset, parse("").batch_size, parse("--quick").dataset) == ("cifar10", 512, "patterns")
+    both = parse("--quick --dataset cifar10 --epochs 3 --lr 0.03")
+    assert (both.dataset, both.arch, both.epochs, both.lr) == ("cifar10", "small", 3, 0.03)
+    warmups = {"": 10, "--epochs 40": 10, "--epochs 5": 1, "--epochs 5 --warmup-epochs 3": 3}
+    assert {line: parse(line).warmup_epochs for line in warmups} == warmups
+
+def test_spread_is_one_for_uniform_and_zero_for_equal_embeddings():
+    assert simclr_essl.spread(torch.randn(2000, 64)).item() == pytest.approx(1, abs=0.02)
+    assert simclr_essl.spread(torch.ones(100, 64)).item() == pytest.approx(0, abs=1e-6)
+
+# augmentation
+
+@pytest.mark.parametrize("size", (16, 32, 48))
+def test_crop_equals_torchvisions(size):
+    x = torch.rand(4, 3, 40, 56)
+    boxes = torch.tensor([[0.0, 0, 40, 56], [3, 10, 37, 12], [5, 41, 13, 15], [20, 2, 9, 50]])
+    for image, box, got in zip(x, boxes.int().tolist(), simclr_essl.crop(x, boxes, size)):
+        assert torch.allclose(got, TF.resized_crop(image, *box, [size, size], antialias=True), atol=1e-5)
+
+def test_operations_equal_torchvisions():
+    x, changes, sigmas = torch.rand(4, 3, 32, 32), (-0.4, -0.2, 0.0, 0.4), (0.1, 0.5, 1.0, 2.0)
+    x[:, :, :4] = 0.3  # gray has no hue
+    for name, theirs, values, *radius in (
+        ("brightness", lambda image, change: TF.adjust_brightness(image, 1 + change), changes),
+        ("contrast", lambda image, change: TF.adjust_contrast(image, 1 + change), changes),
+        ("saturation", lambda image, change: TF.adjust_saturation(image, 1 + change), changes),
+        ("shift_hue", TF.adjust_hue, (-0.5, -0.1, 0.0, 0.4)),
+        ("gaussian_blur", lambda image, sigma: TF.gaussian_blur(image, 13, sigma), sigmas),
+        ("gaussian_blur", lambda image, sigma: TF.gaussian_blur(image, 3, sigma), sigmas, 1),
+    ):
+        got = getattr(simclr_essl, name)(x, column(*values), *radius)
+        for image, value, g in zip(x, values, got):
+            assert torch.allclose(g, theirs(image, value), atol=1e-5), name
+
+@cropping
+def test_flip_gray_and_solarize_equal_torchvisions(script, monkeypatch):
+    monkeypatch.setattr(script, "draw_boxes", FULL_BOX)
+    x, off = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8), {"jitter": None, "flip": 0, "gray": 0}
+    for change, want in (({}, x / 255), ({"flip": 1}, TF.hflip(x / 255)),
+                         ({"gray": 1}, TF.rgb_to_grayscale(x / 255, 3)),
+                         ({"solarize": 1}, TF.solarize(x / 255, 128 / 255))):
+        assert torch.allclose(script.augment(x, 32, **off | change), want, atol=1e-6)
+        assert torch.allclose(script.augment(x / 255, 32, **off | change), want, atol=1e-6)
+
+@cropping
+def test_draws_follow_torchvisions_law(script, monkeypatch):
+    """10,000 draws against as many of torchvision's own, and against uniform ones."""
+    n, drawn_values, augment = 10_000, {}, script.augment
+    names = ("brightness", "contrast", "saturation", "shift_hue")
+    for name in ("crop", *names, "gaussian_blur"):
+        spy = lambda x, values, *rest, name=name: drawn_values.update({name: values}) or x
+        monkeypatch.setattr(script, name, spy)
+    x = torch.rand(n, 3, 32, 32)
+    augment(x, 32, blur=0.5)
+    top, left, height, width = drawn_values["crop"].T
+    theirs = [T.RandomResizedCrop.get_params(x[0], [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(n)]
+    wanted = torch.tensor(theirs).float().T
+    for got, want in zip((top, left, height, width, height * width), (*wanted, wanted[2] * wanted[3])):
+        assert distance(got, want) < 0.0276  # its 0.1 % point
+    assert (top + height <= 32).all() and (left + width <= 32).all() and drawn_values["crop"].min() >= 0
+    jittered = drawn_values["shift_hue"].flatten() != 0
+    assert jittered.float().mean() == pytest.approx(0.8, abs=0.015)
+    for name, most in zip(names, (0.4, 0.4, 0.4, 0.1)):
+        values = drawn_values[name].flatten()
+        assert (values[~jittered] == 0).all()  # no change
+        assert distance(values[jittered], torch.linspace(-most, most, n)) < 0.03, name
+    assert distance(drawn_values["gaussian_blur"].flatten(), torch.linspace(0.1, 2.0, n)) < 0.0276
+    monkeypatch.setattr(script, "gaussian_blur", lambda x, sigma, *radius: 2 - x)
+    for name in ("flip", "gray", "solarize", "blur"):
+        small = x[:, :, :4, :4]
+        changed = augment(small, 4, **{"flip": 0, "jitter": None, "gray": 0} | {name: 0.3}) != small
+        assert changed.flatten(1).any(1).float().mean() == pytest.approx(0.3, abs=0.02), name
+    calls = []
+    for name in names:
+        monkeypatch.setattr(script, name, lambda x, values, name=name: calls.append(name) or x)
+    for _ in range(300):
+        augment(torch.rand(1, 3, 4, 4), 4)
+    assert len({tuple(calls[i:i + 4]) for i in range(0, 1200, 4)}) == 24  # every order of the jitter
+
+@cropping
+def test_images_of_a_batch_are_drawn_apart(script):
+    x = script.draw_patterns(1, 0)[0].expand(16, -1, -1, -1)
+    views = script.augment(x, 24, blur=0.5, solarize=0.3)
+    assert (views[:, None] != views[None]).flatten(2).any(2).sum() == 16 * 15
+
+def test_a_crop_of_a_photograph_is_torchvisions():
+    """Of an array that is larger than the view, as prepare.py writes them."""
+    image = torch.randint(256, (1, 3, 384, 384), dtype=torch.uint8)
+    box = torch.tensor([[20.0, 50, 200, 310]])
+    want = TF.resized_crop(image[0].float() / 255, 20, 50, 200, 310, [224, 224], antialias=True)
+    assert torch.allclose(simclr_essl.crop(image.float() / 255, box, 224)[0], want, atol=1e-4)
+    config = simclr_essl.parse_args(["--dataset", "folder"])
+    middle = TF.center_crop(image.float() / 255, [336, 336])  # 7/8 of 384
+    want = TF.resize(middle, [224, 224], antialias=True)
+    assert torch.allclose(simclr_essl.middle(image.float() / 255, config), want, atol=1e-6)
+
+# evaluation
+
+def test_knn_equals_brute_force():
+    bank, queries = torch.randn(60, 8), torch.randn(31, 8)
+    bank_labels, query_labels = torch.randint(4, (60,)), torch.randint(4, (31,))
+    right = 0
+    for query, label in zip(queries, query_labels):
+        s = [F.cosine_similarity(query, other, dim=0).item() for other in bank]
+        nearest = sorted(range(60), key=lambda i: -s[i])[:7]
+        votes = [sum(math.exp(s[i] / 0.1) for i in nearest if bank_labels[i] == c) for c in range(4)]
+        right += votes.index(max(votes)) == label
+    got = simclr_essl.knn_accuracy(bank, bank_labels, queries, query_labels, 7, 0.1)
+    assert got == pytest.approx(100 * right / 31)
+    bank = torch.tensor([[1.0, 0], [0, 1], [0, 1]])  # one close neighbour outvotes two far ones
+    one = torch.tensor([[1.0, 0.1]]), torch.tensor([0])
+    assert simclr_essl.knn_accuracy(bank, torch.tensor([0, 1, 1]), *one, 3, 0.1) == 100
+
+@image_scripts
+def test_features_are_those_of_eval_mode_and_leave_no_trace(script):
+    method, images = batch_of(script)
+    outcome(method, images)
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    many = script.draw_patterns(300, 4)[0]
+    features = script.extract(method, many)
+    assert len(features) == 300 and not features.requires_grad and method.training
+    alone = torch.cat([script.extract(method, image[None]) for image in many[:5]])
+    assert torch.allclose(features[:5], alone, atol=1e-5)  # no batch statistics
+    assert all(torch.equal(before[name], value) for name, value in method.state_dict().items())
+    rows = torch.tensor([7, 3])
+    assert torch.allclose(script.extract(method, many, rows=rows), features[rows], atol=1e-5)
+    inverted = script.extract(method, many / 255, lambda x: 1 - x)  # in [0, 1] already
+    assert torch.allclose(inverted, script.extract(method, 255 - many), atol=1e-5)
+
+def test_probe_equals_plain_linear_layers():
+    """Five heads at once are five heads alone: the same starts, orders, rates and steps."""
+    features, labels = torch.randn(2, 600, 8), torch.randint(3, (600,))
+    test, test_labels = torch.randn(50, 8), torch.randint(3, (50,))
+    epochs = iter(features)
+    torch.manual_seed(5)
+    got = simclr_essl.linear_probe(lambda: next(epochs), labels, test, test_labels, lr=0.5, final_lr=0.1,
+                                   weight_decay=0.01, epochs=2, probes=3)
+    torch.manual_seed(5)
+    heads, accuracies = [torch.nn.Linear(8, 3) for _ in range(3)], []
+    orders = [[torch.randperm(600) for _ in heads] for _ in range(2)]
+    for i, head in enumerate(heads):
+        optimizer = torch.optim.SGD(head.parameters(), 0.5, momentum=0.9, weight_decay=0.01)
+        for step in range(4):  # two of 256 images in an epoch: the last 88 are left out
+            rows = orders[step // 2][i].split(256)[step % 2]
+            optimizer.param_groups[0]["lr"] = 0.1 + 0.4 * (1 + math.cos(math.pi * step / 4)) / 2
+            optimizer.zero_grad()
+            F.cross_entropy(head(features[step // 2][rows]), labels[rows]).backward()
+            optimizer.step()
+        accuracies.append(100 * (head(test).argmax(1) == test_labels).float().mean().item())
+    assert got == pytest.approx((np.mean(accuracies), np.std(accuracies)), abs=1e-4)
+    few = torch.randn(60, 8)  # fewer than a batch: every image counts
+    labels = (few[:, 0] > 0).long()
+    assert simclr_essl.linear_probe(lambda: few, labels, few, labels, lr=1.0)[0] > 90
+
+@of_scripts(IMAGES[:2])
+def test_probe_is_the_authors(script, monkeypatch):
+    """Fresh crops and flips in every epoch; CIFAR's test images are enlarged by 9/8 and cut."""
+    calls, seen = [], []
+    defaults = inspect.signature(script.linear_probe).parameters
+    settings = dict(lr=30, final_lr=0, weight_decay=0, epochs=100, probes=5)
+    assert {key: defaults[key].default for key in settings} == settings
+    method, images = batch_of(script)
+    method.config.quick, labels = False, torch.arange(16) % 3
+    encode = method.features
+    monkeypatch.setattr(method, "features", lambda x: seen.append(x) or encode(x))
+
+    def asked(draw_features, labels, test, test_labels, **settings):
+        calls.append(settings)
+        return draw_features(), draw_features()
+
+    monkeypatch.setattr(script, "linear_probe", asked)
+    data = None, (images, labels), (images[:9], labels[:9])
+    one, two = script.probe(method, data, method.config, None, torch.zeros(9, 4))
+    assert one.shape == two.shape and not torch.equal(one, two)
+    zoomed = TF.resize(images[:9].float() / 255, [36, 36])
+    assert torch.allclose(seen[0], TF.center_crop(zoomed, [32, 32]), atol=1e-6)
+    method.config.dataset, kept = "imagenet", torch.zeros(9, 4)
+    script.probe(method, data, method.config, None, kept)
+    imagenet = dict(lr=1.6, epochs=90, probes=1, batch=4096, rule=simsiam_essl.LARS)
+    if script is simclr_essl:
+        imagenet = dict(lr=0.3, final_lr=0.3, weight_decay=1e-6)
+    assert calls == [{}, imagenet]
+
+def test_neighbours_are_framed_in_green_and_red(tmp_path):
+    """And fewer than eight images are enough."""
+    few = [torch.zeros(3, 3, 8, 8).byte(), torch.zeros(3).long()]
+    simclr_essl.draw_neighbours(tmp_path / "few.png", (None, few, few), torch.eye(3), torch.eye(3))
+    images = torch.full((20, 3, 32, 32), 128, dtype=torch.uint8)
+    bank, labels = torch.randn(20, 4), torch.arange(20) % 2
+    data = None, (images, labels), (images, torch.zeros(20).long())
+    simclr_essl.draw_neighbours(tmp_path / "n.png", data, bank, bank)
+    picture = TF.pil_to_tensor(datasets.folder.default_loader(tmp_path / "n.png"))
+    queries = torch.randperm(20, generator=torch.Generator().manual_seed(0))[:8]
+    for i, query in enumerate(queries):  # tiles of 102 pixels, 2 apart
+        nearest = F.cosine_similarity(bank[query], bank).topk(8).indices
+        corner = picture[:, 3 + 104 * i, 3:3 + 104 * 9:104].T.tolist()
+        green, red, gray = [0, 255, 0], [255, 0, 0], [128, 128, 128]
+        assert corner == [gray] + [red if labels[j] else green for j in nearest]
+
+def test_views_png_shows_what_the_method_sees(tmp_path, monkeypatch):
+    """A row for each image: itself, two large views, the small one in its versions."""
+    method, images = batch_of(simclr_essl, "--transform", "vflip")
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    tiles = []
+    monkeypatch.setattr(simclr_essl, "frame", lambda image, color: tiles.append(image) or torch.zeros(3, 4, 4))
+    torch.manual_seed(4)
+    simclr_essl.draw_views(tmp_path / "v.png", method, images[:4])
+    torch.manual_seed(4)
+    V_large1, V_large2, v_small = method.views(images[:4])
+    for i in range(4):
+        row = images[i], V_large1[i], V_large2[i], v_small[i], v_small[i].flip(1)
+        assert all(map(torch.equal, tiles[5 * i:5 * i + 5], row))
+    assert all(torch.equal(before[name], value) for name, value in method.state_dict().items())
+
+def test_cares_views_png_shows_a_chunk_under_the_augmentation_that_it_shares(tmp_path, monkeypatch):
+    """A row for each image: itself, two views of its own, two that all rows share; nothing else changes."""
+    method, images = batch_of(care, "--base", "moco")
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    tiles = []
+    monkeypatch.setattr(care, "frame", lambda image, color: tiles.append(image) or torch.zeros(3, 4, 4))
+    torch.manual_seed(4)
+    care.draw_views(tmp_path / "v.png", method, images[:4])
+    torch.manual_seed(4)
+    views = method.views(images[:4])
+    for i in range(4):
+        assert all(map(torch.equal, tiles[5 * i:5 * i + 5], (images[i], *(view[i] for view in views))))
+    assert len(tiles) == 20 and all(torch.equal(before[name], value) for name, value in method.state_dict().items())
+    tiles.clear()
+    care.draw_views(tmp_path / "v.png", batch_of(care, "--lam", "0")[0], images[:4])
+    assert len(tiles) == 12
+
+# a run, its files, its faults
+
+@image_scripts
+def test_outputs(script, runs):
+    out = runs(script)
+    results = json.loads((out / "results.json").read_text())
+    own = ["rotation_top1"] if script is simclr_essl else ["classifier_top1"] if script is homomorphic else []
+    for name in ("knn_top1 random_init_knn_top1 linear_top1 linear_top1_std random_init_linear_top1 "
+                 "train_seconds images_per_second peak_memory_gb").split() + own:
+        assert results[name] == float(f"{results[name]:.4g}") >= 0, name
+    assert all(results[name] for name in "knn_protocol linear_protocol device torch command threads".split())
+    assert (results["epochs"], results["seed"]) == (3, 0)
+    start, *lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert start["epoch"] == 0 and {"command", "torch", "device", "threads"} <= start.keys()
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    config = json.loads((out / "config.json").read_text())
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert config == saved["config"] and (config["device"], config["precision"]) == ("cpu", "fp32")
+    assert saved["script"] == script.__name__ and saved["log"] == [start, *lines]
+    images = script.draw_patterns(4000, 1)[0][script.random_rows(4000, 128)]
+    checksum = zlib.crc32(images[script.random_rows(128, 64)].numpy().tobytes())
+    assert saved["data"] == {"number of images": 128, "checksum of 64 images": checksum}
+    encoder = torch.load(out / "encoder.pt", weights_only=True)
+    assert all(torch.equal(encoder[k], saved["method"][f"encoder.{k}"]) for k in encoder)
+    files = "checkpoint.pt config.json encoder.pt metrics.jsonl neighbours.png results.json views.png"
+    assert sorted(path.name for path in out.iterdir()) == files.split()
+
+def test_encoder_pt_is_torchvisions():
+    """A ResNet's keys are those of torchvision, but for the stem of small images and the classifier."""
+    encoder = models.resnet18()
+    encoder.conv1, encoder.fc = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()
+    assert encoder.state_dict().keys() == simclr_essl.make_encoder("resnet18", 32)[0].state_dict().keys()
+
+def run_training(script, *line):
+    """train of a command line."""
+    config = script.parse_args([str(word) for word in line])
+    device = script.start(config)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    return script.train(config, script.load_data(config, device), device)
+
+@of_scripts(IMAGES[:2])
+def test_rate_follows_the_schedule_step_by_step(script, tmp_path, monkeypatch):
+    """That of SimSiam's h apart, which is constant."""
+    rates = spied_rates(script, monkeypatch)
+    run_training(script, *tiny(script, tmp_path / "run", "--final-lr", "0.5"))
+    peak, wave = 0.2 * 32 / 256, [math.cos(math.pi * (step - 4) / 8) for step in range(12)]
+    want = [peak * (step / 4 if step < 4 else (3 + wave[step]) / 4) for step in range(12)]
+    assert [first for first, *_ in rates] == pytest.approx(want)
+    assert [h for _, *others in rates for h in others] == pytest.approx([peak] * 12 * (script is simsiam_essl))
+
+def test_learning_rate_and_lars_equal_the_authors():
+    """Golden: E-SSL's schedule, 100 epochs of 10 steps, 10 of warm-up; the VICReg/SFRIK optimiser."""
+    rate = simclr_essl.learning_rate
+    for step, want in {0: 0.0, 5: 0.006, 99: 0.1188, 100: 0.12, 101: 0.11999963445946742,
+                       500: 0.07041889066001583, 999: 3.655405325764249e-07}.items():
+        assert rate(step, 1000, 100, 0.12) == pytest.approx(want, rel=1e-9)
+    assert rate(1000, 1000, 100, 0.12, 0.003) == pytest.approx(0.003)
+    assert rate(0, 10, 0, 0.5) == 0.5 and rate(10, 10, 10, 0.5, 0.1) == pytest.approx(0.1)
+    p, b = wave(4, 3, 0.3, 0.7).requires_grad_(), wave(1, 3, 0.9, 0.2)[0].requires_grad_()
+    optimizer = simclr_essl.LARS([p, b], 0.5, weight_decay=0.01)
+    for s in range(3):
+        p.grad, b.grad = wave(4, 3, 0.1 * s + 0.2, 0.4), wave(1, 3, 0.6, 0.3 + s)[0]
+        optimizer.step()
+    want = [0.0, 0.6430967426082691, 0.9833905127546039, 0.29476558491561217, 0.8892215971470072,
+            0.9435784967922186, 0.5631997853223364, 0.9949289035137666, 0.6726816178496587,
+            0.7813218253666313, 0.9435193270298526, 0.23701276091330567]
+    assert p.flatten().tolist() == pytest.approx(want, rel=1e-9, abs=1e-12)
+    assert b.tolist() == pytest.approx([0.0, -1.4899934314657473, -0.3685530105552811], rel=1e-9)
+    zero = torch.zeros(2, 2, requires_grad=True)  # no ratio: a plain step
+    zero.grad = torch.ones(2, 2)
+    simclr_essl.LARS([zero], 0.5).step()
+    assert (zero == -0.5).all()
+
+def test_steps_draw_anew_and_epochs_follow_from_their_number(tmp_path, monkeypatch):
+    boxes, crop = [], simclr_essl.crop
+    spy = lambda x, box, size: boxes.append(tuple(box.flatten().tolist())) or crop(x, box, size)
+    monkeypatch.setattr(simclr_essl, "crop", spy)
+    monkeypatch.setattr(simclr_essl, "draw_views", lambda *args: None)
+    run_training(simclr_essl, *tiny(simclr_essl, tmp_path / "run"))
+    run_training(simclr_essl, *tiny(simclr_essl, tmp_path / "other", "--seed", "3"))
+    assert len(boxes) == 72 and len(set(boxes)) == 72
+    config, orders, views = simclr_essl.parse_args(tiny(simclr_essl, "unused")), [], []
+    for epoch, rank in ((1, 0), (2, 0), (1, 0), (1, 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(simclr_essl, "WORLD", 1 + rank)
+            patch.setattr(simclr_essl, "RANK", rank)
+            order = [rows.tolist() for rows in simclr_essl.batches(torch.arange(150), config, CPU, epoch)]
+        views.append(torch.rand(1).item())
+        assert [len(rows) for rows in order] == [32 // (1 + rank)] * 4
+        orders.append(order)
+    assert len(set(sum(orders[0], []))) == 128 and orders[0] == orders[2] != orders[1]
+    assert orders[3] == [rows[16:] for rows in orders[0]]  # the second half of every batch
+    assert views[0] == views[2] and len({*views}) == 3  # each process draws its own views
+
+@all_scripts
+def test_killed_run_ends_as_an_uninterrupted_one(script, arena, runs, tmp_path):
+    """Killed in a step, before a file is renamed, and while it evaluates."""
+    runs(script)  # computes labels of cells
+    measure = "dos_error" if script is photonics_reg else "knn_accuracy"
+    for function, at in {"learning_rate": 9, "replace": 2, measure: 2}.items():
+        out = tmp_path / function
+        assert arena(script, out, function, at)[0] == -signal.SIGKILL
+        code, _, printed = arena(script, out)
+        assert code == 0 and re.search(r"\b[1-4] of \d epochs done", printed)
+        assert unharmed(out, runs(script)), function
+
+@pytest.mark.parametrize("what", ("loss", "weights"))
+def test_what_is_not_finite_is_never_saved(what, tmp_path, monkeypatch, capsys):
+    """A loss with a finite gradient, or the reverse, at the second epoch's last step; then Ctrl-C."""
+    forward, calls = simclr_essl.Method.forward, []
+
+    def lost(self, images):
+        (loss, terms), p = forward(self, images), next(self.parameters())
+        calls.append(1)
+        wrong = math.nan if what == "loss" else (p - p.detach()).abs().sqrt().sum()  # 0, its slope is not
+        return loss + wrong if len(calls) == 8 else loss, terms
+
+    monkeypatch.setattr(simclr_essl.Method, "forward", lost)
+    line = tiny(simclr_essl, tmp_path / "run", "--save-every", "0")
+    message = stopped(capsys, *line)
+    assert "epoch 2" in message and "lr " in message
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["log"][-1]["epoch"] == 1
+    assert all(value.isfinite().all() for value in saved["method"].values())
+    interrupted(simclr_essl, 1, line, monkeypatch, capsys)
+
+def test_full_memory_and_a_full_disk_in_one_line(tmp_path, monkeypatch, capsys):
+    with pytest.raises(RuntimeError) as full:
+        torch.empty(10**15)  # of the CPU, for which torch has no error of its own
+    for problem, words in (
+        (torch.OutOfMemoryError("CUDA out of memory. Tried ..."), "batch-size"), (full.value, "batch-size"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ):
+        def train(config, data, device):
+            raise problem
+
+        monkeypatch.setattr(simclr_essl, "train", train)
+        assert words in stopped(capsys, *tiny(simclr_essl, tmp_path / "run"))
+    problem = RuntimeError("size mismatch")
+    with pytest.raises(RuntimeError, match="size"):  # other faults are not hidden
+        simclr_essl.main(tiny(simclr_essl, tmp_path / "run"))
+
+@image_scripts
+def test_finished_run_says_so_at_once(script, runs, tmp_path, monkeypatch, capsys):
+    shutil.copytree(runs(script), tmp_path / "run")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    line = tiny(script, tmp_path / "run", "--save-every", "9")
+    monkeypatch.setattr(script, "evaluate", None)
+    script.main(line)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    printed = capsys.readouterr().out
+    assert "on cpu, fp32, 1 threads" in printed and "is finished" in printed
+    assert re.search(rf"random_init_knn_top1\s+{results['random_init_knn_top1']} %", printed)
+    if script is simclr_essl:
+        assert re.search(rf"rotation_top1\s+{results['rotation_top1']} %, by chance 25 %", printed)
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    monkeypatch.undo()
+    (tmp_path / "run" / "results.json").unlink()
+    for name in ("config.json", "encoder.pt", "metrics.jsonl"):  # damaged, which does no harm
+        (tmp_path / "run" / name).write_bytes(b"\xff{")
+    thread = threading.Thread(target=script.main, args=(line,))  # as in a notebook
+    thread.start()
+    thread.join()
+    again = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert again == results and unharmed(tmp_path / "run", runs(script))
+    assert torch.load(tmp_path / "run" / "encoder.pt").keys() == torch.load(runs(script) / "encoder.pt").keys()
+    (tmp_path / "run" / "checkpoint.pt").unlink()  # then its results are of no run
+    interrupted(script, 9, [*line, "--save-every", "0"], monkeypatch, capsys)
+    assert not (tmp_path / "run" / "results.json").exists()
+
+def test_another_run_in_the_folder_is_refused_and_named(runs, tmp_path, monkeypatch, capsys):
+    shutil.copytree(runs(simclr_essl), tmp_path / "run")
+    line = tiny(simclr_essl, tmp_path / "run")
+    message = stopped(capsys, *line, "--lam", "0", "--seed", "3")
+    assert "lam was 4.0, is 0.0" in message and "seed was 0, is 3" in message
+    assert "epochs" not in message and "--out" in message
+    assert "precision was fp32, is bf16" in stopped(capsys, *line, "--precision", "bf16")
+    patterns = simclr_essl.draw_patterns
+    monkeypatch.setattr(simclr_essl, "draw_patterns", lambda n, seed: patterns(n, seed + 5))
+    assert "checksum of 64 images was" in stopped(capsys, *line)
+
+def test_damaged_or_foreign_checkpoint_is_refused(runs, tmp_path, capsys):
+    for name, damage in (
+        ("truncated", lambda path: path.write_bytes(path.read_bytes()[:5000])),
+        ("empty", lambda path: path.write_bytes(b"")),
+        ("text", lambda path: path.write_text("no checkpoint")),
+        ("list", lambda path: torch.save([1, 2], path)),
+        ("foreign", lambda path: torch.save({"script": "x", "config": {}, "data": {}}, path)),
+    ):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "checkpoint.pt"
+        shutil.copy(runs(simclr_essl) / "checkpoint.pt", path)
+        damage(path)
+        message = stopped(capsys, *tiny(simclr_essl, tmp_path / name))
+        assert str(path.parent) in message and ("script was x" in message) == (name == "foreign")
+
+BAD = [
+    ("--learning-rate 1", "--learning-rate"), ("--epoch 3", "--epoch"), ("cifar10", "cifar10"),
+    ("--dataset cifar11", "patterns"), ("--arch vgg", "small"), ("--epochs many", "many"), ("--epochs", "--epochs"),
+    ("--epochs 0", "epochs must be more than 0"), ("--weight-decay -1", "weight-decay must be 0 or more"),
+    ("--lr nan", "lr must be"), ("--batch-size 1", "at least 2"), ("--batch-size 320", "more than the 128 images"),
+    ("--projector 12-x", "12-x"), ("--projector 0", "not like 0"),
+    ("--device tpu", "tpu"), ("--device cuda:77", "cuda:77"),
+    ("--out /dev/null", "/dev/null"), ("--out /proc/x", "/proc/x"),
+    ("--dataset cifar10 --data-root /dev/null/x", "--quick"),
+    ("--dataset cifar10 --data-root /dev/null/x", "x/cifar-10-batches-py is missing"),
+    ("--dataset folder --data-root nowhere", "nowhere/train-images.npy"),
+    ("--dataset folder --data-root nowhere", "python prepare.py YOUR_IMAGES --out nowhere"),
+]
+
+BAD_OF = {
+    simclr_essl: [("--small-size 7", "8 or more")],
+    simsiam_essl: [("--small-size 7", "8 or more")],
+    sfrik: [("--loss rbf", "rbf"), ("--weights 1,x", "1,x"), ("--weights 1,-40", "1,40,40"), ("--lam 0", "lam must be"),
+            ("--projector 64-1", "64-1"), ("--size 7", "8 or more")],
+}
+
+@image_scripts
+def test_bad_input_is_one_line(script, tmp_path, capsys):
+    for flags, words in BAD + BAD_OF.get(script, []):
+        if script is care and flags == "--batch-size 320":
+            flags += " --queue 999"
+        message = stopped(capsys, *tiny(script, tmp_path / "run"), *flags.split(), script=script)
+        assert "error: " in message and words in message, (flags, message)
+    (tmp_path / "cifar-10-batches-py").mkdir()  # a part of a download, without a network
+    line = [*tiny(script, tmp_path / "run"), "--dataset", "cifar10", "--data-root", tmp_path]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.CIFAR10, "download", lambda self: datasets.utils.download_url("http://localhost:1/x", tmp_path))
+        assert "cifar-10-batches-py is damaged" in stopped(capsys, *line, script=script)
+
+@all_scripts
+def test_folder_is_named_after_the_flags_given_and_help_explains_them(script, capsys):
+    name = script.__name__
+    for line, want in (("", name), ("--quick", f"{name}-quick=True"), ("--seed 3 --lr 0.030", f"{name}-lr=0.03-seed=3"),
+                       ("--lr 3e-2 --seed 3 --device cpu --save-every 1", f"{name}-lr=0.03-seed=3"),
+                       ("--precision fp32 --limit 1234567", f"{name}-limit=1234567-precision=fp32"),
+                       ("--dataset folder --data-root x/y/", f"{name}-dataset=folder-y")):
+        if "folder" not in line or script in IMAGES:
+            assert script.parse_args(line.split()).out == f"runs/{want}"
+    assert script.parse_args(["--out=~/x"]).out == os.path.expanduser("~/x")
+    assert script.parse_args(["--data-root=~/x"]).data_root == os.path.expanduser("~/x")
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for field in fields(script.Config):
+        assert f"--{field.name.replace('_', '-')} " in text and field.metadata["help"] in text
+
+def test_progress_is_told_after_ten_seconds_and_then_less_often(monkeypatch, capsys):
+    clock = itertools.count(step=4)
+    monkeypatch.setattr(simclr_essl.time, "time", lambda: next(clock))
+    assert list(simclr_essl.with_progress("abcdefghijkl", 12, "step")) == [*"abcdefghijkl"]
+    told = capsys.readouterr().out.splitlines()
+    assert told == [" step 2 of 12, 0:01:00 left", " step 6 of 12, 0:00:28 left"]  # after 12 and 28 s
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    list(simclr_essl.with_progress("abcdef", 6, "step"))
+    assert capsys.readouterr().out.count("\r") == 4  # a terminal: the same line, from then on always
+
+@image_scripts
+def test_compile_changes_neither_names_nor_numbers(script, runs, tmp_path, monkeypatch):
+    """With torch's tracer but no compiler behind it: one graph for each network and shape."""
+    original = torch.compile
+    torch._dynamo.reset()  # other scripts' networks are of the same code
+    traced = []
+    monkeypatch.setattr(torch, "compile", lambda f, **how: traced.append(f.__self__) or original(
+        f, backend="eager", fullgraph=True, **how))
+    method, _ = run_training(script, *tiny(script, tmp_path / "run", "--save-every", "0", "--compile"))
+    assert traced == [*method.children()]
+    assert same_end(runs(script), tmp_path / "run")
+
+def test_limit_takes_the_first_of_a_shuffled_split():
+    def load(line):
+        return simclr_essl.load_data(simclr_essl.parse_args(["--batch-size", "64", *line.split()]), CPU)
+
+    whole, part = load("--dataset patterns"), load("--dataset patterns --limit 500")
+    less = load("--dataset patterns --limit 300 --seed 4")
+    assert [len(labels) for _, labels in whole] == [4000, 4000, 1000]
+    assert [len(labels) for _, labels in part] == [500, 500, 1000]
+    assert torch.equal(part[0][0], part[1][0]) and torch.equal(part[0][0][:300], less[0][0])
+    assert not torch.equal(part[0][0], whole[0][0][:500]) and part[0][1].bincount().min() > 30
+
+@cropping
+def test_files_of_cifar(script, tmp_path, monkeypatch):
+    """torchvision's md5 check is replaced."""
+    train = {f"data_batch_{i}": 60 for i in range(1, 6)}
+    write_cifar(tmp_path, "cifar-10-batches-py", train | {"test_batch": 40}, "labels")
+    write_cifar(tmp_path, "cifar-100-python", {"train": 250, "test": 30}, "fine_labels")
+    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, md5=None: True)
+    for dataset, counts in (("cifar10", [300, 300, 40]), ("cifar100", [250, 250, 30])):
+        line = ["--dataset", dataset, "--data-root", str(tmp_path), "--batch-size", "64"]
+        data = script.load_data(script.parse_args(line), CPU)
+        for (images, labels), n in zip(data, counts):
+            assert images.shape == (n, 3, 32, 32) and images.dtype == torch.uint8 and len(labels) == n
+        assert data[2][1].tolist() == [i % 10 for i in range(counts[2])] and data[2][1].dtype == torch.int64
+    image = data[0][0][7].permute(1, 2, 0).numpy()
+    assert (image == datasets.CIFAR100(tmp_path).data[7]).all() and data[0][0].is_contiguous()
+
+def test_patterns():
+    images, labels = simclr_essl.draw_patterns(500, 1)
+    assert images.shape == (500, 3, 32, 32) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+    assert torch.equal(images, drawn.__wrapped__(500, 1)[0])
+    assert not torch.equal(images, simclr_essl.draw_patterns(500, 2)[0])
+    assert labels.bincount().min() > 25 and len(labels.unique()) == 10
+    tint = images.float().mean((2, 3))
+    assert ((tint.amax(1) - tint.amin(1)) / tint.mean(1)).max() < 0.05  # nothing to learn from colour
+
+# photographs
+
+PHOTO_FLAGS = ("--arch small --size 48 --small-size 32 --projector 32-32 --predictor 32-32 --batch-size 64 --epochs 2 "
+               "--save-every 0 --knn-every 0 --dataset folder --data-root").split()
+PHOTO_FLAGS_OF = {
+    care: [*"--chunks 4 --arch small --size 48 --projector 32-32".split(), *PHOTO_FLAGS[10:]],
+    sfrik: [*"--arch small --size 48 --projector 32-32 --optimizer sgd".split(), *PHOTO_FLAGS[10:]],
+    homomorphic: [*"--width 0.25 --arch small --size 48 --projector 32-32".split(), *PHOTO_FLAGS[10:]],
+}
+
+def write_arrays(root, **counts):
+    """Arrays as prepare.py writes them: write_arrays(root, train=80, val=9), of two classes."""
+    root.mkdir(parents=True, exist_ok=True)
+    for seed, (split, n) in enumerate(counts.items()):
+        images = simclr_essl.draw_patterns(max(n, 1), seed)[0][:n]
+        np.save(root / f"{split}-images.npy", F.interpolate(images, 56).numpy())
+        np.save(root / f"{split}-labels.npy", np.arange(n) % 2)
+    (root / "classes.json").write_text('["cat", "dog"]')
+
+@image_scripts
+def test_photographs_from_end_to_end(script, tmp_path, monkeypatch, capsys):
+    """Stopped and continued; probed on fresh crops; refused when the arrays are others."""
+    root, probe = tmp_path / "photos", script.linear_probe
+    write_arrays(root, train=150, val=17)
+    monkeypatch.setattr(script, "linear_probe", lambda *args, **how: probe(*args, **how | {"epochs": 1}))
+    line = [*PHOTO_FLAGS_OF.get(script, PHOTO_FLAGS), str(root)]
+    script.main([*line, "--out", str(tmp_path / "whole")])
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert results["knn_top1"] > 0 and results["linear_top1"] > 0
+    part = [*line, "--out", str(tmp_path / "part")]
+    interrupted(script, 4, part, monkeypatch, capsys)  # in the second step of the second epoch
+    run_training(script, *part)
+    assert "1 of 2 epochs done" in capsys.readouterr().out
+    assert same_end(tmp_path / "whole", tmp_path / "part")
+    line += ["--out", str(tmp_path / "whole")]
+    (root / "classes.json").write_text('["cat", "cow"]')
+    assert "class names was ['cat', 'dog'], is ['cat', 'cow']" in stopped(capsys, *line, script=script)
+    write_arrays(root, train=160, val=17)
+    message = stopped(capsys, *line, script=script)
+    assert "number of images was 150, is 160" in message and "checksum" in message
+    assert len(script.load_data(script.parse_args([*line, "--limit", "70"]), CPU)[0][0]) == 70
+
+def test_photographs_without_classes_are_not_evaluated(tmp_path, capsys):
+    write_arrays(tmp_path, train=70, val=0)
+    np.save(tmp_path / "train-labels.npy", np.zeros(70, np.int64))
+    simclr_essl.main([*PHOTO_FLAGS, str(tmp_path), "--out", str(tmp_path / "run")])
+    assert "no evaluation" in capsys.readouterr().out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert "knn_top1" not in results and (tmp_path / "run" / "encoder.pt").exists()
+
+def test_arrays_of_another_shape_or_type_are_refused(tmp_path, capsys):
+    line = [*PHOTO_FLAGS, tmp_path, "--out", tmp_path / "run"]
+    good = simclr_essl.draw_patterns(70, 1)[0].numpy()
+    for images, labels, words in (
+        (good / 255, np.arange(70), "train-images.npy must be uint8 (N, 3, H, W), not float64"),
+        (good.transpose(0, 2, 3, 1), np.arange(70), "not uint8 (70, 32, 32, 3)"),
+        (good[0], np.arange(70), "not uint8 (3, 32, 32)"), (good, np.arange(69), "train-labels.npy must be 70 classes"),
+        (good, np.arange(70.0), "train-labels.npy must be 70 classes"),
+        (good, np.arange(70) - 1, "train-labels.npy must be 70 classes: integers from 0"),
+    ):
+        write_arrays(tmp_path, train=1, val=4)
+        np.save(tmp_path / "train-images.npy", images)
+        np.save(tmp_path / "train-labels.npy", labels)
+        assert words in stopped(capsys, *line)
+    write_arrays(tmp_path, train=70, val=4)
+    for damage in (b"", b"no array", (tmp_path / "val-images.npy").read_bytes()[:300]):
+        (tmp_path / "val-images.npy").write_bytes(damage)
+        assert "prepare.py" in stopped(capsys, *line)
+
+def test_photographs_that_exceed_a_gpu_stay_outside(tmp_path, monkeypatch):
+    write_arrays(tmp_path, train=80, val=9)
+    images, _ = simclr_essl.load_photos(tmp_path, "train")
+    room = {"there": 4 * images.nbytes}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room["there"], 0))
+    moved = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: moved.append(self.nbytes) or self)
+    simclr_essl.place((images, torch.arange(80)), torch.device("cuda"))
+    assert moved == [640]  # the labels alone
+    room["there"] += 4
+    simclr_essl.place((images, torch.arange(80)), torch.device("cuda"))
+    assert moved == [640, images.nbytes, 640]
+
+# prepare.py
+
+def prepared(*argv, code=None):
+    """What prepare.py ends with, by a command line."""
+    try:
+        return prepare.main([str(word) for word in argv])
+    except SystemExit as stop:
+        return stop.code
+
+def pixels(path, size=40):
+    return prepare.read_picture(path, size).transpose(1, 2, 0).astype(int)
+
+@pytest.mark.parametrize("kind", ("png 16", "tiff 16", "tiff 16 big", "tiff 32", "tiff float", "holes"))
+def test_prepare_reads_gray_values_of_more_than_8_bits(kind, tmp_path):
+    """16 bits by their range, those without a range of their own by the image's."""
+    values, path = gray_wave(), tmp_path / ("x.png" if kind == "png 16" else "x.tif")
+    want = (255 * (values - values.min()) / (values.max() - values.min())).astype(int)
+    if "16" in kind:
+        want, bits = (255 * values).astype(int), ">u2" if "big" in kind else "<u2"
+        Image.fromarray((65535 * values).astype(bits)).save(path)
+    elif kind == "tiff 32":
+        Image.fromarray((1_000_000 * values - 400_000).astype(np.int32)).save(path)
+    else:
+        if kind == "holes":
+            values[0, :3], want[0, :3] = (np.nan, np.inf, -np.inf), (0, 255, 0)
+        Image.fromarray(values.astype(np.float32)).save(path)
+    got = pixels(path)
+    assert got.shape == (40, 40, 3) and abs(got - want[..., None]).max() <= 1
+
+def test_prepare_reads_pictures_as_a_viewer_shows_them(tmp_path, capsys):
+    """All eight turns of EXIF; transparency over white; palettes, gray, CMYK; broken metadata."""
+    colors = (gray_wave()[..., None] * [200, 120, 250]).astype(np.uint8)
+    upright = Image.fromarray(colors)
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that stores it with the tag
+    for tag in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = tag
+        stored = upright.transpose(Image.Transpose(undo[tag])) if tag > 1 else upright
+        stored.save(tmp_path / "x.png", exif=exif)
+        assert (pixels(tmp_path / "x.png") == colors).all(), tag
+        stored.convert("L").save(tmp_path / "x.tif", exif=exif)  # which PIL may map into memory
+        assert (pixels(tmp_path / "x.tif")[..., 0] == np.asarray(upright.convert("L"))).all(), tag
+    see_through = upright.convert("RGBA")
+    see_through.putalpha(Image.fromarray(np.repeat([[0, 255]], 20, 1).repeat(40, 0).astype(np.uint8)))
+    see_through.save(tmp_path / "x.png")
+    over_white = colors.copy()
+    over_white[:, :20] = 255
+    assert (pixels(tmp_path / "x.png") == over_white).all()
+    for image in (upright.convert("L"), upright.quantize(), upright.convert("1"), upright.convert("LA")):
+        image.save(tmp_path / "x.png")
+        assert (pixels(tmp_path / "x.png") == np.asarray(image.convert("RGB"))).all(), image.mode
+    upright.convert("CMYK").save(tmp_path / "x.jpg")
+    assert abs(pixels(tmp_path / "x.jpg") - colors).mean() < 20
+    text, raw = PngImagePlugin.PngInfo(), PngImagePlugin.PngInfo()
+    text.add_text("parameters", "a" * (2 << 20), zip=True)
+    raw.add_text("Raw profile type exif", "\nexif\n      10\n" + "zz" * 10 + "\n")
+    capsys.readouterr()
+    for how in (dict(pnginfo=text), dict(icc_profile=b"a" * (2 << 20)), dict(pnginfo=raw), dict(exif=b"Exif\0\0junkjunk")):
+        upright.save(tmp_path / "x.png", **how)
+        assert (pixels(tmp_path / "x.png") == colors).all(), how.keys()
+        told = capsys.readouterr().out
+        assert ("EXIF is broken" in told) == ("exif" in how or how.get("pnginfo") is raw)
+
+def test_prepare_cuts_the_middle_square_and_resizes_it(tmp_path):
+    picture = F.interpolate(simclr_essl.draw_patterns(1, 5)[0].float(), (300, 500), mode="bicubic").clamp(0, 255)[0]
+    TF.to_pil_image(picture.byte()).save(tmp_path / "x.png")
+    want = TF.resize(TF.center_crop(picture.byte(), [300, 300]), [64, 64], antialias=True)
+    assert abs(pixels(tmp_path / "x.png", 64) - want.permute(1, 2, 0).numpy().astype(int)).max() <= 2
+    TF.to_pil_image(picture.byte()).resize((4000, 2400)).save(tmp_path / "x.jpg", quality=95)  # decoded at a fraction
+    assert abs(pixels(tmp_path / "x.jpg", 64) - want.permute(1, 2, 0).numpy().astype(int)).mean() < 3
+    Image.new("L", (65000, 2), 77).save(tmp_path / "strip.png")
+    assert (pixels(tmp_path / "strip.png", 224) == 77).all()  # not by way of 224 x 7,280,000 pixels
+
+def test_prepare_counts_what_is_there(tmp_path, capsys):
+    """What Pillow opens, each real folder once, nothing that systems leave; the rest is counted."""
+    picture, train = Image.fromarray(np.zeros((9, 9, 3), np.uint8)), tmp_path / "train"
+    names = "cat/a.JPEG cat/b.jfif cat/c.gif dog/d.webp dog/e.avif dog/f.tif dog/deep/g.png".split()
+    hidden = ("cat/._a.jpg cat/.ipynb_checkpoints/a.jpg __MACOSX/cat/a.jpg .trash/a.jpg cat/.DS_Store cat/@eaDir/a.jpg/x.jpg "
+              "@eaDir/x.jpg #recycle/a.jpg $RECYCLE.BIN/a.jpg")
+    others = "cat/notes.txt dog/film.mpg dog/paper.pdf dog/scan.fits dog/list dog/more dog/cloud.pcd".split()
+    for name in names + hidden.split() + others + ["loose.png", "loose.txt"]:
+        (train / name).parent.mkdir(parents=True, exist_ok=True)
+        kind = {"jfif": "jpeg", "tif": "tiff"}.get(name[-4:].strip("."), name.split(".")[-1])
+        if name in names:
+            picture.save(train / name, format=kind.lower())
+        else:
+            (train / name).write_text("no picture")
+    for link, target in (("dog/deep/up", ".."), ("dog/again", "."), ("cat/a", "../../train"), ("cat/b", "../dog")):
+        (train / link).symlink_to(target)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    picture.save(elsewhere / "h.png")
+    (train / "cat" / "link").symlink_to(elsewhere)
+    assert prepared(tmp_path, "--out", tmp_path / "out", "--size", 8) is None
+    printed = capsys.readouterr().out
+    assert f"{train}: 8 images, 2 classes\n" in printed
+    assert "ignored 7 other files: no extension 2, " in printed and ".txt 1" in printed and ".pcd 1" in printed
+    assert "left out 2 files beside the class folders: .png 1, .txt 1" in printed
+    assert np.load(tmp_path / "out" / "train-labels.npy").tolist() == [0] * 4 + [1] * 4
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["cat", "dog"]
+    assert np.load(tmp_path / "out" / "val-images.npy").shape == (0, 3, 8, 8)
+
+def test_prepare_knows_classes_by_name(tmp_path, capsys):
+    """Lists, some of each class, val/ that lacks a class, names in NFC and NFD; what does not fit."""
+    cafe = {form: unicodedata.normalize(form, "café") for form in ("NFC", "NFD")}
+    image_tree(tmp_path, **{f"train__{cafe['NFC']}": 3, "train__hot dog": 5, "train__rare": 4,
+                            f"val__{cafe['NFD']}": 2, "val__hot dog": 1})
+    (tmp_path / "val" / "rare").mkdir()
+    (tmp_path / "list").write_bytes("\ufeffhot dog\r\n\n café \n".encode())
+    out = tmp_path / "out"
+    assert prepared(tmp_path, "--out", out, "--size", 8, "--classes", tmp_path / "list", "--per-class", 4) is None
+    assert json.loads((out / "classes.json").read_text()) == [cafe["NFC"], "hot dog"]
+    assert np.load(out / "train-labels.npy").tolist() == [0] * 3 + [1] * 4
+    assert np.load(out / "val-labels.npy").tolist() == [0, 0, 1]
+    (tmp_path / "list").write_text("hot dog\ncow")
+    assert "cow" in prepared(tmp_path, "--out", tmp_path.parent / "x", "--classes", tmp_path / "list")
+    image_tree(tmp_path, val__cow=1)
+    assert "not in these: cow" in prepared(tmp_path, "--out", tmp_path.parent / "x")
+    (tmp_path / "train" / "phone").mkdir()
+    (tmp_path / "train" / "phone" / "IMG_1.HEIC").write_bytes(b"heic")
+    message = prepared(tmp_path, "--out", tmp_path / "x")
+    assert "train/phone has no image" in message and ".heic 1" in message and "convert to JPEG first" in message
+    (tmp_path / "list").write_bytes("café".encode("latin-1"))
+    assert "utf-8" in prepared(tmp_path, "--out", tmp_path.parent / "x", "--classes", tmp_path / "list")
+    assert "train is missing" in prepared(tmp_path / "nowhere", "--out", tmp_path / "x")
+    assert prepared(tmp_path, "--out", tmp_path / "x", "--size", 0) == 2
+    assert not (tmp_path / "x").exists()
+
+def test_prepare_names_all_damaged_files_or_leaves_them_out(tmp_path, capsys):
+    image_tree(tmp_path, train__cat=6, train__dog=5, val__cat=3)
+    damaged = [tmp_path / name for name in ("train/cat/1.jpg", "train/dog/0.jpg", "val/cat/2.jpg")]
+    damaged[0].write_bytes(b"no header")
+    damaged[1].write_bytes(damaged[1].read_bytes()[:400])
+    damaged[2].unlink()
+    damaged[2].symlink_to("/mnt/annex/2.jpg")
+    Image.new("1", (15000, 13000)).save(tmp_path / "val" / "cat" / "bomb.png")
+    line = [tmp_path, "--out", tmp_path / "out", "--size", 8]
+    message = prepared(*line)
+    assert message.startswith("error: 4 files") and all(str(path) in message for path in damaged)
+    assert "bomb.png" in message and "pixels" in message and "--skip-damaged" in message
+    assert not (tmp_path / "out").exists()
+    assert prepared(*line, "--skip-damaged") is None
+    assert "left out 4 files" in capsys.readouterr().out
+    images, labels = (np.load(tmp_path / "out" / f"train-{part}.npy", mmap_mode="r") for part in ("images", "labels"))
+    assert images.shape == (9, 3, 8, 8) and labels.tolist() == [0] * 5 + [1] * 4
+    kept = [path for path in sorted((tmp_path / "train").glob("*/*.jpg")) if path not in damaged]
+    assert all((image == prepare.read_picture(path, 8)).all() for image, path in zip(images, kept, strict=True))
+    assert len(np.load(tmp_path / "out" / "val-images.npy")) == len(np.load(tmp_path / "out" / "val-labels.npy")) == 2
+
+def test_prepare_decodes_once_and_a_killed_decoding_is_taken_up(tmp_path, monkeypatch, capsys):
+    image_tree(tmp_path / "tree", train__cat=5, train__dog=4)
+    line = [tmp_path / "tree", "--out", tmp_path / "deep" / "out", "--size", 8]
+    read, header, calls = prepare.read_picture, prepare.write_header, []
+
+    def killed(file, n, size):
+        if calls:
+            raise KeyboardInterrupt
+        header(file, n, size)
+
+    monkeypatch.setattr(prepare, "read_picture", lambda *args: calls.append(args) or read(*args))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "write_header", killed)  # when the pictures are written, the labels not
+        assert "the same command" in prepared(*line)
+    out = tmp_path / "deep" / "out"
+    assert not out.exists() and out.with_name("out.part").exists()  # no script takes it for whole
+    assert prepared(*line) is None and len(np.load(out / "train-images.npy")) == 9
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
+    before = len(calls)
+    assert prepared(*line) is None and len(calls) == before
+    assert "already" in capsys.readouterr().out
+    assert "not empty" in prepared(*line[:-1], 9)  # another size
+    image_tree(tmp_path / "tree", train__cow=1)
+    assert "not empty" in prepared(*line)
+    (tmp_path / "own.part").mkdir()
+    (tmp_path / "own.part" / "x").write_text("")
+    assert "in the way" in prepared(tmp_path / "tree", "--out", tmp_path / "own")
+    assert (tmp_path / "own.part" / "x").exists()  # it is somebody's
+    assert "among the images" in prepared(tmp_path / "tree", "--out", tmp_path / "tree" / "train" / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1919))
+    assert "too little room" in prepared(tmp_path / "tree", "--out", tmp_path / "new", "--size", 8)
+
+def test_from_photographs_to_a_run(tmp_path, capsys):
+    image_tree(tmp_path / "tree", train__cat=40, train__dog=40, val__cat=4, val__dog=4)
+    prepared(tmp_path / "tree", "--out", tmp_path / "mine", "--size", 56)
+    simclr_essl.main(["--quick", *PHOTO_FLAGS, str(tmp_path / "mine"), "--out", str(tmp_path / "run")])
+    assert "is finished" in capsys.readouterr().out
+
+# several processes, and other ways to start
+
+def test_world_size_left_over_in_the_environment(tmp_path, capsys):
+    """Alone: one line. With the rest: it says for whom it waits, and Ctrl-C works. Empty: see arena."""
+    line = [sys.executable, "simclr_essl.py", *tiny(simclr_essl, tmp_path / "run")]
+    alone = subprocess.run(line, cwd=HERE, env=os.environ | {"WORLD_SIZE": "2"}, capture_output=True, text=True)
+    assert alone.stderr.startswith("error: WORLD_SIZE is 2") and alone.returncode == 1
+    there = dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="localhost", MASTER_PORT=free_port())
+    waits = subprocess.Popen(line, cwd=HERE, env=os.environ | there, stdout=subprocess.PIPE, text=True)
+    assert waits.stdout.readline() == "waiting for 2 processes\n"
+    time.sleep(1)
+    waits.send_signal(signal.SIGINT)
+    assert waits.wait(20) == -signal.SIGINT
+
+NOTEBOOK = """
+import io, runpy, sys
+
+class OutStream(io.TextIOBase):  # as ipykernel's: no reconfigure, no encoding
+    def write(self, text):
+        return sys.__stdout__.write(text)
+    def isatty(self):
+        return False
+
+sys.stdout, sys.argv = OutStream(), sys.argv[1:]
+runpy.run_path("simclr_essl.py", run_name="__main__")
+"""
+
+def test_runs_in_a_notebook(tmp_path):
+    """By %run; and as the last cell of a notebook, where the arguments are the kernel's: --quick."""
+    def started(*argv):
+        line = [sys.executable, "-c", NOTEBOOK, *argv]
+        left_over = os.environ | {"LOCAL_RANK": "1", "RANK": "1", "PYTHONUNBUFFERED": "1"}
+        return subprocess.Popen(line, cwd=tmp_path, env=left_over, stdout=subprocess.PIPE, text=True)
+
+    (tmp_path / "simclr_essl.py").symlink_to(HERE / "simclr_essl.py")
+    magic_run = started("simclr_essl.py", *tiny(simclr_essl, tmp_path / "run"))
+    last_cell = started("/x/ipykernel_launcher.py", "-f", "kernel-1.json")
+    assert "is finished" in magic_run.communicate()[0]
+    while (line := last_cell.stdout.readline()) and "epoch 1/12" not in line:
+        pass
+    last_cell.kill()
+    assert line and (tmp_path / "runs").is_dir()
+    last_cell.communicate()
+
+TWO = """
+import importlib, json, os, sys, torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+if "RANK" in os.environ:
+    dist.init_process_group("gloo")
+results = []
+for name, flags in json.loads(sys.argv[2]):
+    script = importlib.import_module(name)
+    config = script.parse_args(["--dataset", "patterns", "--batch-size", "32", *flags.split()])
+    torch.manual_seed(0)
+    method = script.Method(config).eval()  # running statistics: the processes share no batch
+    images, labels = script.draw_patterns(100, 1)
+    data = [images, labels] if name == "homomorphic" else [images]
+    batch = next(script.batches(*data, config, torch.device("cpu"), 1))
+    if name == "homomorphic":  # given fibers and views
+        rows = 7 * torch.arange(len(batch[0])) + int(os.environ.get("RANK", 0)) * 7 * 16
+        method.draw_fibers = lambda n: method.pairs[rows % len(method.pairs)].unbind(1)
+        method.views = lambda images: (images / 255, images.flip(3) / 255)
+    elif name != "care":  # given views; care's processes draw what one draws
+        method.views = lambda images: (images / 255, images.flip(3) / 255, images[:, :, ::2, ::2] / 255)
+    if name == "sfrik":
+        method.views = lambda images: (images / 255, images.flip(3) / 255)
+    if "--equivariance-batch 16" in flags:
+        method.views = lambda images: (images / 255, images.flip(3) / 255, images[::2] / 255, images[::2] / 512)
+    model = DistributedDataParallel(method) if dist.is_initialized() else method
+    loss, terms = model(*batch) if name == "homomorphic" else model(batch)
+    loss.backward()
+    terms.pop("std", None)  # of the first process
+    terms.pop("mmd", None)
+    terms.pop("rotation_top1", None)  # a few images on the edge may change sides
+    if dist.is_initialized():
+        for term in terms.values():
+            dist.all_reduce(term)
+            term /= 2
+    results.append([terms, [p.grad for p in method.parameters() if p.requires_grad]])
+if os.environ.get("RANK", "0") == "0":
+    torch.save(results, sys.argv[1])
+if dist.is_initialized():
+    dist.barrier()  # a process that leaves early can take the other down with it
+    dist.destroy_process_group()
+"""
+
+def test_two_processes_compute_what_one_computes(tmp_path):
+    together = [("simclr_essl", ""), ("simclr_essl", "--lam 0"), ("simsiam_essl", ""), ("care", "--chunks 4"),
+                ("care", "--chunks 1 --lam 1"), ("care", "--share-pair --lam 1"), ("care", "--base moco --queue 100"),
+                ("care", "--chunks 4 --equivariance-batch 16"), ("homomorphic", "--group rotation --width 0.25"),
+                ("homomorphic", "--ssl augmented --width 0.25"), ("homomorphic", "--ssl frozen --width 0.25"),
+                ("sfrik", "--projector 64-64")]
+    together += [("sfrik", f"--projector 64-64 --loss {loss}") for loss in ("simclr", "auh", "vicreg")]
+
+    def launch(name, **env):
+        line = [sys.executable, "-c", TWO, str(tmp_path / name), json.dumps(together)]
+        return subprocess.Popen(line, cwd=HERE, env=os.environ | env, stderr=subprocess.PIPE)
+
+    there = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    processes = [launch("two", RANK=str(rank), **there) for rank in range(2)] + [launch("one")]
+    for process in processes:
+        assert process.wait(300) == 0, process.stderr.read().decode()
+    one, two = torch.load(tmp_path / "one"), torch.load(tmp_path / "two")
+    for of, (terms, gradients), (others, theirs) in zip(together, one, two, strict=True):
+        for name in terms:
+            assert others[name].item() == pytest.approx(terms[name].item(), rel=1e-5, abs=1e-8), (of, name)
+        for a, b in zip(gradients, theirs, strict=True):
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-6), of
+
+@image_scripts
+def test_run_of_two_processes(script, tmp_path):
+    """By torchrun, from end to end; the first process alone prints and writes."""
+    line = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master-port={free_port()}", f"{script.__name__}.py"]
+    done = subprocess.run([sys.executable, *line, *tiny(script, tmp_path / "run")], cwd=HERE,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("waiting for 2 processes") == done.stdout.count("epoch 3/3") == 1
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["processes"] == 2
+
+# a GPU: on any machine by tensors without numbers, and a real one
+
+STEPS = [(simclr_essl, f"--dataset patterns {flags}", 32) for flags in (
+    "", "--lam 0", "--transform jigsaw", "--transform hflip --crop-only", "--transform grayscale",
+    "--transform inversion", "--transform blur", "--role augment --transform vflip")]
+STEPS += [(simsiam_essl, f"--dataset patterns {flags}", 32) for flags in ("", "--lam 0")]
+STEPS += [(care, f"--dataset patterns --batch-size 8 --chunks 2 {flags}", 32) for flags in (
+    "", "--lam 0", "--base moco --queue 16", "--share-pair --equivariance-batch 4", "--contrast uniformity",
+    "--contrast invariance", "--contrast none")]
+STEPS += [(sfrik, f"--dataset patterns --projector 64-4 {flags}", 32) for flags in (
+    "", "--loss simclr", "--loss auh", "--loss vicreg")]
+STEPS.append((sfrik, "--dataset imagenet20 --arch small --size 32 --projector 64-8", 48))
+STEPS += [(script, "--dataset folder --arch small --size 32 --small-size 16", 48) for script in IMAGES[:2]]
+STEPS.append((care, "--dataset folder --arch small --size 32 --batch-size 8 --chunks 2", 48))
+STEPS.append((care, "--dataset chains --batch-size 8 --chunks 2", 0))
+STEPS += [(photonics_reg, f"--arch small --dataset {kind} --mode {mode}", 32)
+                for kind in ("gpm", "blob") for mode in photonics_reg.MODES]
+STEPS += [(homomorphic, f"--dataset patterns --width 0.25 --group {group} --ssl {ssl}", 32)
+                for group in ("translation", "rotation", "scale") for ssl in ("homomorphic", "augmented")]
+STEPS += [(homomorphic, f"--width 0.25 {flags}", side) for flags, side in (
+    ("--ssl supervised", 28), ("--ssl frozen --structure none", 28), ("--group scale --structure none", 28),
+    ("--dataset folder --group scale --size 32", 48))]
+
+@pytest.mark.parametrize("script, flags, side", STEPS, ids=[f"{x.__name__} {flags}" for x, flags, _ in STEPS])
+def test_step_on_a_gpu_mixes_no_devices_and_never_waits(script, flags, side, tmp_path, monkeypatch):
+    """On torch's tensors without numbers, which can be "on a GPU" on any machine.
+
+    They refuse to mix devices, and to give the host a number. They cannot go backward. bf16 is for
+    the backbone only.
+    """
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *how: True)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch, "randperm", np.random.permutation)  # an order drawn on the CPU
+    config = script.parse_args([*flags.split(), "--precision", "bf16", "--out", str(tmp_path)])
+    method, seen, entered, labels = script.Method(config), {}, set(), []
+    if "supervised" in flags:
+        method = script.Method(config, 1)
+    for name, network in method.named_children():
+        network.register_forward_pre_hook(lambda module, x: entered.add(x[0].dtype))
+        last = [*network.modules()][-1]
+        last.register_forward_hook(lambda module, x, y, name=name: seen.update({name: y.dtype}))
+    with FakeTensorMode():
+        for module in method.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, x in tensors.items():
+                    there = x if x is None else torch.empty(x.shape, dtype=x.dtype, device="cuda")
+                    tensors[name] = torch.nn.Parameter(there) if isinstance(x, torch.nn.Parameter) else there
+        images = torch.empty(8, len(method.mean), side, side, dtype=torch.uint8, device="cuda")
+        if side == 0:
+            images = torch.empty(8, 50, 4, device="cuda")  # clouds
+        if script is photonics_reg:
+            images = torch.empty(8, 32, 32, device="cuda")
+            labels = [torch.empty(8, 400, device="cuda")]
+        with OnTheGpu():
+            loss, terms = method(images, *labels) if labels else outcome(method, images)
+    assert {x.device.type for x in (loss, *terms.values())} == {"cuda"}
+    narrow = {name for name, dtype in seen.items() if dtype == torch.bfloat16}
+    if script is sfrik:  # the wide projector is in bf16, too, and gets float32 from the encoder
+        assert narrow == {"encoder", "projector"}
+    else:
+        assert narrow == {"encoder", "key_encoder"} & seen.keys() >= {"encoder"}
+    assert {loss.dtype, *entered} == {torch.float32}
+
+def step_on(device, script, *flags, compiled=False):
+    """(loss, gradients) of a step with flags, on a device, by draws of the CPU."""
+    method, images = batch_of(script, *flags, n=64)
+    method.to(device)
+    for network in method.children() if compiled else ():
+        network.forward = torch.compile(network.forward, dynamic=False)
+    torch.manual_seed(1)
+    with DrawsOfTheCpu():
+        loss, _ = outcome(method, images.to(device))
+    loss.backward()
+    return loss.item(), [p.grad.cpu() for p in method.parameters() if p.grad is not None]
+
+@needs_cuda
+@all_scripts
+def test_cuda_step_equals_the_cpus(script):
+    """In float32, to rounding; in bf16, and compiled, nearly."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        ours, theirs = (step_on(device, script, "--precision", "fp32") for device in (CUDA, CPU))
+        compiled = step_on(CUDA, script, "--precision", "fp32", compiled=True)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-4)
+    largest = max(gradient.norm() for gradient in theirs[1])
+    for a, b in zip(ours[1], theirs[1], strict=True):  # of biases before BatchNorm only rounding is left
+        assert (a - b).norm() <= 1e-2 * b.norm() + 1e-4 * largest
+    assert compiled[0] == pytest.approx(ours[0], rel=1e-2)
+    loss, gradients = step_on(CUDA, script, "--precision", "bf16")
+    assert loss == pytest.approx(theirs[0], rel=0.03, abs=0.03)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+@needs_cuda
+@all_scripts
+def test_cuda_step_never_synchronises(script):
+    method, images = batch_of(script, "--precision", "bf16", n=64)
+    method.to(CUDA, memory_format=torch.channels_last)
+    optimizer = script.make_optimizer(method, method.config)
+    images = images.to(CUDA)
+    for mode in ("default", "error"):  # the first step may
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            loss, terms = outcome(method, images)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
+
+@needs_cuda
+@all_scripts
+def test_cuda_run_is_saved_continued_and_read_on_the_cpu(script, tmp_path, monkeypatch, capsys):
+    line = tiny(script, tmp_path / "run", "--save-every", "0", "--device", "cuda")
+    interrupted(script, 7, line, monkeypatch, capsys)
+    script.main(line)
+    assert re.search(r"[1-3] of \d epochs done", capsys.readouterr().out)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["peak_memory_gb"] > 0 and results["device"] == torch.cuda.get_device_name()
+    encoder = torch.load(tmp_path / "run" / "encoder.pt", weights_only=True)
+    assert {value.device.type for value in encoder.values()} == {"cpu"}
+    method, _ = batch_of(script)
+    method.encoder.load_state_dict(encoder)
+    assert all(value.isfinite().all() for value in encoder.values())
 
 # ------------------------------------------------------------------------------------------- care
 
@@ -2257,10 +3596,6 @@ def test_spectra(runs, tmp_path, capsys):
     compare.main([str(runs(photonics_reg)), "--out", str(tmp_path)])
     assert (tmp_path / "spectra.png").stat().st_size > 10_000 and "spectra.png: four" in capsys.readouterr().out
 
-# until the script is in the third form
-third_homomorphic = pytest.mark.skipif(not hasattr(homomorphic, "middle"), reason="of an older form")
-
-@third_homomorphic
 def test_layers_of_a_run(runs, tmp_path, monkeypatch):
     fewer_images(monkeypatch)
     compare.main([str(runs(homomorphic)), "--out", str(tmp_path)])
@@ -2268,7 +3603,6 @@ def test_layers_of_a_run(runs, tmp_path, monkeypatch):
     assert len(saved["means"][0]["layers"]) == len(saved["means"][0]["layers_unmoved"]) == 3
     assert "error of each layer" in (tmp_path / "compare.md").read_text()
 
-@third_homomorphic
 def test_layer_errors():
     """Zero for rotation; small for translation; larger for scale; large without structure."""
     errors = {}
@@ -2332,8 +3666,8 @@ def test_benchmark_of_losses_and_bad_words(capsys):
 # CAMPAIGN=20 python -m pytest -s -k campaign test_all.py
 CAMPAIGN = int(os.environ.get("CAMPAIGN", 1))
 
-ALL_SCRIPTS = [simclr_essl, simsiam_essl, care, sfrik, homomorphic, photonics_reg]
-campaign = of_scripts(ALL_SCRIPTS if CAMPAIGN > 1 else [sfrik])
+ALL = [simclr_essl, simsiam_essl, care, sfrik, homomorphic, photonics_reg]
+campaign = of_scripts(ALL if CAMPAIGN > 1 else [sfrik])
 
 @campaign
 def test_campaign_of_kills(script, arena, runs, tmp_path):
@@ -2366,7 +3700,7 @@ def children(pid):
     stats = [(int(stat.split()[0]), int(stat.rpartition(")")[2].split()[1])) for stat in stats]
     return [child for child, parent in stats if parent == pid]
 
-@of_scripts(ALL_SCRIPTS[:5] if CAMPAIGN > 1 else [sfrik])
+@of_scripts(ALL[:5] if CAMPAIGN > 1 else [sfrik])
 def test_campaign_of_lost_processes(script, tmp_path):
     """torchrun trains and writes once; one of two is killed: the other ends, too; then the run goes on."""
     draw, name = random.Random(script.__name__), f"{script.__name__}.py"
@@ -2397,1369 +3731,3 @@ def test_campaign_of_lost_processes(script, tmp_path):
     assert undisturbed.stdout.read().count("epoch 3/3") == 1
     assert json.loads((whole / "results.json").read_text())["processes"] == 2
     print(f"\n{script.__name__}: {i + 1} times one of two processes was lost, and the run continued")
-
-# ------------------------------------------- the third form: simclr_essl, simsiam_essl, care, homomorphic
-
-# Scripts in the third form; the others have their tests above until it is their turn.
-THIRD = [simclr_essl, simsiam_essl, care, sfrik, homomorphic]
-third = of_scripts(THIRD)
-cropping = of_scripts([script for script in THIRD if hasattr(script, "draw_boxes")])
-CELLS_TOO = [*THIRD, photonics_reg]  # for tests of what images and cells have in common
-third_and_cells = of_scripts(CELLS_TOO)
-for module in THIRD:
-    module.draw_patterns = drawn  # the same data; see test_patterns_are_the_same_in_both_forms
-# name: why it differs between scripts of this form
-MAY_DIFFER_IN_THIRD = {
-    "SCRIPT": "the name of the script",
-    "Config": "the method's flags",
-    "PRESETS": "the paper's values",
-    "QUICK": "the method's epochs",
-    "FREE": "photonics_reg evaluates errors, not kNN",
-    "PHOTOS": "the paper's datasets",
-    "Method": "the method",
-    "view_arguments": "the paper's augmentation",
-    "augment": "CARE's chunks share a draw, its blur has a radius; SFRIK's jitter has a probability",
-    "make_encoder": "E-SSL's residual branches start at zero for photographs, CARE's do not",
-    "make_projector": "the paper's heads",
-    "make_predictor": "the paper's heads",
-    "MEAN_STD": "the paper's datasets",
-    "load_data": "the paper's datasets",
-    "load_stl10": "CARE trains on the labelled images, too",
-    "make_optimizer": "the paper's optimiser",
-    "start": "photonics_reg runs on one device",
-    "batches": "CARE's processes draw the same views, since several may have a part of one chunk; cells and H-SSL's "
-               "classifier have labels",
-    "train_epoch": "SimSiam's h keeps its rate; so does photonics_reg's fine-tuning, which needs labels, as H-SSL's "
-                   "classifier does",
-    "train": "H-SSL's classifier needs labels; photonics_reg trains in stages, each with a method and an optimizer",
-    "draw_views": "the method's views",
-    "middle": "SFRIK evaluates STL-10 at 96 pixels; H-SSL trains on whole images, so it is evaluated on them",
-    "knn_accuracy": "the temperature of the paper's protocol",
-    "linear_probe": "the paper's protocol",
-    "probe": "the paper's protocol",
-    "evaluate": "the number of probes; CARE also evaluates clouds of points",
-    "parse_args": "CARE has presets of MoCo, SFRIK of its baselines; cells have no photographs, no warm-up, but other runs' encoders",
-    "check": "the method's rules",
-    "main": "photonics_reg runs on one device, and up to four modes",
-    "finish": "E-SSL's rotation and CARE's axes in the summary; photonics_reg's errors are in the log",
-}
-FULL_BOX = lambda uniform, height, width, scale: torch.tensor([[0.0, 0, height, width]]).expand(len(uniform(0, 1)), 4)
-
-def stopped(capsys, *argv, script=simclr_essl):
-    """The command ends with one line that starts with "error: ", or argparse's; returns the line."""
-    with pytest.raises(SystemExit) as stop:
-        script.main([str(word) for word in argv])
-    if stop.value.code == 2:  # argparse prints its usage before
-        return capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code.startswith("error: ") and "\n" not in stop.value.code
-    return stop.value.code
-
-def batch_of(script, *flags, n=16):
-    """A method, and uint8 images for it."""
-    config = script.parse_args(tiny(script, "unused", *flags, "--batch-size", str(n)))
-    script.start(config)
-    torch.manual_seed(0)
-    if script is photonics_reg:
-        return script.Method(config), script.draw_cells("gpm", n, 3).float()
-    return script.Method(config), script.draw_patterns(n, 3)[0]
-
-def outcome(method, images):
-    """(loss, terms) of a method; homomorphic's needs labels."""
-    labels = [torch.arange(len(images), device=images.device) % 10] if isinstance(method, homomorphic.Method) else []
-    return method(images, *labels)
-
-def interrupted(script, step, line, monkeypatch, capsys):
-    """Runs the line, with Ctrl-C at a step, counted from where the run begins or goes on."""
-    rate, calls = script.learning_rate, []
-
-    def at_step(*args):
-        calls.append(1)
-        if len(calls) == step:
-            raise KeyboardInterrupt
-        return rate(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "learning_rate", at_step)
-        assert "same command" in stopped(capsys, *line, script=script)
-
-def test_third_form_shares_blocks_to_the_letter():
-    sources = [definitions(script) for script in CELLS_TOO]
-    _, different = drift(sources)
-    assert different == MAY_DIFFER_IN_THIRD.keys()
-    for one, other in itertools.combinations(sources, 2):
-        order = [[name for name in x if name in y] for x, y in ((one, other), (other, one))]
-        assert order[0] == order[1]
-
-@third_and_cells
-def test_third_form_has_the_paper_first_and_stands_alone(script):
-    text = Path(script.__file__).read_text()
-    lines = text.splitlines()
-    banners = [line.split()[2] for line in lines if line.startswith("# %%")]
-    own = {"care": ["PROTEINS"], "photonics_reg": ["SOLVER"]}.get(script.__name__, [])
-    assert banners == ["CONFIG", "METHOD", "AUGMENT", "MODEL", "DATA", *own, "TRAIN", "EVALUATE", "MAIN"]
-    assert lines.index(next(line for line in lines if line.startswith("# %% METHOD"))) < len(lines) / 4
-    assert script.SCRIPT == script.__name__ and max(map(len, lines)) <= 100
-    assert len(script.__doc__.splitlines()) <= 42
-    allowed = {"torch", "torchvision", "numpy", "PIL"} | set(sys.stdlib_module_names)
-    for node in ast.walk(ast.parse(text)):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module] if isinstance(node, ast.ImportFrom) else []
-        assert {name.split(".")[0] for name in names} <= allowed, names
-    for name, definition in vars(script).items():
-        if inspect.isfunction(definition) and definition.__module__ == script.__name__:
-            assert definition.__doc__, name
-
-# the method
-
-# golden: E-SSL CIFAR-10 code, InfoNCE at temperature 0.5: [loss, |dloss/dz1|, |dloss/dz2|]
-INFO_NCE = {
-    (8, 5, 0.3, 0.7, 0.35, 0.72): (1.192156737774062, 0.12262782438712605, 0.1014942545528762),
-    (16, 32, 1.1, 0.2, 1.0, 0.25): (1.360161967104057, 0.06009900317481963, 0.05983954413634611),
-}
-
-def test_info_nce_equals_the_authors():
-    for key, want in INFO_NCE.items():
-        golden(lambda z1, z2: simclr_essl.info_nce(z1, z2, 0.5), key, want)
-
-def test_every_transformation_against_torchvision():
-    x = torch.rand(2, 3, 16, 16)
-    versions = {name: f(x).chunk(number) for name, (number, f) in simclr_essl.TRANSFORMS.items()}
-    for name, wanted in {
-        "vflip": [x, TF.vflip(x)], "hflip": [x, TF.hflip(x)], "grayscale": [x, TF.rgb_to_grayscale(x, 3)],
-        "inversion": [x, TF.invert(x)], "rotation": [TF.rotate(x, 90 * k) for k in range(4)],
-        "blur": [x] + [TF.gaussian_blur(x, k) for k in (5, 9, 15)],
-    }.items():
-        for got, want in zip(versions[name], wanted, strict=True):
-            assert torch.allclose(got, want, atol=1e-5), name
-    quadrants = lambda v: v[0, 0].unfold(0, 8, 8).unfold(1, 8, 8).flatten(2).sum(2).flatten().tolist()
-    orders = {tuple(quadrants(v)) for v in versions["jigsaw"]}
-    assert len(orders) == 24 and all(sorted(order) == sorted(quadrants(x)) for order in orders)
-    assert torch.equal(versions["jigsaw"][0], x)
-
-@of_scripts(THIRD[:2])
-def test_forward_is_algorithm_1(script):
-    """The loss of a step, its terms and its gradient, from views drawn alike and sums by hand."""
-    method, images = batch_of(script, "--lam", "0.7")
-    torch.manual_seed(1)
-    loss, terms = method(images)
-    assert method.encoder[1].num_batches_tracked == 3  # three passes, each with statistics of its own
-    torch.manual_seed(1)
-    mean, std = torch.tensor(script.MEAN_STD["patterns"])[..., None, None]
-    embed = lambda x, head: head(method.encoder((x - mean) / std))
-    *large, small = (script.augment(images, **how) for how in script.view_arguments(method.config))
-    assert [view.shape[2] for view in (*large, small)] == [32, 32, 16]
-    z1, z2 = (embed(view, method.projector) for view in large)
-    logits = embed(torch.cat([torch.rot90(small, k, (2, 3)) for k in range(4)]), method.predictor)
-    rotation = -sum(logits.log_softmax(1)[k * 16 + i, k] for k in range(4) for i in range(16)) / 64
-    right = sum(logits[k * 16 + i].argmax().item() == k for k in range(4) for i in range(16))
-    if script is simclr_essl:
-        invariance = script.info_nce(z1, z2, 0.5)
-    else:
-        assert method.h[1].num_batches_tracked == 2
-        cosines = [F.cosine_similarity(method.h(a), b.detach()) for a, b in ((z1, z2), (z2, z1))]
-        invariance = -sum(cosines).mean() / 2
-    want = invariance + 0.7 * rotation
-    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
-    assert terms["equivariance"].item() == pytest.approx(rotation.item(), rel=1e-5)
-    assert terms["rotation_top1"].item() == pytest.approx(100 * right / 64)
-    parameters = list(method.parameters())
-    gradients = (torch.autograd.grad(value, parameters) for value in (loss, want))
-    for got, wanted in zip(*gradients, strict=True):
-        assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-6) and got.abs().sum() > 0
-    x = images.float() / 255
-    assert torch.equal(method.embed(x), embed(x, method.projector))
-
-@of_scripts(THIRD[:2])
-def test_lam_0_is_the_baseline(script):
-    method, images = batch_of(script, "--lam", "0")
-    torch.manual_seed(1)
-    loss, terms = method(images)
-    assert method.predictor is None and terms.keys() == {"invariance", "std"}
-    torch.manual_seed(1)
-    V_large1, V_large2, v_small = method.views(images)
-    z1, z2 = method.embed(V_large1), method.embed(V_large2)
-    if script is simclr_essl:
-        want = script.info_nce(z1, z2, 0.5)
-    else:
-        want = (script.negative_cosine(method.h(z1), z2) + script.negative_cosine(method.h(z2), z1)) / 2
-    assert v_small is None and loss.item() == pytest.approx(want.item(), rel=1e-5)
-
-# golden: E-SSL CIFAR-10 code, D(p = z1, z = z2)
-NEGATIVE_COSINE = {
-    (8, 5, 0.3, 0.7, 0.35, 0.72): -0.9735987435868874,
-    (16, 32, 1.1, 0.2, 1.0, 0.25): -0.8007049919128958,
-}
-
-def test_negative_cosine_equals_the_authors_and_stops_at_z():
-    for (n, d, a1, b1, a2, b2), want in NEGATIVE_COSINE.items():
-        p, z = wave(n, d, a1, b1).requires_grad_(), wave(n, d, a2, b2).requires_grad_()
-        loss = simsiam_essl.negative_cosine(p, z)
-        assert loss.item() == pytest.approx(want, rel=1e-9)
-        loss.backward()
-        u, v = p / p.norm(dim=1, keepdim=True), z / z.norm(dim=1, keepdim=True)
-        slope = (v - (u * v).sum(1, keepdim=True) * u) / p.norm(dim=1, keepdim=True)  # d cosine / dp
-        assert z.grad is None and torch.allclose(p.grad, -slope / n, atol=1e-12)
-
-def test_simclr_heads_have_the_specified_layers():
-    cifar = simclr_essl.Method(simclr_essl.Config())
-    assert kinds(cifar.projector) == "LBRLB" and kinds(cifar.predictor) == "LLRLLRL"
-    assert cifar.projector[-1].weight is None and cifar.projector[1].weight is not None
-    assert cifar.projector[0].bias is None and cifar.predictor[-1].out_features == 4
-    assert sum(p.numel() for p in cifar.encoder.parameters()) == 11_168_832  # the authors' net
-    imagenet = simclr_essl.Method(simclr_essl.parse_args(["--dataset", "imagenet"]))
-    assert kinds(imagenet.projector) == "LBRLBRLB"  # 2048, 2048, 2048, 128 in the code
-    assert imagenet.projector[-1].weight is not None and imagenet.projector[-1].num_features == 128
-    assert kinds(imagenet.predictor) == "LLRLLRLLL"  # no ReLU after the last LayerNorm
-    assert imagenet.predictor[-3].out_features == 128 and imagenet.encoder.layer1[0].bn3.weight.sum() == 0
-
-def test_simsiam_heads_and_presets():
-    method = simsiam_essl.Method(simsiam_essl.Config())
-    assert kinds(method.projector) == "LBRLB" and method.projector[-1].weight is None
-    assert kinds(method.h) == "LBRL" and kinds(method.predictor) == "LLRLLL"
-    assert method.h[0].bias is None and method.h[3].bias is not None
-    assert sum(p.numel() for p in method.encoder.parameters()) == 11_168_832  # the authors' net
-    assert [(layer.in_features, layer.out_features) for layer in (method.h[0], method.h[3])] == [(2048, 512), (512, 2048)]
-    others, h = simsiam_essl.make_optimizer(method, method.config).param_groups
-    assert {id(p) for p in h["params"]} == {id(p) for p in method.h.parameters()}
-    assert len(others["params"] + h["params"]) == len([*method.parameters()])
-    assert (others["weight_decay"], h["weight_decay"], h["lr"]) == (5e-4, 5e-4, 0.12)
-    config = simsiam_essl.parse_args(["--dataset", "imagenet"])
-    values = config.lam, config.batch_size, config.lr, config.warmup_epochs, config.weight_decay, config.epochs
-    assert values == (0.08, 512, 0.05, 0, 1e-4, 100)
-    imagenet = simsiam_essl.Method(config)
-    assert kinds(imagenet.projector) == "LBRLBRLB" and imagenet.projector[-1].weight is None
-    assert kinds(imagenet.predictor) == "LLRLLRLLL" and imagenet.predictor[-3].out_features == 256
-    assert imagenet.encoder.layer1[0].bn3.weight.sum() == 0
-
-@pytest.mark.parametrize("transform", simclr_essl.TRANSFORMS)
-@pytest.mark.parametrize("role", ("predict", "augment"))
-def test_figure_1(transform, role):
-    """Which images the predictor sees, and against which targets; how a version is drawn for a view."""
-    method, images = batch_of(simclr_essl, "--transform", transform, "--role", role, "--crop-only")
-    number, seen = method.num_versions, []
-    for how in (method.large1, method.large2, method.small):
-        assert how["size"] == 32 and how["jitter"] is None
-        assert how["flip"] == how["gray"] == how["blur"] == how["solarize"] == 0
-    if role == "predict":
-        method.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-        method.predictor.register_forward_hook(lambda module, x, y: seen.append(y))
-    torch.manual_seed(1)
-    loss, terms = method(images)
-    assert loss.isfinite() and ("equivariance" in terms) == (role == "predict")
-    if role == "predict":
-        torch.manual_seed(1)
-        _, _, v_small = method.views(images)
-        shown = v_small[::6] if transform == "jigsaw" else v_small  # 24 versions of 3 of 16
-        versions = method.transform(shown).chunk(number)
-        assert torch.allclose(seen[2] * method.std + method.mean, torch.cat(versions), atol=1e-5)
-        losses = [F.cross_entropy(part, torch.full((len(shown),), k)) for k, part in enumerate(seen[3].chunk(number))]
-        assert terms["equivariance"].item() == pytest.approx(sum(losses).item() / number, rel=1e-5)
-        return
-    pictures, counts = images.float() / 255, torch.zeros(number)
-    every = method.transform(pictures).unflatten(0, (number, 16))
-    for _ in range(60):
-        shown = method.random_version(images)
-        is_version = (every == shown).flatten(2).all(2)  # (K, 16)
-        assert is_version.any(0).all()
-        counts += (is_version.float() / is_version.sum(0)).sum(1)  # gray images have equal versions
-    counts /= 960 / number
-    assert (counts > 0.4).all() and (counts < 1.8).all()
-    torch.manual_seed(2)
-    V_large1, V_large2, v_small = method.views(images)
-    torch.manual_seed(2)
-    one, two = method.random_version(images), method.random_version(images)  # first, then the crop
-    assert torch.equal(V_large1, simclr_essl.augment(one, **method.large1)) and v_small is None
-    assert torch.equal(V_large2, simclr_essl.augment(two, **method.large2))
-
-@of_scripts(THIRD[:2])
-def test_views_of_the_paper_and_of_the_code(script):
-    arguments = lambda *line: script.view_arguments(script.parse_args([*line]))
-    assert arguments() == ({"size": 32}, {"size": 32}, {"size": 16})
-    defaults = {name: p.default for name, p in inspect.signature(script.augment).parameters.items()}
-    assert defaults["scale"] == (0.2, 1.0) and defaults["jitter"] == (0.4, 0.4, 0.4, 0.1)
-    assert (defaults["flip"], defaults["gray"], defaults["blur"], defaults["solarize"]) == (0.5, 0.2, 0, 0)
-    for dataset in ("imagenet", "folder"):
-        first, other, small = arguments("--dataset", dataset)
-        assert (first["blur"], other["blur"], small["blur"]) == (1.0, 0.1, 0.1)
-        assert "solarize" not in first.keys() | small.keys() and other["solarize"] == 0.2
-        assert first["scale"] == other["scale"] == (0.08, 1.0) and small["scale"] == (0.05, 0.14)
-        assert (first["size"], small["size"]) == (224, 96)
-        assert {how["jitter"] for how in (first, other, small)} == {(0.4, 0.4, 0.2, 0.1)}
-        if script is simclr_essl:
-            cropped = arguments("--dataset", dataset, "--crop-only")
-            assert [how["scale"] for how in cropped] == [(0.08, 1.0), (0.08, 1.0), (0.05, 0.14)]
-    for transform, name in (("hflip", "flip"), ("grayscale", "gray"), ("blur", "blur")):
-        if script is simclr_essl:
-            large, _, small = arguments("--transform", transform)
-            assert small[name] == 0 and name not in large  # the version could not be told from the view
-
-def test_simclr_presets():
-    parse = lambda line: simclr_essl.parse_args(line.split())
-    config = parse("--dataset imagenet")
-    assert config.lr * config.batch_size / 256 == pytest.approx(4.8) and config.final_lr == 0.001
-    assert (config.lam, config.temperature, config.warmup_epochs) == (0.4, 0.2, 10)
-    assert (config.weight_decay, config.arch, config.epochs) == (1e-6, "resnet50", 100)
-    small = simclr_essl.Method(parse("--quick"))
-    optimizer = simclr_essl.make_optimizer(small, config)
-    assert isinstance(optimizer, simclr_essl.LARS) and optimizer.decay == 1e-6
-    optimizer = simclr_essl.make_optimizer(small, parse(""))
-    assert type(optimizer) is torch.optim.SGD and optimizer.defaults["lr"] == pytest.approx(0.12)
-    [group] = optimizer.param_groups
-    assert group["weight_decay"] == 5e-4 and len(group["params"]) == len([*small.parameters()])
-    config = parse("--dataset folder")
-    assert (config.arch, config.batch_size, config.size) == ("resnet18", 256, 224)
-    # defaults < preset < --quick < flags
-    assert (parse("").dataset, parse("").batch_size, parse("--quick").dataset) == ("cifar10", 512, "patterns")
-    both = parse("--quick --dataset cifar10 --epochs 3 --lr 0.03")
-    assert (both.dataset, both.arch, both.epochs, both.lr) == ("cifar10", "small", 3, 0.03)
-    warmups = {"": 10, "--epochs 40": 10, "--epochs 5": 1, "--epochs 5 --warmup-epochs 3": 3}
-    assert {line: parse(line).warmup_epochs for line in warmups} == warmups
-
-def test_third_spread_is_one_for_uniform_and_zero_for_equal_embeddings():
-    assert simclr_essl.spread(torch.randn(2000, 64)).item() == pytest.approx(1, abs=0.02)
-    assert simclr_essl.spread(torch.ones(100, 64)).item() == pytest.approx(0, abs=1e-6)
-
-# augmentation
-
-@pytest.mark.parametrize("size", (16, 32, 48))
-def test_third_crop_equals_torchvisions(size):
-    x = torch.rand(4, 3, 40, 56)
-    boxes = torch.tensor([[0.0, 0, 40, 56], [3, 10, 37, 12], [5, 41, 13, 15], [20, 2, 9, 50]])
-    for image, box, got in zip(x, boxes.int().tolist(), simclr_essl.crop(x, boxes, size)):
-        assert torch.allclose(got, TF.resized_crop(image, *box, [size, size], antialias=True), atol=1e-5)
-
-def test_third_operations_equal_torchvisions():
-    x, changes, sigmas = torch.rand(4, 3, 32, 32), (-0.4, -0.2, 0.0, 0.4), (0.1, 0.5, 1.0, 2.0)
-    x[:, :, :4] = 0.3  # gray has no hue
-    for name, theirs, values, *radius in (
-        ("brightness", lambda image, change: TF.adjust_brightness(image, 1 + change), changes),
-        ("contrast", lambda image, change: TF.adjust_contrast(image, 1 + change), changes),
-        ("saturation", lambda image, change: TF.adjust_saturation(image, 1 + change), changes),
-        ("shift_hue", TF.adjust_hue, (-0.5, -0.1, 0.0, 0.4)),
-        ("gaussian_blur", lambda image, sigma: TF.gaussian_blur(image, 13, sigma), sigmas),
-        ("gaussian_blur", lambda image, sigma: TF.gaussian_blur(image, 3, sigma), sigmas, 1),
-    ):
-        got = getattr(simclr_essl, name)(x, column(*values), *radius)
-        for image, value, g in zip(x, values, got):
-            assert torch.allclose(g, theirs(image, value), atol=1e-5), name
-
-@cropping
-def test_third_flip_gray_and_solarize_equal_torchvisions(script, monkeypatch):
-    monkeypatch.setattr(script, "draw_boxes", FULL_BOX)
-    x, off = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8), {"jitter": None, "flip": 0, "gray": 0}
-    for change, want in (({}, x / 255), ({"flip": 1}, TF.hflip(x / 255)),
-                         ({"gray": 1}, TF.rgb_to_grayscale(x / 255, 3)),
-                         ({"solarize": 1}, TF.solarize(x / 255, 128 / 255))):
-        assert torch.allclose(script.augment(x, 32, **off | change), want, atol=1e-6)
-        assert torch.allclose(script.augment(x / 255, 32, **off | change), want, atol=1e-6)
-
-@cropping
-def test_third_draws_follow_torchvisions_law(script, monkeypatch):
-    """10,000 draws against as many of torchvision's own, and against uniform ones."""
-    n, drawn_values, augment = 10_000, {}, script.augment
-    names = ("brightness", "contrast", "saturation", "shift_hue")
-    for name in ("crop", *names, "gaussian_blur"):
-        spy = lambda x, values, *rest, name=name: drawn_values.update({name: values}) or x
-        monkeypatch.setattr(script, name, spy)
-    x = torch.rand(n, 3, 32, 32)
-    augment(x, 32, blur=0.5)
-    top, left, height, width = drawn_values["crop"].T
-    theirs = [T.RandomResizedCrop.get_params(x[0], [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(n)]
-    wanted = torch.tensor(theirs).float().T
-    for got, want in zip((top, left, height, width, height * width), (*wanted, wanted[2] * wanted[3])):
-        assert distance(got, want) < 0.0276  # its 0.1 % point
-    assert (top + height <= 32).all() and (left + width <= 32).all() and drawn_values["crop"].min() >= 0
-    jittered = drawn_values["shift_hue"].flatten() != 0
-    assert jittered.float().mean() == pytest.approx(0.8, abs=0.015)
-    for name, most in zip(names, (0.4, 0.4, 0.4, 0.1)):
-        values = drawn_values[name].flatten()
-        assert (values[~jittered] == 0).all()  # no change
-        assert distance(values[jittered], torch.linspace(-most, most, n)) < 0.03, name
-    assert distance(drawn_values["gaussian_blur"].flatten(), torch.linspace(0.1, 2.0, n)) < 0.0276
-    monkeypatch.setattr(script, "gaussian_blur", lambda x, sigma, *radius: 2 - x)
-    for name in ("flip", "gray", "solarize", "blur"):
-        small = x[:, :, :4, :4]
-        changed = augment(small, 4, **{"flip": 0, "jitter": None, "gray": 0} | {name: 0.3}) != small
-        assert changed.flatten(1).any(1).float().mean() == pytest.approx(0.3, abs=0.02), name
-    calls = []
-    for name in names:
-        monkeypatch.setattr(script, name, lambda x, values, name=name: calls.append(name) or x)
-    for _ in range(300):
-        augment(torch.rand(1, 3, 4, 4), 4)
-    assert len({tuple(calls[i:i + 4]) for i in range(0, 1200, 4)}) == 24  # every order of the jitter
-
-@cropping
-def test_third_images_of_a_batch_are_drawn_apart(script):
-    x = script.draw_patterns(1, 0)[0].expand(16, -1, -1, -1)
-    views = script.augment(x, 24, blur=0.5, solarize=0.3)
-    assert (views[:, None] != views[None]).flatten(2).any(2).sum() == 16 * 15
-
-def test_a_crop_of_a_photograph_is_torchvisions():
-    """Of an array that is larger than the view, as prepare.py writes them."""
-    image = torch.randint(256, (1, 3, 384, 384), dtype=torch.uint8)
-    box = torch.tensor([[20.0, 50, 200, 310]])
-    want = TF.resized_crop(image[0].float() / 255, 20, 50, 200, 310, [224, 224], antialias=True)
-    assert torch.allclose(simclr_essl.crop(image.float() / 255, box, 224)[0], want, atol=1e-4)
-    config = simclr_essl.parse_args(["--dataset", "folder"])
-    middle = TF.center_crop(image.float() / 255, [336, 336])  # 7/8 of 384
-    want = TF.resize(middle, [224, 224], antialias=True)
-    assert torch.allclose(simclr_essl.middle(image.float() / 255, config), want, atol=1e-6)
-
-# evaluation
-
-def test_third_knn_equals_brute_force():
-    bank, queries = torch.randn(60, 8), torch.randn(31, 8)
-    bank_labels, query_labels = torch.randint(4, (60,)), torch.randint(4, (31,))
-    right = 0
-    for query, label in zip(queries, query_labels):
-        s = [F.cosine_similarity(query, other, dim=0).item() for other in bank]
-        nearest = sorted(range(60), key=lambda i: -s[i])[:7]
-        votes = [sum(math.exp(s[i] / 0.1) for i in nearest if bank_labels[i] == c) for c in range(4)]
-        right += votes.index(max(votes)) == label
-    got = simclr_essl.knn_accuracy(bank, bank_labels, queries, query_labels, 7, 0.1)
-    assert got == pytest.approx(100 * right / 31)
-    bank = torch.tensor([[1.0, 0], [0, 1], [0, 1]])  # one close neighbour outvotes two far ones
-    one = torch.tensor([[1.0, 0.1]]), torch.tensor([0])
-    assert simclr_essl.knn_accuracy(bank, torch.tensor([0, 1, 1]), *one, 3, 0.1) == 100
-
-@third
-def test_third_features_are_those_of_eval_mode_and_leave_no_trace(script):
-    method, images = batch_of(script)
-    outcome(method, images)
-    before = {name: value.clone() for name, value in method.state_dict().items()}
-    many = script.draw_patterns(300, 4)[0]
-    features = script.extract(method, many)
-    assert len(features) == 300 and not features.requires_grad and method.training
-    alone = torch.cat([script.extract(method, image[None]) for image in many[:5]])
-    assert torch.allclose(features[:5], alone, atol=1e-5)  # no batch statistics
-    assert all(torch.equal(before[name], value) for name, value in method.state_dict().items())
-    rows = torch.tensor([7, 3])
-    assert torch.allclose(script.extract(method, many, rows=rows), features[rows], atol=1e-5)
-    inverted = script.extract(method, many / 255, lambda x: 1 - x)  # in [0, 1] already
-    assert torch.allclose(inverted, script.extract(method, 255 - many), atol=1e-5)
-
-def test_third_probe_equals_plain_linear_layers():
-    """Five heads at once are five heads alone: the same starts, orders, rates and steps."""
-    features, labels = torch.randn(2, 600, 8), torch.randint(3, (600,))
-    test, test_labels = torch.randn(50, 8), torch.randint(3, (50,))
-    epochs = iter(features)
-    torch.manual_seed(5)
-    got = simclr_essl.linear_probe(lambda: next(epochs), labels, test, test_labels, lr=0.5, final_lr=0.1,
-                                   weight_decay=0.01, epochs=2, probes=3)
-    torch.manual_seed(5)
-    heads, accuracies = [torch.nn.Linear(8, 3) for _ in range(3)], []
-    orders = [[torch.randperm(600) for _ in heads] for _ in range(2)]
-    for i, head in enumerate(heads):
-        optimizer = torch.optim.SGD(head.parameters(), 0.5, momentum=0.9, weight_decay=0.01)
-        for step in range(4):  # two of 256 images in an epoch: the last 88 are left out
-            rows = orders[step // 2][i].split(256)[step % 2]
-            optimizer.param_groups[0]["lr"] = 0.1 + 0.4 * (1 + math.cos(math.pi * step / 4)) / 2
-            optimizer.zero_grad()
-            F.cross_entropy(head(features[step // 2][rows]), labels[rows]).backward()
-            optimizer.step()
-        accuracies.append(100 * (head(test).argmax(1) == test_labels).float().mean().item())
-    assert got == pytest.approx((np.mean(accuracies), np.std(accuracies)), abs=1e-4)
-    few = torch.randn(60, 8)  # fewer than a batch: every image counts
-    labels = (few[:, 0] > 0).long()
-    assert simclr_essl.linear_probe(lambda: few, labels, few, labels, lr=1.0)[0] > 90
-
-@of_scripts(THIRD[:2])
-def test_third_probe_is_the_authors(script, monkeypatch):
-    """Fresh crops and flips in every epoch; CIFAR's test images are enlarged by 9/8 and cut."""
-    calls, seen = [], []
-    defaults = inspect.signature(script.linear_probe).parameters
-    settings = dict(lr=30, final_lr=0, weight_decay=0, epochs=100, probes=5)
-    assert {key: defaults[key].default for key in settings} == settings
-    method, images = batch_of(script)
-    method.config.quick, labels = False, torch.arange(16) % 3
-    encode = method.features
-    monkeypatch.setattr(method, "features", lambda x: seen.append(x) or encode(x))
-
-    def asked(draw_features, labels, test, test_labels, **settings):
-        calls.append(settings)
-        return draw_features(), draw_features()
-
-    monkeypatch.setattr(script, "linear_probe", asked)
-    data = None, (images, labels), (images[:9], labels[:9])
-    one, two = script.probe(method, data, method.config, None, torch.zeros(9, 4))
-    assert one.shape == two.shape and not torch.equal(one, two)
-    zoomed = TF.resize(images[:9].float() / 255, [36, 36])
-    assert torch.allclose(seen[0], TF.center_crop(zoomed, [32, 32]), atol=1e-6)
-    method.config.dataset, kept = "imagenet", torch.zeros(9, 4)
-    script.probe(method, data, method.config, None, kept)
-    imagenet = dict(lr=1.6, epochs=90, probes=1, batch=4096, rule=simsiam_essl.LARS)
-    if script is simclr_essl:
-        imagenet = dict(lr=0.3, final_lr=0.3, weight_decay=1e-6)
-    assert calls == [{}, imagenet]
-
-def test_third_neighbours_are_framed_in_green_and_red(tmp_path):
-    """And fewer than eight images are enough."""
-    few = [torch.zeros(3, 3, 8, 8).byte(), torch.zeros(3).long()]
-    simclr_essl.draw_neighbours(tmp_path / "few.png", (None, few, few), torch.eye(3), torch.eye(3))
-    images = torch.full((20, 3, 32, 32), 128, dtype=torch.uint8)
-    bank, labels = torch.randn(20, 4), torch.arange(20) % 2
-    data = None, (images, labels), (images, torch.zeros(20).long())
-    simclr_essl.draw_neighbours(tmp_path / "n.png", data, bank, bank)
-    picture = TF.pil_to_tensor(datasets.folder.default_loader(tmp_path / "n.png"))
-    queries = torch.randperm(20, generator=torch.Generator().manual_seed(0))[:8]
-    for i, query in enumerate(queries):  # tiles of 102 pixels, 2 apart
-        nearest = F.cosine_similarity(bank[query], bank).topk(8).indices
-        corner = picture[:, 3 + 104 * i, 3:3 + 104 * 9:104].T.tolist()
-        green, red, gray = [0, 255, 0], [255, 0, 0], [128, 128, 128]
-        assert corner == [gray] + [red if labels[j] else green for j in nearest]
-
-def test_views_png_shows_what_the_method_sees(tmp_path, monkeypatch):
-    """A row for each image: itself, two large views, the small one in its versions."""
-    method, images = batch_of(simclr_essl, "--transform", "vflip")
-    before = {name: value.clone() for name, value in method.state_dict().items()}
-    tiles = []
-    monkeypatch.setattr(simclr_essl, "frame", lambda image, color: tiles.append(image) or torch.zeros(3, 4, 4))
-    torch.manual_seed(4)
-    simclr_essl.draw_views(tmp_path / "v.png", method, images[:4])
-    torch.manual_seed(4)
-    V_large1, V_large2, v_small = method.views(images[:4])
-    for i in range(4):
-        row = images[i], V_large1[i], V_large2[i], v_small[i], v_small[i].flip(1)
-        assert all(map(torch.equal, tiles[5 * i:5 * i + 5], row))
-    assert all(torch.equal(before[name], value) for name, value in method.state_dict().items())
-
-def test_cares_views_png_shows_a_chunk_under_the_augmentation_that_it_shares(tmp_path, monkeypatch):
-    """A row for each image: itself, two views of its own, two that all rows share; nothing else changes."""
-    method, images = batch_of(care, "--base", "moco")
-    before = {name: value.clone() for name, value in method.state_dict().items()}
-    tiles = []
-    monkeypatch.setattr(care, "frame", lambda image, color: tiles.append(image) or torch.zeros(3, 4, 4))
-    torch.manual_seed(4)
-    care.draw_views(tmp_path / "v.png", method, images[:4])
-    torch.manual_seed(4)
-    views = method.views(images[:4])
-    for i in range(4):
-        assert all(map(torch.equal, tiles[5 * i:5 * i + 5], (images[i], *(view[i] for view in views))))
-    assert len(tiles) == 20 and all(torch.equal(before[name], value) for name, value in method.state_dict().items())
-    tiles.clear()
-    care.draw_views(tmp_path / "v.png", batch_of(care, "--lam", "0")[0], images[:4])
-    assert len(tiles) == 12
-
-# a run, its files, its faults
-
-@third
-def test_third_outputs(script, runs):
-    out = runs(script)
-    results = json.loads((out / "results.json").read_text())
-    own = ["rotation_top1"] if script is simclr_essl else ["classifier_top1"] if script is homomorphic else []
-    for name in ("knn_top1 random_init_knn_top1 linear_top1 linear_top1_std random_init_linear_top1 "
-                 "train_seconds images_per_second peak_memory_gb").split() + own:
-        assert results[name] == float(f"{results[name]:.4g}") >= 0, name
-    assert all(results[name] for name in "knn_protocol linear_protocol device torch command threads".split())
-    assert (results["epochs"], results["seed"]) == (3, 0)
-    start, *lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert start["epoch"] == 0 and {"command", "torch", "device", "threads"} <= start.keys()
-    assert [line["epoch"] for line in lines] == [1, 2, 3]
-    config = json.loads((out / "config.json").read_text())
-    saved = torch.load(out / "checkpoint.pt", weights_only=True)
-    assert config == saved["config"] and (config["device"], config["precision"]) == ("cpu", "fp32")
-    assert saved["script"] == script.__name__ and saved["log"] == [start, *lines]
-    images = script.draw_patterns(4000, 1)[0][script.random_rows(4000, 128)]
-    checksum = zlib.crc32(images[script.random_rows(128, 64)].numpy().tobytes())
-    assert saved["data"] == {"number of images": 128, "checksum of 64 images": checksum}
-    encoder = torch.load(out / "encoder.pt", weights_only=True)
-    assert all(torch.equal(encoder[k], saved["method"][f"encoder.{k}"]) for k in encoder)
-    files = "checkpoint.pt config.json encoder.pt metrics.jsonl neighbours.png results.json views.png"
-    assert sorted(path.name for path in out.iterdir()) == files.split()
-
-def test_third_encoder_pt_is_torchvisions():
-    """A ResNet's keys are those of torchvision, but for the stem of small images and the classifier."""
-    encoder = models.resnet18()
-    encoder.conv1, encoder.fc = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()
-    assert encoder.state_dict().keys() == simclr_essl.make_encoder("resnet18", 32)[0].state_dict().keys()
-
-def run_training(script, *line):
-    """train of a command line."""
-    config = script.parse_args([str(word) for word in line])
-    device = script.start(config)
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    return script.train(config, script.load_data(config, device), device)
-
-@of_scripts(THIRD[:2])
-def test_third_rate_follows_the_schedule_step_by_step(script, tmp_path, monkeypatch):
-    """That of SimSiam's h apart, which is constant."""
-    rates = spied_rates(script, monkeypatch)
-    run_training(script, *tiny(script, tmp_path / "run", "--final-lr", "0.5"))
-    peak, wave = 0.2 * 32 / 256, [math.cos(math.pi * (step - 4) / 8) for step in range(12)]
-    want = [peak * (step / 4 if step < 4 else (3 + wave[step]) / 4) for step in range(12)]
-    assert [first for first, *_ in rates] == pytest.approx(want)
-    assert [h for _, *others in rates for h in others] == pytest.approx([peak] * 12 * (script is simsiam_essl))
-
-def test_third_learning_rate_and_lars_equal_the_authors():
-    """Golden: E-SSL's schedule, 100 epochs of 10 steps, 10 of warm-up; the VICReg/SFRIK optimiser."""
-    rate = simclr_essl.learning_rate
-    for step, want in {0: 0.0, 5: 0.006, 99: 0.1188, 100: 0.12, 101: 0.11999963445946742,
-                       500: 0.07041889066001583, 999: 3.655405325764249e-07}.items():
-        assert rate(step, 1000, 100, 0.12) == pytest.approx(want, rel=1e-9)
-    assert rate(1000, 1000, 100, 0.12, 0.003) == pytest.approx(0.003)
-    assert rate(0, 10, 0, 0.5) == 0.5 and rate(10, 10, 10, 0.5, 0.1) == pytest.approx(0.1)
-    p, b = wave(4, 3, 0.3, 0.7).requires_grad_(), wave(1, 3, 0.9, 0.2)[0].requires_grad_()
-    optimizer = simclr_essl.LARS([p, b], 0.5, weight_decay=0.01)
-    for s in range(3):
-        p.grad, b.grad = wave(4, 3, 0.1 * s + 0.2, 0.4), wave(1, 3, 0.6, 0.3 + s)[0]
-        optimizer.step()
-    want = [0.0, 0.6430967426082691, 0.9833905127546039, 0.29476558491561217, 0.8892215971470072,
-            0.9435784967922186, 0.5631997853223364, 0.9949289035137666, 0.6726816178496587,
-            0.7813218253666313, 0.9435193270298526, 0.23701276091330567]
-    assert p.flatten().tolist() == pytest.approx(want, rel=1e-9, abs=1e-12)
-    assert b.tolist() == pytest.approx([0.0, -1.4899934314657473, -0.3685530105552811], rel=1e-9)
-    zero = torch.zeros(2, 2, requires_grad=True)  # no ratio: a plain step
-    zero.grad = torch.ones(2, 2)
-    simclr_essl.LARS([zero], 0.5).step()
-    assert (zero == -0.5).all()
-
-def test_third_steps_draw_anew_and_epochs_follow_from_their_number(tmp_path, monkeypatch):
-    boxes, crop = [], simclr_essl.crop
-    spy = lambda x, box, size: boxes.append(tuple(box.flatten().tolist())) or crop(x, box, size)
-    monkeypatch.setattr(simclr_essl, "crop", spy)
-    monkeypatch.setattr(simclr_essl, "draw_views", lambda *args: None)
-    run_training(simclr_essl, *tiny(simclr_essl, tmp_path / "run"))
-    run_training(simclr_essl, *tiny(simclr_essl, tmp_path / "other", "--seed", "3"))
-    assert len(boxes) == 72 and len(set(boxes)) == 72
-    config, orders, views = simclr_essl.parse_args(tiny(simclr_essl, "unused")), [], []
-    for epoch, rank in ((1, 0), (2, 0), (1, 0), (1, 1)):
-        with monkeypatch.context() as patch:
-            patch.setattr(simclr_essl, "WORLD", 1 + rank)
-            patch.setattr(simclr_essl, "RANK", rank)
-            order = [rows.tolist() for rows in simclr_essl.batches(torch.arange(150), config, CPU, epoch)]
-        views.append(torch.rand(1).item())
-        assert [len(rows) for rows in order] == [32 // (1 + rank)] * 4
-        orders.append(order)
-    assert len(set(sum(orders[0], []))) == 128 and orders[0] == orders[2] != orders[1]
-    assert orders[3] == [rows[16:] for rows in orders[0]]  # the second half of every batch
-    assert views[0] == views[2] and len({*views}) == 3  # each process draws its own views
-
-@third_and_cells
-def test_third_killed_run_ends_as_an_uninterrupted_one(script, arena, runs, tmp_path):
-    """Killed in a step, before a file is renamed, and while it evaluates."""
-    runs(script)  # computes labels of cells
-    measure = "dos_error" if script is photonics_reg else "knn_accuracy"
-    for function, at in {"learning_rate": 9, "replace": 2, measure: 2}.items():
-        out = tmp_path / function
-        assert arena(script, out, function, at)[0] == -signal.SIGKILL
-        code, _, printed = arena(script, out)
-        assert code == 0 and re.search(r"\b[1-4] of \d epochs done", printed)
-        assert unharmed(out, runs(script)), function
-
-@pytest.mark.parametrize("what", ("loss", "weights"))
-def test_third_what_is_not_finite_is_never_saved(what, tmp_path, monkeypatch, capsys):
-    """A loss with a finite gradient, or the reverse, at the second epoch's last step; then Ctrl-C."""
-    forward, calls = simclr_essl.Method.forward, []
-
-    def lost(self, images):
-        (loss, terms), p = forward(self, images), next(self.parameters())
-        calls.append(1)
-        wrong = math.nan if what == "loss" else (p - p.detach()).abs().sqrt().sum()  # 0, its slope is not
-        return loss + wrong if len(calls) == 8 else loss, terms
-
-    monkeypatch.setattr(simclr_essl.Method, "forward", lost)
-    line = tiny(simclr_essl, tmp_path / "run", "--save-every", "0")
-    message = stopped(capsys, *line)
-    assert "epoch 2" in message and "lr " in message
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert saved["log"][-1]["epoch"] == 1
-    assert all(value.isfinite().all() for value in saved["method"].values())
-    interrupted(simclr_essl, 1, line, monkeypatch, capsys)
-
-def test_third_full_memory_and_a_full_disk_in_one_line(tmp_path, monkeypatch, capsys):
-    with pytest.raises(RuntimeError) as full:
-        torch.empty(10**15)  # of the CPU, for which torch has no error of its own
-    for problem, words in (
-        (torch.OutOfMemoryError("CUDA out of memory. Tried ..."), "batch-size"), (full.value, "batch-size"),
-        (OSError(28, "No space left on device"), "No space left on device"),
-    ):
-        def train(config, data, device):
-            raise problem
-
-        monkeypatch.setattr(simclr_essl, "train", train)
-        assert words in stopped(capsys, *tiny(simclr_essl, tmp_path / "run"))
-    problem = RuntimeError("size mismatch")
-    with pytest.raises(RuntimeError, match="size"):  # other faults are not hidden
-        simclr_essl.main(tiny(simclr_essl, tmp_path / "run"))
-
-@third
-def test_third_finished_run_says_so_at_once(script, runs, tmp_path, monkeypatch, capsys):
-    shutil.copytree(runs(script), tmp_path / "run")
-    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
-    line = tiny(script, tmp_path / "run", "--save-every", "9")
-    monkeypatch.setattr(script, "evaluate", None)
-    script.main(line)
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    printed = capsys.readouterr().out
-    assert "on cpu, fp32, 1 threads" in printed and "is finished" in printed
-    assert re.search(rf"random_init_knn_top1\s+{results['random_init_knn_top1']} %", printed)
-    if script is simclr_essl:
-        assert re.search(rf"rotation_top1\s+{results['rotation_top1']} %, by chance 25 %", printed)
-    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
-    monkeypatch.undo()
-    (tmp_path / "run" / "results.json").unlink()
-    for name in ("config.json", "encoder.pt", "metrics.jsonl"):  # damaged, which does no harm
-        (tmp_path / "run" / name).write_bytes(b"\xff{")
-    thread = threading.Thread(target=script.main, args=(line,))  # as in a notebook
-    thread.start()
-    thread.join()
-    again = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert again == results and unharmed(tmp_path / "run", runs(script))
-    assert torch.load(tmp_path / "run" / "encoder.pt").keys() == torch.load(runs(script) / "encoder.pt").keys()
-    (tmp_path / "run" / "checkpoint.pt").unlink()  # then its results are of no run
-    interrupted(script, 9, [*line, "--save-every", "0"], monkeypatch, capsys)
-    assert not (tmp_path / "run" / "results.json").exists()
-
-def test_third_another_run_in_the_folder_is_refused_and_named(runs, tmp_path, monkeypatch, capsys):
-    shutil.copytree(runs(simclr_essl), tmp_path / "run")
-    line = tiny(simclr_essl, tmp_path / "run")
-    message = stopped(capsys, *line, "--lam", "0", "--seed", "3")
-    assert "lam was 4.0, is 0.0" in message and "seed was 0, is 3" in message
-    assert "epochs" not in message and "--out" in message
-    assert "precision was fp32, is bf16" in stopped(capsys, *line, "--precision", "bf16")
-    patterns = simclr_essl.draw_patterns
-    monkeypatch.setattr(simclr_essl, "draw_patterns", lambda n, seed: patterns(n, seed + 5))
-    assert "checksum of 64 images was" in stopped(capsys, *line)
-
-def test_third_damaged_or_foreign_checkpoint_is_refused(runs, tmp_path, capsys):
-    for name, damage in (
-        ("truncated", lambda path: path.write_bytes(path.read_bytes()[:5000])),
-        ("empty", lambda path: path.write_bytes(b"")),
-        ("text", lambda path: path.write_text("no checkpoint")),
-        ("list", lambda path: torch.save([1, 2], path)),
-        ("foreign", lambda path: torch.save({"script": "x", "config": {}, "data": {}}, path)),
-    ):
-        (tmp_path / name).mkdir()
-        path = tmp_path / name / "checkpoint.pt"
-        shutil.copy(runs(simclr_essl) / "checkpoint.pt", path)
-        damage(path)
-        message = stopped(capsys, *tiny(simclr_essl, tmp_path / name))
-        assert str(path.parent) in message and ("script was x" in message) == (name == "foreign")
-
-BAD_IN_THIRD = [
-    ("--learning-rate 1", "--learning-rate"), ("--epoch 3", "--epoch"), ("cifar10", "cifar10"),
-    ("--dataset cifar11", "patterns"), ("--arch vgg", "small"), ("--epochs many", "many"), ("--epochs", "--epochs"),
-    ("--epochs 0", "epochs must be more than 0"), ("--weight-decay -1", "weight-decay must be 0 or more"),
-    ("--lr nan", "lr must be"), ("--batch-size 1", "at least 2"), ("--batch-size 320", "more than the 128 images"),
-    ("--projector 12-x", "12-x"), ("--projector 0", "not like 0"),
-    ("--device tpu", "tpu"), ("--device cuda:77", "cuda:77"),
-    ("--out /dev/null", "/dev/null"), ("--out /proc/x", "/proc/x"),
-    ("--dataset cifar10 --data-root /dev/null/x", "--quick"),
-    ("--dataset cifar10 --data-root /dev/null/x", "x/cifar-10-batches-py is missing"),
-    ("--dataset folder --data-root nowhere", "nowhere/train-images.npy"),
-    ("--dataset folder --data-root nowhere", "python prepare.py YOUR_IMAGES --out nowhere"),
-]
-
-BAD_OF = {
-    simclr_essl: [("--small-size 7", "8 or more")],
-    simsiam_essl: [("--small-size 7", "8 or more")],
-    sfrik: [("--loss rbf", "rbf"), ("--weights 1,x", "1,x"), ("--weights 1,-40", "1,40,40"), ("--lam 0", "lam must be"),
-            ("--projector 64-1", "64-1"), ("--size 7", "8 or more")],
-}
-
-@third
-def test_third_bad_input_is_one_line(script, tmp_path, capsys):
-    for flags, words in BAD_IN_THIRD + BAD_OF.get(script, []):
-        if script is care and flags == "--batch-size 320":
-            flags += " --queue 999"
-        message = stopped(capsys, *tiny(script, tmp_path / "run"), *flags.split(), script=script)
-        assert "error: " in message and words in message, (flags, message)
-    (tmp_path / "cifar-10-batches-py").mkdir()  # a part of a download, without a network
-    line = [*tiny(script, tmp_path / "run"), "--dataset", "cifar10", "--data-root", tmp_path]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.CIFAR10, "download", lambda self: datasets.utils.download_url("http://localhost:1/x", tmp_path))
-        assert "cifar-10-batches-py is damaged" in stopped(capsys, *line, script=script)
-
-@third_and_cells
-def test_third_folder_is_named_after_the_flags_given_and_help_explains_them(script, capsys):
-    name = script.__name__
-    for line, want in (("", name), ("--quick", f"{name}-quick=True"), ("--seed 3 --lr 0.030", f"{name}-lr=0.03-seed=3"),
-                       ("--lr 3e-2 --seed 3 --device cpu --save-every 1", f"{name}-lr=0.03-seed=3"),
-                       ("--precision fp32 --limit 1234567", f"{name}-limit=1234567-precision=fp32"),
-                       ("--dataset folder --data-root x/y/", f"{name}-dataset=folder-y")):
-        if "folder" not in line or script in THIRD:
-            assert script.parse_args(line.split()).out == f"runs/{want}"
-    assert script.parse_args(["--out=~/x"]).out == os.path.expanduser("~/x")
-    assert script.parse_args(["--data-root=~/x"]).data_root == os.path.expanduser("~/x")
-    with pytest.raises(SystemExit) as stop:
-        script.main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
-    for field in fields(script.Config):
-        assert f"--{field.name.replace('_', '-')} " in text and field.metadata["help"] in text
-
-def test_progress_is_told_after_ten_seconds_and_then_less_often(monkeypatch, capsys):
-    clock = itertools.count(step=4)
-    monkeypatch.setattr(simclr_essl.time, "time", lambda: next(clock))
-    assert list(simclr_essl.with_progress("abcdefghijkl", 12, "step")) == [*"abcdefghijkl"]
-    told = capsys.readouterr().out.splitlines()
-    assert told == [" step 2 of 12, 0:01:00 left", " step 6 of 12, 0:00:28 left"]  # after 12 and 28 s
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    list(simclr_essl.with_progress("abcdef", 6, "step"))
-    assert capsys.readouterr().out.count("\r") == 4  # a terminal: the same line, from then on always
-
-@third
-def test_third_compile_changes_neither_names_nor_numbers(script, runs, tmp_path, monkeypatch):
-    """With torch's tracer but no compiler behind it: one graph for each network and shape."""
-    original = torch.compile
-    torch._dynamo.reset()  # other scripts' networks are of the same code
-    traced = []
-    monkeypatch.setattr(torch, "compile", lambda f, **how: traced.append(f.__self__) or original(
-        f, backend="eager", fullgraph=True, **how))
-    method, _ = run_training(script, *tiny(script, tmp_path / "run", "--save-every", "0", "--compile"))
-    assert traced == [*method.children()]
-    assert same_end(runs(script), tmp_path / "run")
-
-def test_third_limit_takes_the_first_of_a_shuffled_split():
-    def load(line):
-        return simclr_essl.load_data(simclr_essl.parse_args(["--batch-size", "64", *line.split()]), CPU)
-
-    whole, part = load("--dataset patterns"), load("--dataset patterns --limit 500")
-    less = load("--dataset patterns --limit 300 --seed 4")
-    assert [len(labels) for _, labels in whole] == [4000, 4000, 1000]
-    assert [len(labels) for _, labels in part] == [500, 500, 1000]
-    assert torch.equal(part[0][0], part[1][0]) and torch.equal(part[0][0][:300], less[0][0])
-    assert not torch.equal(part[0][0], whole[0][0][:500]) and part[0][1].bincount().min() > 30
-
-@cropping
-def test_third_files_of_cifar(script, tmp_path, monkeypatch):
-    """torchvision's md5 check is replaced."""
-    train = {f"data_batch_{i}": 60 for i in range(1, 6)}
-    write_cifar(tmp_path, "cifar-10-batches-py", train | {"test_batch": 40}, "labels")
-    write_cifar(tmp_path, "cifar-100-python", {"train": 250, "test": 30}, "fine_labels")
-    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, md5=None: True)
-    for dataset, counts in (("cifar10", [300, 300, 40]), ("cifar100", [250, 250, 30])):
-        line = ["--dataset", dataset, "--data-root", str(tmp_path), "--batch-size", "64"]
-        data = script.load_data(script.parse_args(line), CPU)
-        for (images, labels), n in zip(data, counts):
-            assert images.shape == (n, 3, 32, 32) and images.dtype == torch.uint8 and len(labels) == n
-        assert data[2][1].tolist() == [i % 10 for i in range(counts[2])] and data[2][1].dtype == torch.int64
-    image = data[0][0][7].permute(1, 2, 0).numpy()
-    assert (image == datasets.CIFAR100(tmp_path).data[7]).all() and data[0][0].is_contiguous()
-
-def test_patterns_are_the_same_in_both_forms():
-    """And as they were when results were measured."""
-    images, labels = drawn.__wrapped__(500, 1)
-    source = {"math": math, "torch": torch}
-    exec(definitions(simclr_essl)["draw_patterns"], source)
-    again = source["draw_patterns"](500, 1)
-    assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
-
-# photographs
-
-PHOTO_FLAGS = ("--arch small --size 48 --small-size 32 --projector 32-32 --predictor 32-32 --batch-size 64 --epochs 2 "
-               "--save-every 0 --knn-every 0 --dataset folder --data-root").split()
-PHOTO_FLAGS_OF = {
-    care: [*"--chunks 4 --arch small --size 48 --projector 32-32".split(), *PHOTO_FLAGS[10:]],
-    sfrik: [*"--arch small --size 48 --projector 32-32 --optimizer sgd".split(), *PHOTO_FLAGS[10:]],
-    homomorphic: [*"--width 0.25 --arch small --size 48 --projector 32-32".split(), *PHOTO_FLAGS[10:]],
-}
-
-def write_arrays(root, **counts):
-    """Arrays as prepare.py writes them: write_arrays(root, train=80, val=9), of two classes."""
-    root.mkdir(parents=True, exist_ok=True)
-    for seed, (split, n) in enumerate(counts.items()):
-        images = simclr_essl.draw_patterns(max(n, 1), seed)[0][:n]
-        np.save(root / f"{split}-images.npy", F.interpolate(images, 56).numpy())
-        np.save(root / f"{split}-labels.npy", np.arange(n) % 2)
-    (root / "classes.json").write_text('["cat", "dog"]')
-
-@third
-def test_photographs_from_end_to_end(script, tmp_path, monkeypatch, capsys):
-    """Stopped and continued; probed on fresh crops; refused when the arrays are others."""
-    root, probe = tmp_path / "photos", script.linear_probe
-    write_arrays(root, train=150, val=17)
-    monkeypatch.setattr(script, "linear_probe", lambda *args, **how: probe(*args, **how | {"epochs": 1}))
-    line = [*PHOTO_FLAGS_OF.get(script, PHOTO_FLAGS), str(root)]
-    script.main([*line, "--out", str(tmp_path / "whole")])
-    results = json.loads((tmp_path / "whole" / "results.json").read_text())
-    assert results["knn_top1"] > 0 and results["linear_top1"] > 0
-    part = [*line, "--out", str(tmp_path / "part")]
-    interrupted(script, 4, part, monkeypatch, capsys)  # in the second step of the second epoch
-    run_training(script, *part)
-    assert "1 of 2 epochs done" in capsys.readouterr().out
-    assert same_end(tmp_path / "whole", tmp_path / "part")
-    line += ["--out", str(tmp_path / "whole")]
-    (root / "classes.json").write_text('["cat", "cow"]')
-    assert "class names was ['cat', 'dog'], is ['cat', 'cow']" in stopped(capsys, *line, script=script)
-    write_arrays(root, train=160, val=17)
-    message = stopped(capsys, *line, script=script)
-    assert "number of images was 150, is 160" in message and "checksum" in message
-    assert len(script.load_data(script.parse_args([*line, "--limit", "70"]), CPU)[0][0]) == 70
-
-def test_photographs_without_classes_are_not_evaluated(tmp_path, capsys):
-    write_arrays(tmp_path, train=70, val=0)
-    np.save(tmp_path / "train-labels.npy", np.zeros(70, np.int64))
-    simclr_essl.main([*PHOTO_FLAGS, str(tmp_path), "--out", str(tmp_path / "run")])
-    assert "no evaluation" in capsys.readouterr().out
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert "knn_top1" not in results and (tmp_path / "run" / "encoder.pt").exists()
-
-def test_arrays_of_another_shape_or_type_are_refused(tmp_path, capsys):
-    line = [*PHOTO_FLAGS, tmp_path, "--out", tmp_path / "run"]
-    good = simclr_essl.draw_patterns(70, 1)[0].numpy()
-    for images, labels, words in (
-        (good / 255, np.arange(70), "train-images.npy must be uint8 (N, 3, H, W), not float64"),
-        (good.transpose(0, 2, 3, 1), np.arange(70), "not uint8 (70, 32, 32, 3)"),
-        (good[0], np.arange(70), "not uint8 (3, 32, 32)"), (good, np.arange(69), "train-labels.npy must be 70 classes"),
-        (good, np.arange(70.0), "train-labels.npy must be 70 classes"),
-        (good, np.arange(70) - 1, "train-labels.npy must be 70 classes: integers from 0"),
-    ):
-        write_arrays(tmp_path, train=1, val=4)
-        np.save(tmp_path / "train-images.npy", images)
-        np.save(tmp_path / "train-labels.npy", labels)
-        assert words in stopped(capsys, *line)
-    write_arrays(tmp_path, train=70, val=4)
-    for damage in (b"", b"no array", (tmp_path / "val-images.npy").read_bytes()[:300]):
-        (tmp_path / "val-images.npy").write_bytes(damage)
-        assert "prepare.py" in stopped(capsys, *line)
-
-def test_photographs_that_exceed_a_gpu_stay_outside(tmp_path, monkeypatch):
-    write_arrays(tmp_path, train=80, val=9)
-    images, _ = simclr_essl.load_photos(tmp_path, "train")
-    room = {"there": 4 * images.nbytes}
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room["there"], 0))
-    moved = []
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: moved.append(self.nbytes) or self)
-    simclr_essl.place((images, torch.arange(80)), torch.device("cuda"))
-    assert moved == [640]  # the labels alone
-    room["there"] += 4
-    simclr_essl.place((images, torch.arange(80)), torch.device("cuda"))
-    assert moved == [640, images.nbytes, 640]
-
-# prepare.py
-
-def prepared(*argv, code=None):
-    """What prepare.py ends with, by a command line."""
-    try:
-        return prepare.main([str(word) for word in argv])
-    except SystemExit as stop:
-        return stop.code
-
-def pixels(path, size=40):
-    return prepare.read_picture(path, size).transpose(1, 2, 0).astype(int)
-
-@pytest.mark.parametrize("kind", ("png 16", "tiff 16", "tiff 16 big", "tiff 32", "tiff float", "holes"))
-def test_prepare_reads_gray_values_of_more_than_8_bits(kind, tmp_path):
-    """16 bits by their range, those without a range of their own by the image's."""
-    values, path = gray_wave(), tmp_path / ("x.png" if kind == "png 16" else "x.tif")
-    want = (255 * (values - values.min()) / (values.max() - values.min())).astype(int)
-    if "16" in kind:
-        want, bits = (255 * values).astype(int), ">u2" if "big" in kind else "<u2"
-        Image.fromarray((65535 * values).astype(bits)).save(path)
-    elif kind == "tiff 32":
-        Image.fromarray((1_000_000 * values - 400_000).astype(np.int32)).save(path)
-    else:
-        if kind == "holes":
-            values[0, :3], want[0, :3] = (np.nan, np.inf, -np.inf), (0, 255, 0)
-        Image.fromarray(values.astype(np.float32)).save(path)
-    got = pixels(path)
-    assert got.shape == (40, 40, 3) and abs(got - want[..., None]).max() <= 1
-
-def test_prepare_reads_pictures_as_a_viewer_shows_them(tmp_path, capsys):
-    """All eight turns of EXIF; transparency over white; palettes, gray, CMYK; broken metadata."""
-    colors = (gray_wave()[..., None] * [200, 120, 250]).astype(np.uint8)
-    upright = Image.fromarray(colors)
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that stores it with the tag
-    for tag in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = tag
-        stored = upright.transpose(Image.Transpose(undo[tag])) if tag > 1 else upright
-        stored.save(tmp_path / "x.png", exif=exif)
-        assert (pixels(tmp_path / "x.png") == colors).all(), tag
-        stored.convert("L").save(tmp_path / "x.tif", exif=exif)  # which PIL may map into memory
-        assert (pixels(tmp_path / "x.tif")[..., 0] == np.asarray(upright.convert("L"))).all(), tag
-    see_through = upright.convert("RGBA")
-    see_through.putalpha(Image.fromarray(np.repeat([[0, 255]], 20, 1).repeat(40, 0).astype(np.uint8)))
-    see_through.save(tmp_path / "x.png")
-    over_white = colors.copy()
-    over_white[:, :20] = 255
-    assert (pixels(tmp_path / "x.png") == over_white).all()
-    for image in (upright.convert("L"), upright.quantize(), upright.convert("1"), upright.convert("LA")):
-        image.save(tmp_path / "x.png")
-        assert (pixels(tmp_path / "x.png") == np.asarray(image.convert("RGB"))).all(), image.mode
-    upright.convert("CMYK").save(tmp_path / "x.jpg")
-    assert abs(pixels(tmp_path / "x.jpg") - colors).mean() < 20
-    text, raw = PngImagePlugin.PngInfo(), PngImagePlugin.PngInfo()
-    text.add_text("parameters", "a" * (2 << 20), zip=True)
-    raw.add_text("Raw profile type exif", "\nexif\n      10\n" + "zz" * 10 + "\n")
-    capsys.readouterr()
-    for how in (dict(pnginfo=text), dict(icc_profile=b"a" * (2 << 20)), dict(pnginfo=raw), dict(exif=b"Exif\0\0junkjunk")):
-        upright.save(tmp_path / "x.png", **how)
-        assert (pixels(tmp_path / "x.png") == colors).all(), how.keys()
-        told = capsys.readouterr().out
-        assert ("EXIF is broken" in told) == ("exif" in how or how.get("pnginfo") is raw)
-
-def test_prepare_cuts_the_middle_square_and_resizes_it(tmp_path):
-    picture = F.interpolate(simclr_essl.draw_patterns(1, 5)[0].float(), (300, 500), mode="bicubic").clamp(0, 255)[0]
-    TF.to_pil_image(picture.byte()).save(tmp_path / "x.png")
-    want = TF.resize(TF.center_crop(picture.byte(), [300, 300]), [64, 64], antialias=True)
-    assert abs(pixels(tmp_path / "x.png", 64) - want.permute(1, 2, 0).numpy().astype(int)).max() <= 2
-    TF.to_pil_image(picture.byte()).resize((4000, 2400)).save(tmp_path / "x.jpg", quality=95)  # decoded at a fraction
-    assert abs(pixels(tmp_path / "x.jpg", 64) - want.permute(1, 2, 0).numpy().astype(int)).mean() < 3
-    Image.new("L", (65000, 2), 77).save(tmp_path / "strip.png")
-    assert (pixels(tmp_path / "strip.png", 224) == 77).all()  # not by way of 224 x 7,280,000 pixels
-
-def test_prepare_counts_what_is_there(tmp_path, capsys):
-    """What Pillow opens, each real folder once, nothing that systems leave; the rest is counted."""
-    picture, train = Image.fromarray(np.zeros((9, 9, 3), np.uint8)), tmp_path / "train"
-    names = "cat/a.JPEG cat/b.jfif cat/c.gif dog/d.webp dog/e.avif dog/f.tif dog/deep/g.png".split()
-    hidden = ("cat/._a.jpg cat/.ipynb_checkpoints/a.jpg __MACOSX/cat/a.jpg .trash/a.jpg cat/.DS_Store cat/@eaDir/a.jpg/x.jpg "
-              "@eaDir/x.jpg #recycle/a.jpg $RECYCLE.BIN/a.jpg")
-    others = "cat/notes.txt dog/film.mpg dog/paper.pdf dog/scan.fits dog/list dog/more dog/cloud.pcd".split()
-    for name in names + hidden.split() + others + ["loose.png", "loose.txt"]:
-        (train / name).parent.mkdir(parents=True, exist_ok=True)
-        kind = {"jfif": "jpeg", "tif": "tiff"}.get(name[-4:].strip("."), name.split(".")[-1])
-        if name in names:
-            picture.save(train / name, format=kind.lower())
-        else:
-            (train / name).write_text("no picture")
-    for link, target in (("dog/deep/up", ".."), ("dog/again", "."), ("cat/a", "../../train"), ("cat/b", "../dog")):
-        (train / link).symlink_to(target)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    picture.save(elsewhere / "h.png")
-    (train / "cat" / "link").symlink_to(elsewhere)
-    assert prepared(tmp_path, "--out", tmp_path / "out", "--size", 8) is None
-    printed = capsys.readouterr().out
-    assert f"{train}: 8 images, 2 classes\n" in printed
-    assert "ignored 7 other files: no extension 2, " in printed and ".txt 1" in printed and ".pcd 1" in printed
-    assert "left out 2 files beside the class folders: .png 1, .txt 1" in printed
-    assert np.load(tmp_path / "out" / "train-labels.npy").tolist() == [0] * 4 + [1] * 4
-    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["cat", "dog"]
-    assert np.load(tmp_path / "out" / "val-images.npy").shape == (0, 3, 8, 8)
-
-def test_prepare_knows_classes_by_name(tmp_path, capsys):
-    """Lists, some of each class, val/ that lacks a class, names in NFC and NFD; what does not fit."""
-    cafe = {form: unicodedata.normalize(form, "café") for form in ("NFC", "NFD")}
-    image_tree(tmp_path, **{f"train__{cafe['NFC']}": 3, "train__hot dog": 5, "train__rare": 4,
-                            f"val__{cafe['NFD']}": 2, "val__hot dog": 1})
-    (tmp_path / "val" / "rare").mkdir()
-    (tmp_path / "list").write_bytes("\ufeffhot dog\r\n\n café \n".encode())
-    out = tmp_path / "out"
-    assert prepared(tmp_path, "--out", out, "--size", 8, "--classes", tmp_path / "list", "--per-class", 4) is None
-    assert json.loads((out / "classes.json").read_text()) == [cafe["NFC"], "hot dog"]
-    assert np.load(out / "train-labels.npy").tolist() == [0] * 3 + [1] * 4
-    assert np.load(out / "val-labels.npy").tolist() == [0, 0, 1]
-    (tmp_path / "list").write_text("hot dog\ncow")
-    assert "cow" in prepared(tmp_path, "--out", tmp_path.parent / "x", "--classes", tmp_path / "list")
-    image_tree(tmp_path, val__cow=1)
-    assert "not in these: cow" in prepared(tmp_path, "--out", tmp_path.parent / "x")
-    (tmp_path / "train" / "phone").mkdir()
-    (tmp_path / "train" / "phone" / "IMG_1.HEIC").write_bytes(b"heic")
-    message = prepared(tmp_path, "--out", tmp_path / "x")
-    assert "train/phone has no image" in message and ".heic 1" in message and "convert to JPEG first" in message
-    (tmp_path / "list").write_bytes("café".encode("latin-1"))
-    assert "utf-8" in prepared(tmp_path, "--out", tmp_path.parent / "x", "--classes", tmp_path / "list")
-    assert "train is missing" in prepared(tmp_path / "nowhere", "--out", tmp_path / "x")
-    assert prepared(tmp_path, "--out", tmp_path / "x", "--size", 0) == 2
-    assert not (tmp_path / "x").exists()
-
-def test_prepare_names_all_damaged_files_or_leaves_them_out(tmp_path, capsys):
-    image_tree(tmp_path, train__cat=6, train__dog=5, val__cat=3)
-    damaged = [tmp_path / name for name in ("train/cat/1.jpg", "train/dog/0.jpg", "val/cat/2.jpg")]
-    damaged[0].write_bytes(b"no header")
-    damaged[1].write_bytes(damaged[1].read_bytes()[:400])
-    damaged[2].unlink()
-    damaged[2].symlink_to("/mnt/annex/2.jpg")
-    Image.new("1", (15000, 13000)).save(tmp_path / "val" / "cat" / "bomb.png")
-    line = [tmp_path, "--out", tmp_path / "out", "--size", 8]
-    message = prepared(*line)
-    assert message.startswith("error: 4 files") and all(str(path) in message for path in damaged)
-    assert "bomb.png" in message and "pixels" in message and "--skip-damaged" in message
-    assert not (tmp_path / "out").exists()
-    assert prepared(*line, "--skip-damaged") is None
-    assert "left out 4 files" in capsys.readouterr().out
-    images, labels = (np.load(tmp_path / "out" / f"train-{part}.npy", mmap_mode="r") for part in ("images", "labels"))
-    assert images.shape == (9, 3, 8, 8) and labels.tolist() == [0] * 5 + [1] * 4
-    kept = [path for path in sorted((tmp_path / "train").glob("*/*.jpg")) if path not in damaged]
-    assert all((image == prepare.read_picture(path, 8)).all() for image, path in zip(images, kept, strict=True))
-    assert len(np.load(tmp_path / "out" / "val-images.npy")) == len(np.load(tmp_path / "out" / "val-labels.npy")) == 2
-
-def test_prepare_decodes_once_and_a_killed_decoding_is_taken_up(tmp_path, monkeypatch, capsys):
-    image_tree(tmp_path / "tree", train__cat=5, train__dog=4)
-    line = [tmp_path / "tree", "--out", tmp_path / "deep" / "out", "--size", 8]
-    read, header, calls = prepare.read_picture, prepare.write_header, []
-
-    def killed(file, n, size):
-        if calls:
-            raise KeyboardInterrupt
-        header(file, n, size)
-
-    monkeypatch.setattr(prepare, "read_picture", lambda *args: calls.append(args) or read(*args))
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare, "write_header", killed)  # when the pictures are written, the labels not
-        assert "the same command" in prepared(*line)
-    out = tmp_path / "deep" / "out"
-    assert not out.exists() and out.with_name("out.part").exists()  # no script takes it for whole
-    assert prepared(*line) is None and len(np.load(out / "train-images.npy")) == 9
-    assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
-    before = len(calls)
-    assert prepared(*line) is None and len(calls) == before
-    assert "already" in capsys.readouterr().out
-    assert "not empty" in prepared(*line[:-1], 9)  # another size
-    image_tree(tmp_path / "tree", train__cow=1)
-    assert "not empty" in prepared(*line)
-    (tmp_path / "own.part").mkdir()
-    (tmp_path / "own.part" / "x").write_text("")
-    assert "in the way" in prepared(tmp_path / "tree", "--out", tmp_path / "own")
-    assert (tmp_path / "own.part" / "x").exists()  # it is somebody's
-    assert "among the images" in prepared(tmp_path / "tree", "--out", tmp_path / "tree" / "train" / "out")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1919))
-    assert "too little room" in prepared(tmp_path / "tree", "--out", tmp_path / "new", "--size", 8)
-
-def test_from_photographs_to_a_run(tmp_path, capsys):
-    image_tree(tmp_path / "tree", train__cat=40, train__dog=40, val__cat=4, val__dog=4)
-    prepared(tmp_path / "tree", "--out", tmp_path / "mine", "--size", 56)
-    simclr_essl.main(["--quick", *PHOTO_FLAGS, str(tmp_path / "mine"), "--out", str(tmp_path / "run")])
-    assert "is finished" in capsys.readouterr().out
-
-# several processes, and other ways to start
-
-def test_third_world_size_left_over_in_the_environment(tmp_path, capsys):
-    """Alone: one line. With the rest: it says for whom it waits, and Ctrl-C works. Empty: see arena."""
-    line = [sys.executable, "simclr_essl.py", *tiny(simclr_essl, tmp_path / "run")]
-    alone = subprocess.run(line, cwd=HERE, env=os.environ | {"WORLD_SIZE": "2"}, capture_output=True, text=True)
-    assert alone.stderr.startswith("error: WORLD_SIZE is 2") and alone.returncode == 1
-    there = dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="localhost", MASTER_PORT=free_port())
-    waits = subprocess.Popen(line, cwd=HERE, env=os.environ | there, stdout=subprocess.PIPE, text=True)
-    assert waits.stdout.readline() == "waiting for 2 processes\n"
-    time.sleep(1)
-    waits.send_signal(signal.SIGINT)
-    assert waits.wait(20) == -signal.SIGINT
-
-NOTEBOOK = """
-import io, runpy, sys
-
-class OutStream(io.TextIOBase):  # as ipykernel's: no reconfigure, no encoding
-    def write(self, text):
-        return sys.__stdout__.write(text)
-    def isatty(self):
-        return False
-
-sys.stdout, sys.argv = OutStream(), sys.argv[1:]
-runpy.run_path("simclr_essl.py", run_name="__main__")
-"""
-
-def test_third_form_runs_in_a_notebook(tmp_path):
-    """By %run; and as the last cell of a notebook, where the arguments are the kernel's: --quick."""
-    def started(*argv):
-        line = [sys.executable, "-c", NOTEBOOK, *argv]
-        left_over = os.environ | {"LOCAL_RANK": "1", "RANK": "1", "PYTHONUNBUFFERED": "1"}
-        return subprocess.Popen(line, cwd=tmp_path, env=left_over, stdout=subprocess.PIPE, text=True)
-
-    (tmp_path / "simclr_essl.py").symlink_to(HERE / "simclr_essl.py")
-    magic_run = started("simclr_essl.py", *tiny(simclr_essl, tmp_path / "run"))
-    last_cell = started("/x/ipykernel_launcher.py", "-f", "kernel-1.json")
-    assert "is finished" in magic_run.communicate()[0]
-    while (line := last_cell.stdout.readline()) and "epoch 1/12" not in line:
-        pass
-    last_cell.kill()
-    assert line and (tmp_path / "runs").is_dir()
-    last_cell.communicate()
-
-THIRD_TWO = """
-import importlib, json, os, sys, torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-if "RANK" in os.environ:
-    dist.init_process_group("gloo")
-results = []
-for name, flags in json.loads(sys.argv[2]):
-    script = importlib.import_module(name)
-    config = script.parse_args(["--dataset", "patterns", "--batch-size", "32", *flags.split()])
-    torch.manual_seed(0)
-    method = script.Method(config).eval()  # running statistics: the processes share no batch
-    images, labels = script.draw_patterns(100, 1)
-    data = [images, labels] if name == "homomorphic" else [images]
-    batch = next(script.batches(*data, config, torch.device("cpu"), 1))
-    if name == "homomorphic":  # given fibers and views
-        rows = 7 * torch.arange(len(batch[0])) + int(os.environ.get("RANK", 0)) * 7 * 16
-        method.draw_fibers = lambda n: method.pairs[rows % len(method.pairs)].unbind(1)
-        method.views = lambda images: (images / 255, images.flip(3) / 255)
-    elif name != "care":  # given views; care's processes draw what one draws
-        method.views = lambda images: (images / 255, images.flip(3) / 255, images[:, :, ::2, ::2] / 255)
-    if name == "sfrik":
-        method.views = lambda images: (images / 255, images.flip(3) / 255)
-    if "--equivariance-batch 16" in flags:
-        method.views = lambda images: (images / 255, images.flip(3) / 255, images[::2] / 255, images[::2] / 512)
-    model = DistributedDataParallel(method) if dist.is_initialized() else method
-    loss, terms = model(*batch) if name == "homomorphic" else model(batch)
-    loss.backward()
-    terms.pop("std", None)  # of the first process
-    terms.pop("mmd", None)
-    terms.pop("rotation_top1", None)  # a few images on the edge may change sides
-    if dist.is_initialized():
-        for term in terms.values():
-            dist.all_reduce(term)
-            term /= 2
-    results.append([terms, [p.grad for p in method.parameters() if p.requires_grad]])
-if os.environ.get("RANK", "0") == "0":
-    torch.save(results, sys.argv[1])
-if dist.is_initialized():
-    dist.barrier()  # a process that leaves early can take the other down with it
-    dist.destroy_process_group()
-"""
-
-def test_third_two_processes_compute_what_one_computes(tmp_path):
-    together = [("simclr_essl", ""), ("simclr_essl", "--lam 0"), ("simsiam_essl", ""), ("care", "--chunks 4"),
-                ("care", "--chunks 1 --lam 1"), ("care", "--share-pair --lam 1"), ("care", "--base moco --queue 100"),
-                ("care", "--chunks 4 --equivariance-batch 16"), ("homomorphic", "--group rotation --width 0.25"),
-                ("homomorphic", "--ssl augmented --width 0.25"), ("homomorphic", "--ssl frozen --width 0.25"),
-                ("sfrik", "--projector 64-64")]
-    together += [("sfrik", f"--projector 64-64 --loss {loss}") for loss in ("simclr", "auh", "vicreg")]
-
-    def launch(name, **env):
-        line = [sys.executable, "-c", THIRD_TWO, str(tmp_path / name), json.dumps(together)]
-        return subprocess.Popen(line, cwd=HERE, env=os.environ | env, stderr=subprocess.PIPE)
-
-    there = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-    processes = [launch("two", RANK=str(rank), **there) for rank in range(2)] + [launch("one")]
-    for process in processes:
-        assert process.wait(300) == 0, process.stderr.read().decode()
-    one, two = torch.load(tmp_path / "one"), torch.load(tmp_path / "two")
-    for of, (terms, gradients), (others, theirs) in zip(together, one, two, strict=True):
-        for name in terms:
-            assert others[name].item() == pytest.approx(terms[name].item(), rel=1e-5, abs=1e-8), (of, name)
-        for a, b in zip(gradients, theirs, strict=True):
-            assert torch.allclose(a, b, rtol=1e-3, atol=1e-6), of
-
-@third
-def test_third_run_of_two_processes(script, tmp_path):
-    """By torchrun, from end to end; the first process alone prints and writes."""
-    line = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master-port={free_port()}", f"{script.__name__}.py"]
-    done = subprocess.run([sys.executable, *line, *tiny(script, tmp_path / "run")], cwd=HERE,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("waiting for 2 processes") == done.stdout.count("epoch 3/3") == 1
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["processes"] == 2
-
-# a GPU: on any machine by tensors without numbers, and a real one
-
-THIRD_STEPS = [(simclr_essl, f"--dataset patterns {flags}", 32) for flags in (
-    "", "--lam 0", "--transform jigsaw", "--transform hflip --crop-only", "--transform grayscale",
-    "--transform inversion", "--transform blur", "--role augment --transform vflip")]
-THIRD_STEPS += [(simsiam_essl, f"--dataset patterns {flags}", 32) for flags in ("", "--lam 0")]
-THIRD_STEPS += [(care, f"--dataset patterns --batch-size 8 --chunks 2 {flags}", 32) for flags in (
-    "", "--lam 0", "--base moco --queue 16", "--share-pair --equivariance-batch 4", "--contrast uniformity",
-    "--contrast invariance", "--contrast none")]
-THIRD_STEPS += [(sfrik, f"--dataset patterns --projector 64-4 {flags}", 32) for flags in (
-    "", "--loss simclr", "--loss auh", "--loss vicreg")]
-THIRD_STEPS.append((sfrik, "--dataset imagenet20 --arch small --size 32 --projector 64-8", 48))
-THIRD_STEPS += [(script, "--dataset folder --arch small --size 32 --small-size 16", 48) for script in THIRD[:2]]
-THIRD_STEPS.append((care, "--dataset folder --arch small --size 32 --batch-size 8 --chunks 2", 48))
-THIRD_STEPS.append((care, "--dataset chains --batch-size 8 --chunks 2", 0))
-THIRD_STEPS += [(photonics_reg, f"--arch small --dataset {kind} --mode {mode}", 32)
-                for kind in ("gpm", "blob") for mode in photonics_reg.MODES]
-THIRD_STEPS += [(homomorphic, f"--dataset patterns --width 0.25 --group {group} --ssl {ssl}", 32)
-                for group in ("translation", "rotation", "scale") for ssl in ("homomorphic", "augmented")]
-THIRD_STEPS += [(homomorphic, f"--width 0.25 {flags}", side) for flags, side in (
-    ("--ssl supervised", 28), ("--ssl frozen --structure none", 28), ("--group scale --structure none", 28),
-    ("--dataset folder --group scale --size 32", 48))]
-
-@pytest.mark.parametrize("script, flags, side", THIRD_STEPS, ids=[f"{x.__name__} {flags}" for x, flags, _ in THIRD_STEPS])
-def test_third_step_on_a_gpu_mixes_no_devices_and_never_waits(script, flags, side, tmp_path, monkeypatch):
-    """On torch's tensors without numbers, which can be "on a GPU" on any machine.
-
-    They refuse to mix devices, and to give the host a number. They cannot go backward. bf16 is for
-    the backbone only.
-    """
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *how: True)
-    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch, "randperm", np.random.permutation)  # an order drawn on the CPU
-    config = script.parse_args([*flags.split(), "--precision", "bf16", "--out", str(tmp_path)])
-    method, seen, entered, labels = script.Method(config), {}, set(), []
-    if "supervised" in flags:
-        method = script.Method(config, 1)
-    for name, network in method.named_children():
-        network.register_forward_pre_hook(lambda module, x: entered.add(x[0].dtype))
-        last = [*network.modules()][-1]
-        last.register_forward_hook(lambda module, x, y, name=name: seen.update({name: y.dtype}))
-    with FakeTensorMode():
-        for module in method.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, x in tensors.items():
-                    there = x if x is None else torch.empty(x.shape, dtype=x.dtype, device="cuda")
-                    tensors[name] = torch.nn.Parameter(there) if isinstance(x, torch.nn.Parameter) else there
-        images = torch.empty(8, len(method.mean), side, side, dtype=torch.uint8, device="cuda")
-        if side == 0:
-            images = torch.empty(8, 50, 4, device="cuda")  # clouds
-        if script is photonics_reg:
-            images = torch.empty(8, 32, 32, device="cuda")
-            labels = [torch.empty(8, 400, device="cuda")]
-        with OnTheGpu():
-            loss, terms = method(images, *labels) if labels else outcome(method, images)
-    assert {x.device.type for x in (loss, *terms.values())} == {"cuda"}
-    narrow = {name for name, dtype in seen.items() if dtype == torch.bfloat16}
-    if script is sfrik:  # the wide projector is in bf16, too, and gets float32 from the encoder
-        assert narrow == {"encoder", "projector"}
-    else:
-        assert narrow == {"encoder", "key_encoder"} & seen.keys() >= {"encoder"}
-    assert {loss.dtype, *entered} == {torch.float32}
-
-def third_step_on(device, script, *flags, compiled=False):
-    """(loss, gradients) of a step with flags, on a device, by draws of the CPU."""
-    method, images = batch_of(script, *flags, n=64)
-    method.to(device)
-    for network in method.children() if compiled else ():
-        network.forward = torch.compile(network.forward, dynamic=False)
-    torch.manual_seed(1)
-    with DrawsOfTheCpu():
-        loss, _ = outcome(method, images.to(device))
-    loss.backward()
-    return loss.item(), [p.grad.cpu() for p in method.parameters() if p.grad is not None]
-
-@needs_cuda
-@third_and_cells
-def test_third_cuda_step_equals_the_cpus(script):
-    """In float32, to rounding; in bf16, and compiled, nearly."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        ours, theirs = (third_step_on(device, script, "--precision", "fp32") for device in (CUDA, CPU))
-        compiled = third_step_on(CUDA, script, "--precision", "fp32", compiled=True)
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
-    assert ours[0] == pytest.approx(theirs[0], rel=1e-4)
-    largest = max(gradient.norm() for gradient in theirs[1])
-    for a, b in zip(ours[1], theirs[1], strict=True):  # of biases before BatchNorm only rounding is left
-        assert (a - b).norm() <= 1e-2 * b.norm() + 1e-4 * largest
-    assert compiled[0] == pytest.approx(ours[0], rel=1e-2)
-    loss, gradients = third_step_on(CUDA, script, "--precision", "bf16")
-    assert loss == pytest.approx(theirs[0], rel=0.03, abs=0.03)
-    assert all(gradient.isfinite().all() for gradient in gradients)
-
-@needs_cuda
-@third_and_cells
-def test_third_cuda_step_never_synchronises(script):
-    method, images = batch_of(script, "--precision", "bf16", n=64)
-    method.to(CUDA, memory_format=torch.channels_last)
-    optimizer = script.make_optimizer(method, method.config)
-    images = images.to(CUDA)
-    for mode in ("default", "error"):  # the first step may
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
-            loss, terms = outcome(method, images)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert loss.isfinite()
-
-@needs_cuda
-@third_and_cells
-def test_third_cuda_run_is_saved_continued_and_read_on_the_cpu(script, tmp_path, monkeypatch, capsys):
-    line = tiny(script, tmp_path / "run", "--save-every", "0", "--device", "cuda")
-    interrupted(script, 7, line, monkeypatch, capsys)
-    script.main(line)
-    assert re.search(r"[1-3] of \d epochs done", capsys.readouterr().out)
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["peak_memory_gb"] > 0 and results["device"] == torch.cuda.get_device_name()
-    encoder = torch.load(tmp_path / "run" / "encoder.pt", weights_only=True)
-    assert {value.device.type for value in encoder.values()} == {"cpu"}
-    method, _ = batch_of(script)
-    method.encoder.load_state_dict(encoder)
-    assert all(value.isfinite().all() for value in encoder.values())
