@@ -5,34 +5,38 @@ R. Dangovski, L. Jing, C. Loh, S. Han, A. Srivastava, B. Cheung, P. Agrawal, M. 
 
 A photonic crystal repeats a unit cell of two materials. Its density of states (DOS), the number of
 light modes near each frequency, takes hundreds of eigenvalue problems; an image of a cell costs
-nothing. So an encoder is first trained on images alone. SimCLR makes it invariant to what leaves
-the DOS as it is: shifts, mirrors, turns. E-SimCLR adds a head that predicts one of these, which
-keeps the features sensitive to it. Then a few labelled cells teach the encoder the DOS. There are
-two kinds of cells: those of gpm have a mirror, those of blob one inclusion in the center.
+nothing. So an encoder is first trained on images alone. SimCLR makes it invariant to changes that
+leave the DOS as it is (gpm: shifts and mirrors; blob: mirrors and turns). E-SimCLR adds a head that
+predicts another such change (gpm: turns; blob: shifts), which keeps the features sensitive to it.
+Then a few labelled cells teach the encoder the DOS. Cells of gpm have a mirror axis, those of blob
+one inclusion in the center.
 
 Algorithm for a batch of N cells, encoder f, projector p1, predictor p2, regressor h:
   1. draw two views of every cell; loss_invariance = NT-Xent between the two p1(f(view));
-  2. v = every cell in four versions: turned by 0, 90, 180 and 270 degrees (gpm), or shifted by
-     half a cell along no axis, y, x and both (blob);
+  2. v = every cell itself, not a view of it, in four versions: turned by 0, 90, 180 and 270 degrees
+     (gpm), or shifted by half a cell along no axis, y, x and both (blob);
   3. loss_equivariance = cross-entropy of p2(f(v)) against the class of the version;
   4. step f, p1 and p2 on loss_invariance + alpha * loss_equivariance.
-  5. Afterwards, for a view of 3,000 labelled cells: step f and h, or with --frozen h alone, on the
-     squared difference of h(f(view)) + 2 pi x and the DOS. 2 pi x is the DOS of a homogeneous cell
-     at the frequency x (SOLVER has the units).
+  5. Afterwards, for a view of each of a batch of labelled cells: step f and h, or with --frozen h
+     alone, on the squared difference of h(f(view)) + 2 pi x and the DOS. x is the frequency times
+     the root of the mean permittivity, and 2 pi x is the DOS of a homogeneous cell.
   --mode supervised is step 5 alone. simclr leaves steps 2 and 3 out; so does simclr+transform, but
-  each of its views is in a random version.
+  each of its views, in step 5 too, is in a random version.
 
 Usage
   python photonics_reg.py --quick                the four modes, two minutes on a CPU
-  python photonics_reg.py --mode all             the four modes at full scale, on one GPU
+  python photonics_reg.py --mode all             the four modes at full scale, on one GPU; before,
+                                                 labels, once: half an hour of one CPU core
   python photonics_reg.py --mode all --frozen --pretrained "runs/photonics_reg-mode=all"
 
 Differences from paper [P] and authors' code [C] that change numbers (more: results/README.md):
   - Cells and labels are our own ([C]: files made with MPB and MATLAB). The law of blob's cells is
     not published: ours have one centered smooth inclusion.
-  - The DOS is of 6 bands, not 10, states fill bins exactly, and a Gaussian smooths it in x.
+  - The DOS counts 6 bands, not 10. Its states are shared out over bins exactly ([C] samples them),
+    and smoothed by a Gaussian whose width is fixed in x ([C]: in frequency).
   - gpm has two classes, turned by +-90 degrees or not, as in [P]; [C] has four.
-  - As in [C]: squared error (--absolute: as in [P]) and an error without x below 0.24 ([P]: all x).
+  - As in [C], the loss is a squared error ([P], --absolute: an absolute one), and the test error
+    leaves out x below 0.24 ([P]: nothing).
   - The last epoch counts; [C] takes the lowest test error of all epochs and of two encoders.
   - A split is a random 6/7 of one pool, so two splits share most of their cells.
   - On a GPU the encoder runs in bfloat16 and matrix products in TF32.
@@ -75,7 +79,7 @@ class Config:
     dataset: str = option("gpm", "cells to draw (gpm: with a mirror, blob: with one inclusion)",
                           "gpm blob")
     data_root: str = option("data", "folder in which computed labels are kept")
-    limit: int = option(3000, "labelled cells to learn from")
+    limit: int = option(3000, "labelled cells of a split to learn from (a sixth as many validate)")
     unlabelled: int = option(20480, "cells of the pre-training")
     test: int = option(2000, "labelled cells to test on")
     cutoff: int = option(4, "labels are computed from (2 cutoff + 1)^2 plane waves")
@@ -85,7 +89,8 @@ class Config:
     temperature: float = option(0.1, "temperature of NT-Xent")
     splits: int = option(3, "labelled splits; the encoder is fine-tuned on each anew")
     absolute: bool = option(False, "fine-tune on absolute errors, not on squared ones")
-    frozen: bool = option(False, "keep the encoder as it is in the fine-tuning")
+    frozen: bool = option(False, "do not train the encoder in the fine-tuning (BatchNorm's "
+                                 "statistics still adapt)")
     pretrained: str = option("", "folder of a run whose encoder to fine-tune (empty: train one)")
     arch: str = option("paper", "size of the networks", "paper small")
     epochs: int = option(200, "passes over the unlabelled cells")
@@ -112,7 +117,7 @@ QUICK = dict(mode="all", arch="small", epochs=10, batch_size=64, lr=0.01, tune_e
 FREE = ("data_root", "out", "device", "compile", "save_every", "eval_every")
 MODES = ("supervised", "simclr", "simclr+transform", "essl")
 SIDE = 32  # pixels of a cell's side
-POINTS, STEP = 400, 1.2 / 499  # labels are the DOS at x = 0, STEP, 2 STEP, ..., 399 STEP = 0.96
+POINTS, STEP = 400, 1.2 / 499  # labels: the DOS at x = 0, STEP, ..., 399 STEP = 0.96; [C] has 500
 
 def stop(message):
     """Ends the program with one line."""
@@ -133,11 +138,11 @@ def nt_xent(z1, z2, temperature):
     return F.cross_entropy(similarity, other_view)
 
 def empty_lattice(device):
-    """The DOS (400,) of a homogeneous cell: 2 pi x at the frequencies x of the labels."""
+    """The DOS (400,) of a homogeneous cell: 2 pi x, at the x of the labels."""
     return 2 * math.pi * torch.arange(POINTS, device=device) * STEP
 
 class Method(nn.Module):
-    """The pre-training (split 0), or the fine-tuning on a labelled split (1, 2, ...).
+    """One stage: the pre-training (split 0), or the fine-tuning on labelled split 1, 2, ...
 
     Cells are permittivities (N, 32, 32), labels their DOS (N, 400); the pre-training needs none.
     """
@@ -152,10 +157,10 @@ class Method(nn.Module):
             self.regressor = make_regressor(widths)
             self.encoder.requires_grad_(not config.frozen)
         else:
-            self.projector = Head(widths, widths["embedding"])
+            self.projector = make_head(widths, widths["embedding"])
         if split == 0 and config.mode == "essl":
             classes = 2 if config.dataset == "gpm" else 4
-            self.predictor = Head(widths, classes)
+            self.predictor = make_head(widths, classes)
 
     def forward(self, cells, labels=None):
         if self.split > 0:
@@ -163,7 +168,7 @@ class Method(nn.Module):
         return self.pretrain(cells)
 
     def pretrain(self, cells):
-        """Steps 1 to 4 of the algorithm: the loss, and terms for the log."""
+        """Steps 1 to 3 of the algorithm: the loss that step 4 takes, and terms for the log."""
         config = self.config
         f, p1, p2 = self.features, self.projector, self.predictor
         view1, view2 = self.views(cells)
@@ -182,12 +187,10 @@ class Method(nn.Module):
         return loss_invariance + config.alpha * loss_equivariance, terms
 
     def fine_tune(self, cells, labels):
-        """Step 5 of the algorithm: the loss, and no terms."""
+        """The loss of step 5 of the algorithm, and no terms."""
+        loss = F.l1_loss if self.config.absolute else F.mse_loss
         view = random_views(cells, self.config)
-        prediction = self.predict_dos(view)  # (N, 400)
-        if self.config.absolute:
-            return F.l1_loss(prediction, labels), {}
-        return F.mse_loss(prediction, labels), {}
+        return loss(self.predict_dos(view), labels), {}
 
     def views(self, cells):
         """Two random views of every cell."""
@@ -213,32 +216,33 @@ def spread(z):
 
 # %% AUGMENT ---------------------------------------------------------------------------------------
 def random_views(cells, config):
-    """A random view of every cell, with the same DOS; for simclr+transform in a random version."""
+    """A random view of every cell, of the same DOS; simclr+transform: also in a random version."""
     transformed = config.mode == "simclr+transform"
     draws = draw_symmetries(len(cells), config.dataset, transformed, cells.device)
     return apply_symmetries(cells, *draws)
 
 def draw_symmetries(n, kind, transformed, device):
-    """Flips (n,), turns (n,) and shifts (n, 2) of n views, for apply_symmetries.
+    """Mirrors (n,), turns (n,) and shifts (n, 2) of n views, for apply_symmetries.
 
-    gpm: any shift, and no flip or one of two. blob: the same flips, and any turn. What E-SimCLR
-    predicts, gpm's turn or blob's shift by half a cell, is 0 unless transformed.
+    gpm: no mirror or one of two, and any shift. blob: the same mirrors, and any turn. gpm's turns
+    and blob's shifts by half a cell, which E-SimCLR predicts, are drawn only if transformed.
     """
-    flip = torch.randint(3, (n,), device=device)
+    mirror = torch.randint(3, (n,), device=device)
     turn = torch.randint(4, (n,), device=device)
     shift = torch.randint(SIDE, (n, 2), device=device)
-    if kind == "blob":
-        shift = SIDE // 2 * torch.randint(2, (n, 2), device=device)
-    if not transformed:
-        predicted = turn if kind == "gpm" else shift
-        predicted.zero_()  # in place
-    return flip, turn, shift
+    if kind == "gpm":
+        return mirror, turn * transformed, shift
+    half = SIDE // 2
+    return mirror, turn, shift // half * half * transformed
 
-def apply_symmetries(cells, flip, turn, shift):
-    """Cells (N, 32, 32) flipped (1: x, 2: y), turned by 90 degrees `turn` times, then shifted."""
+def apply_symmetries(cells, mirror, turn, shift):
+    """Cells (N, 32, 32) mirrored (0: no, 1: x -> -x, 2: y -> -y), then turned, then shifted.
+
+    turn (N,) counts turns by 90 degrees, shift (N, 2) pixels along x and y.
+    """
     n = torch.arange(len(cells), device=cells.device)
-    flipped = torch.stack([cells, cells.flip(1), cells.flip(2)])  # (3, N, 32, 32)
-    cells = flipped[flip, n]
+    mirrored = torch.stack([cells, cells.flip(1), cells.flip(2)])  # (3, N, 32, 32)
+    cells = mirrored[mirror, n]
     turned = torch.stack([cells.rot90(k, (1, 2)) for k in range(4)])  # (4, N, 32, 32)
     cells = turned[turn, n]
     # pixel i of the shifted cell is pixel i - shift of the cell, which repeats after 32
@@ -250,19 +254,18 @@ def apply_symmetries(cells, flip, turn, shift):
 def versions(cells, kind):
     """All cells in the first version, all in the second, ...: (4N, 32, 32), and classes (4N,).
 
-    gpm: turned by 0, 90, 180 and 270 degrees; class 1 if the mirror has turned by 90 degrees.
+    gpm: turned by 0, 90, 180 and 270 degrees; class 1 if the turn, by 90 or 270,
+    moves the mirror axis.
     blob: shifted by (0, 0), (0, 1), (1, 0) and (1, 1) half cells, each a class.
     """
     version = torch.arange(4, device=cells.device).repeat_interleave(len(cells))
     if kind == "gpm":
         return torch.cat([cells.rot90(k, (1, 2)) for k in range(4)]), version % 2
-    half = SIDE // 2
-    shifts = [(0, 0), (0, half), (half, 0), (half, half)]
-    return torch.cat([cells.roll(shift, (1, 2)) for shift in shifts]), version
+    half = (0, SIDE // 2)
+    return torch.cat([cells.roll((x, y), (1, 2)) for x in half for y in half]), version
 
 # %% MODEL -----------------------------------------------------------------------------------------
-# channels of the convolutions, width of the features, of the hidden layers of p1 and p2, of the
-# embeddings, and of the hidden layers of the regressor
+# widths: features are outputs of f; hidden layers are those of p1 and p2, embeddings outputs of p1
 ARCHS = {
     "paper": dict(channels=(64, 256, 256), features=1024, hidden=512, embedding=256,
                   regressor=(1024, 1024, 512)),
@@ -281,21 +284,12 @@ def make_cell_encoder(widths):
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs, features), nn.ReLU(),
                          nn.Linear(features, features))
 
-class Head(nn.Module):
-    """p1 or p2: (N, features) -> (N, outputs). As in the authors' code both layers share a norm."""
-
-    def __init__(self, widths, outputs):
-        super().__init__()
-        hidden = widths["hidden"]
-        self.first = nn.Linear(widths["features"], hidden)
-        self.second = nn.Linear(hidden, hidden)
-        self.norm = nn.BatchNorm1d(hidden)
-        self.last = nn.Linear(hidden, outputs)
-
-    def forward(self, x):
-        x = F.relu(self.norm(self.first(x)))
-        x = F.relu(self.norm(self.second(x)))
-        return self.last(x)
+def make_head(widths, outputs):
+    """p1 or p2: (N, features) -> (N, outputs). As in [C], its hidden layers share one BatchNorm."""
+    inputs, hidden = widths["features"], widths["hidden"]
+    norm = nn.BatchNorm1d(hidden)
+    return nn.Sequential(nn.Linear(inputs, hidden), norm, nn.ReLU(),
+                         nn.Linear(hidden, hidden), norm, nn.ReLU(), nn.Linear(hidden, outputs))
 
 def make_regressor(widths):
     """h: linear layers with ReLU, (N, features) -> (N, 400)."""
@@ -307,10 +301,10 @@ def make_regressor(widths):
 
 # %% DATA ------------------------------------------------------------------------------------------
 def load_data(config, device):
-    """For the pre-training and for every split: what to train on, to validate on and to test on.
+    """A list: data[0] for the pre-training, data[s] for split s; each (training, validation, test).
 
-    Each is a pair of cells (N, 32, 32) and labels (N, 400). The pre-training has zeros (N,) for
-    labels, and nothing to validate on.
+    Each of the three is a pair of cells (N, 32, 32) and labels (N, 400). The pre-training has zeros
+    (N,) for labels, and None to validate on.
     """
     unlabelled = draw_cells(config.dataset, config.unlabelled, seed=99).float().to(device)
     size = config.limit + config.limit // 6  # the pool: six parts to train on, one to validate on
@@ -333,7 +327,7 @@ def labelled_cells(config, n, seed, device):
     folder = Path(config.data_root) / "photonics"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{config.dataset}-centered-cutoff{config.cutoff}-seed{seed}.pt"
-    # if one of these differs, so do the labels
+    # labels of other settings than these are not taken
     made_by = [K_LINE, BANDS, WIDTH, STEP, round(cells[0].sum().item(), 3)]
     if path.exists():
         try:
@@ -355,7 +349,7 @@ def labelled_cells(config, n, seed, device):
         for first in with_progress(firsts, len(firsts), f"labels of seed {seed}: part"):
             solved = workers.map(solve, cells[first:first + block].split(1))
             labels = torch.cat([labels, *solved])
-            # several runs may compute the same labels: each writes a file of its own
+            # another run may compute the same labels: so write's ".new" is not one file for both
             own = path.with_name(f"{path.name}.{os.getpid()}")
             write(own, {"labels": labels, "made_by": made_by})
             os.replace(own, path)
@@ -373,7 +367,8 @@ def draw_cells(kind, n, seed):
     the same for every n.
     """
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.rand(n, 16, generator=generator, dtype=torch.float64)  # all chance of a cell
+    drawn = torch.rand(n, 16, generator=generator, dtype=torch.float64)  # numbers that make a cell
+    # 14 and 15 make permittivities, the first 13 a level_set (gpm), the first 9 a star (blob)
     parts = []
     for part in drawn.split(500):
         if kind == "gpm":
@@ -438,20 +433,20 @@ def photonic_bands(eps, k, bands, cutoff=4):
     """The lowest frequencies (N, K, bands) of TM modes and their group velocities (..., 2), in c.
 
     eps: permittivities (N, n, n) of N cells. k: wave vectors (K, 2). The field along z,
-    E(r) = sum_g E_g exp(2 pi i (k + g) r), is a mode of frequency w if for every g
+    E(r) = sum_g E_g exp(2 pi i (k + g) r) with |g1|, |g2| <= cutoff < n / 4, is a mode of frequency
+    w if for every g
         |k + g|^2 E_g = w^2 sum_g' eps_(g - g') E_g',
-    where eps_g are the Fourier coefficients of eps. Their matrix is L L^+ (Cholesky). With
-    A = L^-1 and v = L^+ E this is A |k + g|^2 A^+ v = w^2 v, a Hermitian eigenvalue problem.
-    As |v| = 1, the group velocity dw/dk is sum_g (k + g) |E_g|^2 / w. All in float64.
+    where eps_g are the Fourier coefficients of eps. Their matrix is L L^+ (Cholesky; L^+ is the
+    conjugate transpose). With A = L^-1 and v = L^+ E this is A |k + g|^2 A^+ v = w^2 v, a Hermitian
+    eigenvalue problem. As |v| = 1, the group velocity dw/dk is sum_g (k + g) |E_g|^2 / w. All in
+    float64.
     """
     n = eps.shape[-1]
-    if eps.ndim != 3 or eps.shape[1] != n or 4 * cutoff >= n:
-        raise ValueError(f"permittivity is (N, n, n) with n > {4 * cutoff}, not {tuple(eps.shape)}")
     eps = eps.cpu().double()  # eigh of matrices larger than 32 is slow on GPUs
     line = torch.arange(-cutoff, cutoff + 1)
     g = torch.cartesian_prod(line, line)  # (M, 2)
-    coefficients = torch.fft.fft2(eps) / n**2
-    difference = (g[:, None] - g) % n  # (M, M, 2), of g and g'; coefficient -1 is stored at n - 1
+    coefficients = torch.fft.fft2(eps) / n**2  # about pixel 0; another origin changes no frequency
+    difference = (g[:, None] - g) % n  # g - g': (M, M, 2); coefficient -1 is stored at n - 1
     L = torch.linalg.cholesky(coefficients[:, difference[..., 0], difference[..., 1]])  # (N, M, M)
     A = torch.linalg.solve_triangular(L, torch.eye(len(g), dtype=L.dtype), upper=False)
     q = k.double()[:, None] + g  # k + g: (K, M, 2)
@@ -472,24 +467,25 @@ def wave_vectors():
     return torch.cartesian_prod(midpoints(K_LINE), midpoints(K_LINE))
 
 def states_below(edges, w, velocities):
-    """The share (..., E) of the square about each wave vector with frequencies below edges (E,).
+    """The share (..., B) of each wave vector's square that has a frequency below each edge (B,).
 
-    Within its square a frequency w is taken as linear, w + velocity dk (generalised
-    Gilat-Raubenheimer method, arXiv:1711.07993). Then the frequencies have the distribution of a
-    trapezoid about w. Half its longer side is h (|vx| + |vy|), half its shorter one
-    h ||vx| - |vy||, where h is half the side of the square.
+    w (...,) and velocities (..., 2) are in the unit of the edges. Within its square a frequency w
+    is taken as linear, w + velocity dk (generalised Gilat-Raubenheimer method, arXiv:1711.07993).
+    Then the frequencies have the distribution of a trapezoid about w. Half its longer side is
+    h (|vx| + |vy|), half its shorter one h ||vx| - |vy||, where h is half the side of the square.
     """
     h = 0.5 / K_LINE
     vx = velocities[..., :1].abs()  # (..., 1)
     vy = velocities[..., 1:].abs()
-    longer = (h * (vx + vy)).clamp(min=1e-9)
+    longer = (h * (vx + vy)).clamp(min=1e-9)  # for a velocity of 0: all of a square at w
     shorter = h * (vx - vy).abs()
-    distance = edges - w[..., None]  # (..., E)
+    distance = edges - w[..., None]  # (..., B)
     t = distance.abs()
     # of the trapezoid, whose area is 1, the part beyond t: a triangle; if t is under the flat top,
     # one half less a rectangle
-    slope = ((longer - t) / (longer - shorter).clamp(min=1e-12)).clamp(0, 1)  # falls from 1 to 0
-    triangle = slope.square() * (longer - shorter) / (2 * (longer + shorter))
+    side = longer - shorter  # of the slope; 0 for a rectangle
+    height = ((longer - t) / side.clamp(min=1e-12)).clamp(0, 1)  # at t: 1 at the top, 0 at the end
+    triangle = height.square() * side / (2 * (longer + shorter))
     beyond = torch.where(t < shorter, 0.5 - t / (longer + shorter), triangle)
     return torch.where(distance < 0, beyond, 1 - beyond)
 
@@ -505,7 +501,7 @@ def density_of_states(eps, cutoff=4):
     weights = torch.full((len(k), 1, 1), 2 / K_LINE**2, dtype=torch.float64)
     weights[-1] /= 2  # k = 0 is its own negative
     w, velocities = photonic_bands(eps, k, BANDS, cutoff)
-    w[:, -1, 0] = torch.inf  # never counted
+    w[:, -1, 0] = torch.inf  # the state of frequency 0: below no edge
     root = eps.mean((1, 2)).sqrt()[:, None, None]
     edges = 0.0015 * torch.arange(701, dtype=torch.float64)  # of bins; to nine WIDTHs beyond 0.96
     below = states_below(edges, root * w, root[..., None] * velocities)  # (N, K, bands, 701)
@@ -528,7 +524,7 @@ def learning_rate(step, total_steps, warmup_steps, peak, final=0.0):
 
 def make_optimizer(method, config):
     """SGD for the pre-training, Adam for the fine-tuning, at the peak rate."""
-    parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    parameters = list(method.parameters())
     fused = parameters[0].is_cuda
     if method.split > 0:
         return torch.optim.Adam(parameters, config.tune_lr, fused=fused,
@@ -570,7 +566,7 @@ def with_progress(items, total, name):
         yield item
 
 def stages(config):
-    """Every epoch of a run: its split (0: the pre-training), its number there, and its settings."""
+    """Every epoch of a run: its split (0: the pre-training), number in its stage, and settings."""
     tuning = replace(config, epochs=config.tune_epochs, batch_size=config.tune_batch_size)
     plan = []
     if config.mode != "supervised" and not config.pretrained:
@@ -607,15 +603,16 @@ def batches(data, settings, split, epoch):
 def train_epoch(method, optimizer, data, settings, epoch):
     """One pass over the cells; returns the means of the loss and its terms over the steps.
 
-    data: cells and labels. epoch: its number in the stage. The rate falls in the pre-training only.
+    data: cells and labels. epoch: its number in the stage. The rate falls as a cosine in the
+    pre-training, and is constant in the fine-tuning.
     """
     steps, sums = len(data[0]) // settings.batch_size, {}
     total = settings.epochs * steps
     peak = optimizer.defaults["lr"]
     final = peak if method.split > 0 else 0.0
     epoch_batches = batches(data, settings, method.split, epoch)
-    name = f"epoch {epoch} of {settings.epochs}: step"
-    for step, batch in enumerate(with_progress(epoch_batches, steps, name)):
+    what = f"epoch {epoch} of {settings.epochs}: step"
+    for step, batch in enumerate(with_progress(epoch_batches, steps, what)):
         now = (epoch - 1) * steps + step
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(now, total, 0, peak, final)
@@ -707,7 +704,7 @@ def open_run(config, trained_on):
     return saved
 
 def pretrained_encoder(config):
-    """Weights of the encoder of the run in --pretrained, or in its folder MODE; None without."""
+    """The encoder's weights in folder --pretrained, or in its subfolder of this mode; or None."""
     if not config.pretrained or config.mode == "supervised":
         return None
     path = Path(config.pretrained) / config.mode / "checkpoint.pt"
@@ -738,7 +735,7 @@ def write(path, content):
     os.replace(beside, path)
 
 def draw_views(path, method, cells):
-    """A row for each cell: the cell, its two views and, if they are predicted, its four versions.
+    """A row for each cell: the cell, two views of it and, for essl, its four versions.
 
     x runs downwards, y to the right.
     """
@@ -777,22 +774,22 @@ def predict(method, cells):
 
 def evaluate(data, config, log):
     """Test errors in percent, their mean and standard deviation over the splits, from the log."""
-    errors = {"dos_error": [], "dos_error_validation_minimum": [], "dos_error_test_minimum": []}
-    for split in range(1, config.splits + 1):
-        tested = [line for line in log[1:] if line["split"] == split and "test_error" in line]
-        best = min(tested, key=lambda line: line["validation_error"])
-        errors["dos_error"].append(tested[-1]["test_error"])
-        errors["dos_error_validation_minimum"].append(best["test_error"])
-        errors["dos_error_test_minimum"].append(min(line["test_error"] for line in tested))
     cells, labels = data[0][2]
-    empty = empty_lattice(labels.device).expand_as(labels)
     results = {
-        "dos_error_empty_lattice": 100 * dos_error(empty, labels),
+        "dos_error_empty_lattice": 100 * dos_error(empty_lattice(labels.device), labels),
         "dos_error_protocol": f"{config.splits} splits, {len(cells)} test cells; dos_error: last "
                               "epoch; minimum: epoch of least validation or test error"}
-    for name, values in errors.items():
-        results[name] = torch.tensor(values).mean().item()
-        results[name + "_std"] = torch.tensor(values).std(correction=0).item()
+    choices = {  # of which epoch the test error is reported: that of the least ...
+        "dos_error": lambda line: -line["epoch"],
+        "dos_error_validation_minimum": lambda line: line["validation_error"],
+        "dos_error_test_minimum": lambda line: line["test_error"]}
+    for name, choice in choices.items():
+        errors = []
+        for split in range(1, config.splits + 1):
+            tested = [line for line in log[1:] if line["split"] == split and "test_error" in line]
+            errors.append(min(tested, key=choice)["test_error"])
+        results[name] = torch.tensor(errors).mean().item()
+        results[name + "_std"] = torch.tensor(errors).std(correction=0).item()
     for line in log:
         if "transform_top1" in line:
             results["transform_top1"] = line["transform_top1"]  # in the end that of the last epoch
@@ -871,8 +868,8 @@ def run_all_modes(config, device):
     out, results = Path(config.out), {}
     if (out / "checkpoint.pt").exists():
         stop(f"{out} holds another run. Choose another --out")
-    if config.pretrained and not Path(config.pretrained).is_dir():  # before the first mode trains
-        stop(f"--pretrained needs the folder of a run, and there is no {config.pretrained}")
+    for mode in MODES:
+        pretrained_encoder(replace(config, mode=mode))  # a wrong folder ends the program now
     for mode in MODES:
         run(replace(config, mode=mode, out=str(out / mode)), device)
         of_mode = json.loads((out / mode / "results.json").read_text())
@@ -899,7 +896,7 @@ def run(config, device):
     print(f"its spectra: python compare.py {out}")
 
 def finish(method, data, config, log):
-    """Evaluates; writes encoder.pt and results.json."""
+    """Evaluates; writes encoder.pt, as fine-tuned on the last split, and results.json."""
     out = Path(config.out)
     encoder = method.encoder.state_dict()
     write(out / "encoder.pt", {name: value.cpu() for name, value in encoder.items()})
@@ -914,7 +911,7 @@ def finish(method, data, config, log):
 def show_results(out):
     """Prints the errors in results.json: means, and standard deviations over the splits."""
     results = json.loads((out / "results.json").read_text())
-    print(f"{out} is finished; it holds results.json")
+    print(f"{out} is finished; its errors, in results.json:")
     print(f"  {'dos_error_empty_lattice':32} {results['dos_error_empty_lattice']} %")
     for name, value in results.items():
         if name + "_std" in results:

@@ -1553,7 +1553,7 @@ def test_step_on_a_gpu_mixes_no_devices_and_never_waits(script, flags, side, tmp
     monkeypatch.setattr(torch, "randperm", np.random.permutation)  # an order drawn on the CPU
     config = script.parse_args([*flags.split(), "--precision", "bf16", "--out", str(tmp_path)])
     method, seen, entered, labels = script.Method(config), {}, set(), []
-    if "supervised" in flags:
+    if "--mode supervised" in flags:
         method = script.Method(config, 1)
     for name, network in method.named_children():
         network.register_forward_pre_hook(lambda module, x: entered.add(x[0].dtype))
@@ -1565,12 +1565,13 @@ def test_step_on_a_gpu_mixes_no_devices_and_never_waits(script, flags, side, tmp
                 for name, x in tensors.items():
                     there = x if x is None else torch.empty(x.shape, dtype=x.dtype, device="cuda")
                     tensors[name] = torch.nn.Parameter(there) if isinstance(x, torch.nn.Parameter) else there
-        images = torch.empty(8, len(method.mean), side, side, dtype=torch.uint8, device="cuda")
-        if side == 0:
-            images = torch.empty(8, 50, 4, device="cuda")  # clouds
         if script is photonics_reg:
             images = torch.empty(8, 32, 32, device="cuda")
             labels = [torch.empty(8, 400, device="cuda")]
+        elif side == 0:
+            images = torch.empty(8, 50, 4, device="cuda")  # clouds
+        else:
+            images = torch.empty(8, len(method.mean), side, side, dtype=torch.uint8, device="cuda")
         with OnTheGpu():
             loss, terms = method(images, *labels) if labels else outcome(method, images)
     assert {x.device.type for x in (loss, *terms.values())} == {"cuda"}
@@ -2713,9 +2714,6 @@ def test_bands_of_rods():
         rods = torch.where(torch.hypot(line[:, None], line) < 0.2, 8.9, 1.0).double()[None]
         frequencies, _ = photonics_reg.photonic_bands(F.avg_pool2d(rods, 3), k, 4, cutoff)
         assert ((frequencies[0] - want).abs() <= bound * want.clamp(min=1e-3)).all()
-    for shape, word in (((1, 32, 31), "1, 32, 31"), ((32, 32), "32, 32"), ((1, 16, 16), "n > 16")):
-        with pytest.raises(ValueError, match=word):
-            photonics_reg.photonic_bands(torch.ones(shape), torch.zeros(1, 2), 2, 4)
 
 @pytest.mark.parametrize("name", MPB)
 def test_labels_equal_mpbs(name):
@@ -2863,9 +2861,8 @@ def test_photonics_networks_are_the_released_ones():
     assert kinds(method.encoder) == "CBRM" * 3 + "FLRL" and kinds(tuned.regressor) == "LR" * 3 + "L"
     assert [method.encoder[i].kernel_size for i in (3, 7, 11)] == [2, 4, 4]
     assert method.encoder[0].padding == (3, 3) and method.encoder[0].padding_mode == "zeros"
-    x, head = torch.rand(8, 1024), method.projector
-    want = head.last(F.relu(head.norm(head.second(F.relu(head.norm(head.first(x)))))))
-    assert torch.allclose(head(x), want, atol=1e-6)
+    for head in (method.projector, method.predictor):
+        assert kinds(head) == "LBRLBRL" and head[1] is head[4]
 
 @pytest.mark.parametrize("mode, kind", [*itertools.product(photonics_reg.MODES[1:], ("gpm", "blob"))])
 def test_photonics_pretraining_is_the_algorithm(mode, kind):
@@ -3110,7 +3107,7 @@ def test_compile_changes_nothing_for_cells(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **how: traced.append(f.__self__) or original(
         f, backend="eager", fullgraph=True, **how))
     photonics_training(tmp_path / "run", "--save-every", "0", "--compile")
-    assert [type(network).__name__ for network in traced] == ["Sequential", "Head", "Head", "Sequential", "Sequential"]
+    assert [type(network).__name__ for network in traced] == ["Sequential"] * 5
     assert same_end(runs(photonics_reg), tmp_path / "run")
 
 @pytest.mark.parametrize("what", ("loss", "weights"))
@@ -3167,7 +3164,7 @@ PHOTONICS_BAD = [
     ("--batch-size 65", "more than the 64 cells"),
     ("--tune-batch-size 33", "more than the 32 cells"),
     ("--data-root /dev/null/data", "/dev/null/data"),
-    ("--pretrained nowhere", "nowhere"), ("--mode all --pretrained nowhere", "there is no nowhere"),
+    ("--pretrained nowhere", "nowhere"), ("--mode all --pretrained nowhere", "nowhere/checkpoint.pt: FileNotFoundError"),
     ("--pretrained RUN --arch paper", "arch was small, is paper"),
     ("--pretrained RUN/essl --mode simclr", "mode was essl, is simclr"),
     ("--pretrained RUN/new", "not ended its pre-training"),
