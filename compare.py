@@ -2,32 +2,37 @@
 
 Usage
   python compare.py runs/A runs/B ...     runs on images: one dataset, one size of the images
-  python compare.py RUN                   of photonics_reg.py: spectra; of care.py on clouds: paths
+  python compare.py RUN                   one run of photonics_reg.py: draws predicted spectra; one
+                                          of care.py on clouds: draws paths of turned clouds
 
 Writes a table (compare.md), all numbers (compare.json) and pictures to the folder --out. Runs that
 differ in their seed alone are one row: mean±standard deviation. Each network is also measured
 untrained. The protocol, in float32 (TF32 on a GPU): up to 10,000 training images to learn from and
-5,000 test images to score, always the same ones, as the scripts' evaluation sees them.
+5,000 test images to score, always the same ones, as the evaluation of the first run's script sees
+them.
 
 accuracy    of the features, in percent: kNN (k 200, temperature 0.1), and a linear probe on
-            standardised features. Its rate is the best of 0.01, 0.1 and 1 on a held-out fifth of
-            the training images.
+            standardised features (50 epochs, mean of 5), whose learning rate is the best of 0.01,
+            0.1 and 1 on a held-out fifth of the training images.
 R^2         of the parameters of a transformation T, read from pairs of features [f(x), f(T x)].
             One T at a time, drawn once, alike for all networks: crop (centre and log area; the
             area is 0.2 to 1), flip, rotation (one of four), brightness, contrast and saturation
-            (0.6 to 1.4), hue (-0.1 to 0.1 turns), blur (sigma 0.1 to 2 pixels). R^2 is 1 - squares
-            left / squares about the mean, for each parameter, then their mean (SIE pools them).
-            Two readouts: ridge regression (penalty 1 to 10^4), and an MLP (one hidden layer of
-            512, AdamW 1e-3, at most 40 epochs). The held-out fifth chooses the penalty, the MLP's
-            epoch, and which of the two is shown. compare.json has both.
-geometry    of the embeddings (features where there is no projector) on the sphere, under 10
-            augmentations, each the same for all of 2,000 test images. Wahba: the rotation (in SO,
-            or with reflections in O) is fitted on half of them; its error, per image, on the
-            others; undefined if there are more dimensions D than images to fit. gamma_f of CARE,
-            of 1,000 images: 0 for rotations. moved: mean distance. overlap: percent of the five
-            nearest images that stay when the hue of the query is shifted, for 200 queries.
-layers      of homomorphic.py: relative error of equivariance, and that of leaving the features.
-Neither R^2 nor geometry ranks networks whose features differ in width.
+            (times 0.6 to 1.4), hue (-0.1 to 0.1 turns), blur (sigma 0.1 to 2 pixels).
+            R^2 = 1 - sum of squared errors / sum of squares about the mean of the test images, for
+            each parameter, then their mean (facebookresearch/SIE pools the parameters). Two
+            readouts: ridge regression (penalty 1 to 10^4), and an MLP (one hidden layer of 512,
+            AdamW 1e-3, weight decay 0.01, batch 256, at most 40 epochs). The held-out fifth chooses
+            the penalty, the MLP's epoch, and which of the two is shown. compare.json has both.
+geometry    of the projector's outputs (homomorphic.py: of the features) at unit length, under 10
+            augmentations (SimCLR's crop, flip, colours), each the same for all of 2,000 test
+            images. Wahba: the rotation (in SO, or with reflections in O) is fitted on half of them;
+            its root mean square error on the others; undefined if there are more dimensions D than
+            images to fit, as with projectors 2,048 wide. gamma_f of CARE, of 1,000 images: 0 for
+            rotations. moved: mean distance of an image's embeddings before and after. overlap:
+            percent of the five nearest training images that stay when the hue of a test image is
+            shifted, of 200.
+layers      of homomorphic.py: relative error of act(f(x), g) as f(T_g x); then that of f(x) itself.
+R^2 cannot rank features of different width, nor geometry embeddings of different width D.
 """
 import json
 import math
@@ -35,9 +40,9 @@ import re
 import time
 from argparse import ArgumentParser
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import cycle, pairwise
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -74,11 +79,12 @@ class Run:
     name: str
     script: ModuleType
     config: object
+    settings: dict  # the config as it was saved
     kind: dict  # dataset, size and class names of its images
     log: list
     method: nn.Module
     untrained: nn.Module
-    row: dict = None  # what measure returned of method
+    row: dict = None  # the dict that measure returned for method
     untrained_row: dict = None
 
 def load_run(folder, data_root, device):
@@ -88,7 +94,7 @@ def load_run(folder, data_root, device):
         if not (path / file).is_file():
             stop(f"{folder} is not the folder of a finished run: it has no {file}")
     try:
-        saved = torch.load(path / "checkpoint.pt", map_location=device, weights_only=True)
+        saved = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)
         script = SCRIPTS[saved["script"]]
         config = script.Config(**saved["config"])
         config.device, config.precision = str(device), "fp32"
@@ -97,16 +103,16 @@ def load_run(folder, data_root, device):
                 "classes": saved["data"].get("class names")}
         torch.manual_seed(config.seed)  # as train does: the weights before training
         if script is photonics_reg:
-            untrained = script.Method(config, config.splits)  # the stage that was trained last
+            untrained = script.Method(config, config.splits)  # of the last split; it is not used
         else:
             untrained = script.Method(config)
         method = deepcopy(untrained)
         method.load_state_dict(saved["method"])
-        return Run(path.resolve().name, script, config, kind, saved["log"], method.to(device),
-                   untrained.to(device))
     except Exception as problem:  # a damaged file can raise nearly anything
         stop(f"the run in {folder} cannot be loaded ({type(problem).__name__}): it is damaged, or "
              "of an older form of its script")
+    return Run(path.resolve().name, script, config, saved["config"], kind, saved["log"],
+               method.to(device), untrained.to(device))
 
 def check_alike(runs):
     """Ends the program unless all runs have their own name and the same kind of images."""
@@ -119,7 +125,7 @@ def check_alike(runs):
 
 @dataclass
 class Data:
-    """Images (N, C, S, S), uint8, and labels (N,). The first `fit` are to learn from."""
+    """Images (N, C, S, S), uint8, and labels (N,): the first `fit` of training, then of test."""
     images: torch.Tensor
     labels: torch.Tensor
     fit: int
@@ -153,7 +159,6 @@ def embed(method, images, view=unchanged):
     network = method.embed if hasattr(method, "embed") else method.features
     method.eval()
     parts = [network(view(TF.convert_image_dtype(part))) for part in images.split(256)]
-    method.train()
     return F.normalize(torch.cat(parts))
 
 # %% ACCURACY --------------------------------------------------------------------------------------
@@ -182,12 +187,13 @@ def accuracy(features, data):
     return {"knn": knn, "linear": linear, "rate": best}
 
 # %% TRANSFORMATIONS -------------------------------------------------------------------------------
-# operations on images (N, 3, S, S) by values (N, 1, 1, 1), and the range of the values
+# operations on images (N, 3, S, S) by values (N, 1, 1, 1), and the range of the values: a change by
+# -0.4 to 0.4 is a factor of 0.6 to 1.4
 OPERATIONS = {"brightness": (brightness, -0.4, 0.4), "contrast": (contrast, -0.4, 0.4),
               "blur": (gaussian_blur, 0.1, 2.0), "saturation": (saturation, -0.4, 0.4),
               "hue": (shift_hue, -0.1, 0.1)}
 TRANSFORMATIONS = ["crop", "flip", "rotation", *OPERATIONS]
-GRAY = TRANSFORMATIONS[:6]  # those that change gray images
+GRAY = [name for name in TRANSFORMATIONS if name not in ("saturation", "hue")]
 
 def draw_values(name, n, size):
     """Random values of a transformation for n images, and the parameters (n, P) to be read."""
@@ -231,7 +237,8 @@ def r2_score(prediction, target):
     """1 - squares left / squares about the mean, a mean over parameters; NaN if one is constant."""
     left = (prediction - target).square().sum(0)
     total = (target - target.mean(0)).square().sum(0)
-    return (1 - left / total).mean().item()
+    varies = (target != target[0]).any(0)
+    return (1 - left / torch.where(varies, total, math.nan)).mean().item()
 
 def read_by_ridge(x, t, queries):
     """Ridge regression from rows (N, D) to parameters (N, P), both standardised.
@@ -240,19 +247,17 @@ def read_by_ridge(x, t, queries):
     """
     x, t, queries = x.double(), t.double(), queries.double()
     held = len(x) // 5
-
-    def solve(first, penalty):
-        """The weights (D, P), fitted on all rows from the first."""
-        gram = x[first:].T @ x[first:] + penalty * torch.eye(x.shape[1]).to(x)
-        return torch.linalg.solve(gram, x[first:].T @ t[first:])
-
-    errors = {penalty: F.mse_loss(x[:held] @ solve(held, penalty), t[:held]).item()
-              for penalty in (1, 10, 100, 1000, 10_000)}
+    ridge = torch.eye(x.shape[1]).to(x)
+    gram, product, errors = x[held:].T @ x[held:], x[held:].T @ t[held:], {}
+    for penalty in (1, 10, 100, 1000, 10_000):
+        weights = torch.linalg.solve(gram + penalty * ridge, product)  # (D, P)
+        errors[penalty] = F.mse_loss(x[:held] @ weights, t[:held]).item()
     best = min(errors, key=errors.get)
-    return errors[best], queries @ solve(0, best)
+    weights = torch.linalg.solve(x.T @ x + best * ridge, x.T @ t)  # fitted to all rows
+    return errors[best], queries @ weights
 
 def read_by_mlp(x, t, queries):
-    """The same by an MLP, at the epoch that is best on the held-out fifth."""
+    """The same two by an MLP, of the epoch with the least error on the held-out fifth."""
     torch.manual_seed(0)
     held = len(x) // 5
     layers = [nn.Linear(x.shape[1], 512), nn.ReLU(), nn.Linear(512, t.shape[1])]
@@ -309,7 +314,7 @@ def wahba_error(f, f_a, reflections=False):
 def held_out_wahba_error(f, f_a, reflections):
     """The same per row, on the second half of the rows, with R fitted to the first half."""
     half = len(f) // 2
-    if f.shape[1] > half:  # some R would fit exactly
+    if f.shape[1] > half:  # these rows leave R open in some dimensions
         return math.nan
     rotation = wahba_rotation(f[:half], f_a[:half], reflections)
     left = f[half:].double() @ rotation.T - f_a[half:].double()
@@ -318,8 +323,9 @@ def held_out_wahba_error(f, f_a, reflections):
 def relative_equivariance(f, f_a):
     """gamma_f, section 5.2 of CARE, of embeddings (N, D) before and after one augmentation.
 
-    Mean over pairs of the squared change of their squared distance, over the squared sum of what
-    the two moved. 0 for a rotation; pairs that did not move are left out, NaN if none did.
+    The mean over pairs i < j of (|f_a_i - f_a_j|^2 - |f_i - f_j|^2)^2, each divided by
+    (|f_a_i - f_i|^2 + |f_a_j - f_j|^2)^2. 0 for a rotation; pairs that did not move are left out,
+    NaN if none did.
     """
     f, f_a = f.double(), f_a.double()
     change = F.pdist(f_a).square() - F.pdist(f).square()  # of all pairs i < j
@@ -333,16 +339,16 @@ def augmented(x, share):
     views = augment(x.expand(-1, 3, -1, -1), x.shape[3], share=share)
     return views[:, :x.shape[1]]  # gray images stay gray
 
-def geometry(method, images, change):
+def geometry(method, images, augmentation):
     """What augmentations, each applied to all images alike, do to embeddings: means over draws.
 
-    change(x, share) augments images or clouds, `share` consecutive ones alike.
+    augmentation(x, share) augments images or clouds, `share` consecutive ones alike.
     """
     z, draws = embed(method, images), []
     for seed in range(AUGMENTATIONS):
         def alike(x):
             torch.manual_seed(seed)  # the same augmentation for every part, and every network
-            return change(x, len(x))
+            return augmentation(x, len(x))
 
         z_a = embed(method, images, alike)
         draws.append({"wahba_so": held_out_wahba_error(z, z_a, reflections=False),
@@ -352,30 +358,21 @@ def geometry(method, images, change):
     means = {name: mean for name, (mean, _) in over_seeds(draws).items()}
     return means | {"width": z.shape[1], "images": len(z), "draws": len(draws)}
 
-def mean_hue(images):
-    """Hue, in turns, of the mean colour of images (N, 3, H, W)."""
-    red, green, blue = images.mean((2, 3)).T
-    return torch.atan2(3 ** 0.5 * (green - blue), 2 * red - green - blue) / math.tau
-
 def retrieve(method, bank, queries):
     """The nearest images of queries, and of the same with another hue (section 5.3 of CARE).
 
-    bank, queries: uint8 (N, 3, S, S). overlap_at_5: percent of the five nearest that stay when the
-    hue is shifted by 0.1 to 0.5 turns either way. hue_difference, in degrees: from the recoloured
-    image to those found for it (chance: 90). Also rows of the bank (M, 5) that are nearest before
-    and after, and the recoloured queries.
+    bank, queries: uint8 (N, 3, S, S). Returns the percentage of the five nearest that stay when the
+    hue is shifted by 0.1 to 0.5 turns either way, the rows of the bank (M, 5) that are nearest
+    before and after, and the recoloured queries.
     """
+    # turns; 0.9 are -0.1
     shift = torch.linspace(0.1, 0.9, len(queries), device=queries.device)[:, None, None, None]
     recoloured = shift_hue(queries.float() / 255, shift)
-    known = embed(method, bank)
-    before = (embed(method, queries) @ known.T).topk(5).indices
-    after = (embed(method, recoloured) @ known.T).topk(5).indices
+    z_bank = embed(method, bank)
+    before = (embed(method, queries) @ z_bank.T).topk(5).indices
+    after = (embed(method, recoloured) @ z_bank.T).topk(5).indices
     stays = (before[:, :, None] == after[:, None]).any(2).float()
-    found = mean_hue(bank[after.flatten()].float() / 255).view_as(after)
-    off = (found - mean_hue(recoloured)[:, None] + 0.5).remainder(1) - 0.5  # -0.5 to 0.5 turns
-    measured = {"overlap_at_5": 100 * stays.mean().item(),
-                "hue_difference": 360 * off.abs().mean().item()}
-    return measured, before, after, recoloured
+    return 100 * stays.mean().item(), before, after, recoloured
 
 def positive_cosines(method, images):
     """Cosines (N,) of the embeddings of two augmented views of each image."""
@@ -387,19 +384,19 @@ def positive_cosines(method, images):
 def layer_errors(method, images):
     """For every layer of a GroupEncoder |act(f(x), g) - f(T_g x)| / |f(T_g x)|, Frobenius norms.
 
-    rotation: a quarter turn, the whole map. translation: by the product of all strides in both
-    directions; scale: the mean over neighbouring planes. Both in the inner half of the map. Second,
-    what leaving f(x) as it is would give: with the same plane, place and orientation. In eval mode
-    and float64: on a GPU, TF32 would hide that rotation is exact.
+    rotation: a quarter turn, on the whole map. translation: down and right by the product of all
+    strides; scale: the mean over neighbouring planes. Both in the inner half of the map. Returned
+    are also the errors of f(x) itself in place of act(f(x), g). In eval mode and float64: on a GPU,
+    TF32 would hide that rotation is exact.
     """
     group, strides = method.config.group, method.encoder.strides
     layers = deepcopy(method.encoder.layers).double().eval()
     x = method.canvas(images.double() / 255)
     if group == "rotation":
-        elements = [(1, 1)]  # g as transform takes it, and as act does
+        elements = [(1, 1)]  # pairs: g for transform, g for act
     elif group == "translation":
         shift = torch.full((len(x), 2), math.prod(strides), device=x.device)
-        elements = [(shift, shift)]  # in pixels
+        elements = [(shift, None)]  # act's g differs between layers: see below
     else:
         planes = pairwise(range(len(SCALES)))  # neighbouring ones
         elements = [(SCALES[j] / SCALES[i], (i, j)) for i, j in planes]
@@ -430,7 +427,8 @@ def turned_paths(method, cloud):
     """
     angle = torch.linspace(0, math.tau, 101, device=cloud.device)[:, None, None]
     axes = torch.eye(3, device=cloud.device)
-    spins = torch.linalg.cross(axes[None], axes[:, None])  # (3, 3, 3): a generator for each axis
+    # spins[i] is the matrix of the cross product with axis i; exp(angle spins[i]) turns about it
+    spins = torch.linalg.cross(axes[None], axes[:, None])  # (3, 3, 3)
     turns = torch.matrix_exp(angle * spins[:, None]).flatten(0, 1)  # (303, 3, 3)
     z = embed(method, care.rotate(cloud.expand(303, -1, -1), turns))
     z = z - z.mean(0)
@@ -492,7 +490,8 @@ def tables(rows):
         if "layers" in row:
             pairs = zip(row["layers"], row["layers_unmoved"])
             errors = [f"{error:.2g} ({unmoved:.2g})" for (error, _), (unmoved, _) in pairs]
-            layers.append(f"{name}, error of each layer (of doing nothing): {', '.join(errors)}")
+            layers.append(f"{name}, error of each layer (if f(x) is left as it is): "
+                          + ", ".join(errors))
     blocks = ["Accuracy in percent, and geometry:",
               markdown(["", *(head for head, _, _ in COLUMNS)], accuracies),
               "R^2 of the parameters of each transformation:",
@@ -500,10 +499,6 @@ def tables(rows):
     return "\n\n".join(blocks + layers) + "\n"
 
 # %% PICTURES --------------------------------------------------------------------------------------
-# of lines, which can be told apart without colours, too
-STYLES = list(zip(4 * ["black", "tab:blue", "tab:orange", "tab:green", "tab:red"],
-                  5 * ["-", "--", ":", "-."]))
-
 def draw_r2(path, rows, untrained):
     """R^2 of every method (row) and transformation, coloured by how training changed it."""
     known, gained = [], []
@@ -537,10 +532,11 @@ def histogram(cosines):
 def draw_lines(path, groups, horizontal, vertical, aspect="auto"):
     """Lines, {name: [(x, y), ...]}, of a style for each name, and the names of the axes."""
     figure, axis = pyplot.subplots(figsize=(8, 5))
-    for (name, lines), (color, dash) in zip(groups.items(), cycle(STYLES)):
-        axis.plot([], [], dash, color=color, label=name)
+    for i, (name, lines) in enumerate(groups.items()):
+        style = f"C{i % 10}" + ("-", "--", ":", "-.")[i % 4]  # dashes: to be told without colours
+        axis.plot([], [], style, label=name)  # for the legend, once
         for x, y in lines:
-            axis.plot(x, y, dash, color=color)
+            axis.plot(x, y, style)
     axis.set(xlabel=horizontal, ylabel=vertical, aspect=aspect)
     axis.legend(fontsize=10)
     figure.savefig(path)
@@ -592,16 +588,14 @@ def measure(name, method, data, draws):
     row = {"name": name, "r2": r2, "geometry": geometry(method, score[:MOVED], augmented)}
     row |= accuracy(features, data)
     if fit.shape[1] == 3:
-        measured, *_ = retrieve(method, fit, score[:QUERIES])
-        row["geometry"] |= measured
+        row["geometry"]["overlap_at_5"], *_ = retrieve(method, fit, score[:QUERIES])
     if isinstance(method.encoder, GroupEncoder):
         row["layers"], row["layers_unmoved"] = layer_errors(method, score[:64])
     return row
 
-def fingerprint(method):
-    """A number that networks have in common if their encoders have the same weights."""
-    tensors = [*method.encoder.state_dict().values(), method.mean, method.std]
-    return sum(tensor.double().sum().item() for tensor in tensors)
+def weights_key(method, data):
+    """The same for networks that start from the same weights: their embeddings of four images."""
+    return str(embed(method, data.images[:4]).tolist())
 
 def say_how_long(runs, data, draws):
     """Prints how long measuring will take, by one transformation of every tenth image."""
@@ -613,7 +607,7 @@ def say_how_long(runs, data, draws):
         began = time.time()
         what_is_known("flip", run.method, features, tenth, (values[::10], parameters[::10]))
         seconds += time.time() - began
-    networks = len(runs) + len({fingerprint(run.untrained) for run in runs})
+    networks = len(runs) + len({weights_key(run.untrained, data) for run in runs})
     parts = len(draws) + 3  # all else takes about as long as three transformations
     seconds = 10 * seconds / len(runs) * networks * parts
     print(f"{networks} networks, trained and untrained: this takes about "
@@ -624,8 +618,8 @@ def measure_all(runs, data, draws):
     rows = {}  # of untrained networks
     for run in with_progress(runs, len(runs), "run"):
         run.row = measure(run.name, run.method, data, draws)
-        key = fingerprint(run.untrained)
-        if key not in rows:  # runs may have started from the same weights
+        key = weights_key(run.untrained, data)
+        if key not in rows:
             rows[key] = measure(f"untrained, as {run.name}", run.untrained, data, draws)
         run.untrained_row = rows[key]
 
@@ -633,7 +627,7 @@ def group_seeds(runs):
     """Lists of the runs that differ in their seed alone."""
     groups = {}
     for run in runs:
-        settings = {"script": run.script.SCRIPT, **asdict(run.config)}
+        settings = {"script": run.script.SCRIPT, **run.settings}
         for name in ("seed", *run.script.FREE):
             del settings[name]
         groups.setdefault(str(settings), []).append(run)
@@ -657,10 +651,10 @@ def compare_images(runs, device, out):
         if row["name"] not in [other["name"] for other in rows]:
             rows.append(row)
     text = tables(rows)
-    write(out / "compare.md", text)
+    write(out / "compare.md", f"{text}\n{__doc__}")
     numbers = {"protocol": __doc__, "fit": len(fit), "score": len(score), "device": str(device),
                "torch": str(torch.__version__), "seconds": time.time() - began,
-               "configs": {run.name: asdict(run.config) for run in runs}, "means": rows,
+               "configs": {run.name: run.settings for run in runs}, "means": rows,
                "runs": {run.name: [run.row, run.untrained_row] for run in runs}}
     write(out / "compare.json", json.dumps(numbers, indent=1).replace("NaN", "null"))
 
@@ -686,9 +680,10 @@ def draw_pictures(out, names, groups, data):
 def compare_clouds(run, device, out):
     """Geometry of a run on clouds under turns, before and after training, and its paths."""
     _, _, (clouds, _) = run.script.load_data(run.config, device)
+    clouds = clouds[random_rows(len(clouds), MOVED)]
     rows = []
     for name, method in ((run.name, run.method), (f"untrained, as {run.name}", run.untrained)):
-        row = {"name": name} | geometry(method, clouds[:MOVED], run.method.augmented)
+        row = {"name": name} | geometry(method, clouds, run.method.augmented)
         rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     write(out / "compare.json", json.dumps(rows, indent=1).replace("NaN", "null"))

@@ -3278,20 +3278,20 @@ def test_retrieval(monkeypatch):
     hue, red = torch.linspace(0, 1, 361)[:-1], torch.zeros(360, 3, 8, 8)
     red[:, 0] = 0.8
     images = (simsiam_essl.shift_hue(red, hue[:, None, None, None]) * 255).byte()
-    off = (360 * compare.mean_hue(images / 255) - torch.arange(360.0) + 180).remainder(360) - 180
-    assert off.abs().max() < 2
 
     def embed(method, images):
-        angle = 2 * math.pi * compare.mean_hue(TF.convert_image_dtype(images))
-        return torch.stack([angle.cos(), angle.sin()], 1)
+        red, green, blue = TF.convert_image_dtype(images).mean((2, 3)).T
+        return F.normalize(torch.stack([2 * red - green - blue, 3**0.5 * (green - blue)], 1))
 
     monkeypatch.setattr(compare, "embed", embed)
-    found, *_ = compare.retrieve(None, images, images[::2])
-    assert found["overlap_at_5"] < 5 and found["hue_difference"] < 3
+    overlap, before, after, recoloured = compare.retrieve(None, images, images[::2])
+    assert overlap < 5 and ((before - torch.arange(0, 360, 2)[:, None] + 180) % 360 - 180).abs().max() < 5
+    cosines = (embed(None, recoloured)[:, None] * embed(None, images[after.flatten()]).view(180, 5, 2)).sum(2)
+    assert cosines.min() > math.cos(math.radians(5))
     votes = [torch.tensor([[9.0, 8, 7, 6, 5, 0, 0]]), torch.tensor([[5.0, 6, 7, 8, 0, 9, 0]])]
     answers = iter([torch.eye(7), *votes])  # four of five stay, in another order
     monkeypatch.setattr(compare, "embed", lambda *args: next(answers))
-    assert compare.retrieve(None, images[:7], images[:1])[0]["overlap_at_5"] == pytest.approx(80)
+    assert compare.retrieve(None, images[:7], images[:1])[0] == pytest.approx(80)
 
 def test_r2_says_how_much_is_known():
     """1 of the parameters themselves, 0 of constant features, and of a written-out sum."""
@@ -3310,7 +3310,7 @@ def test_r2_says_how_much_is_known():
         left = sum((a - b) ** 2 for a, b in zip(guess[:, p].tolist(), t[:, p].tolist()))
         ratios.append(1 - left / sum((a - mean) ** 2 for a in t[:, p].tolist()))
     assert compare.r2_score(guess, t) == pytest.approx(sum(ratios) / 3, rel=1e-4)
-    assert math.isnan(compare.r2_score(torch.zeros(5, 1), torch.zeros(5, 1)))
+    assert math.isnan(compare.r2_score(torch.ones(5, 1), torch.zeros(5, 1)))  # a constant parameter
     assert compare.standardised(torch.ones(13, 2), 9).abs().max() == 0
 
 def test_readouts_are_chosen_on_the_held_out_fifth(monkeypatch):
@@ -3445,7 +3445,7 @@ def stand_in(name, images, labels, config=None):
         return (images, labels), (images, labels), (images, labels)
 
     script = types.SimpleNamespace(load_data=load_data, middle=simclr_essl.middle, FREE=simclr_essl.FREE, SCRIPT="x", seen=seen)
-    return compare.Run(name, script, config, {}, [{"epoch": 0}], Method(1.0), Method(2.0))
+    return compare.Run(name, script, config, {"lr": config.lr}, {}, [{"epoch": 0}], Method(1.0), Method(2.0))
 
 def fewer_images(monkeypatch):
     for name, value in dict(FIT=120, SCORE=50, MOVED=50, AUGMENTATIONS=2, QUERIES=20).items():
@@ -3521,7 +3521,7 @@ def test_r2_is_drawn_as_a_heatmap(tmp_path, monkeypatch):
 
 def test_compare_says_beforehand_how_long_it_takes(monkeypatch, capsys):
     run = stand_in("a", None, None)
-    other = compare.Run("b", run.script, run.config, {}, [], run.method, run.untrained)
+    other = compare.Run("b", run.script, run.config, {}, {}, [], run.method, run.untrained)
     data, seen, ticks = compare.Data(torch.zeros(45, 3, 8, 8), torch.zeros(45), 31), [], iter([100.0, 103.0, 110.0, 113.0])
     draws = {name: compare.draw_values(name, 45, 8) for name in compare.TRANSFORMATIONS}
     monkeypatch.setattr(compare, "extract", lambda method, images, view: images)
