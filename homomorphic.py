@@ -412,7 +412,7 @@ class GroupConv(nn.Module):
     def forward(self, x):
         kernel = torch.einsum("oif,lfyx->loiyx", self.weight, self.basis)
         kernel = kernel.flatten(0, 1)  # (L O, I, size, size)
-        if x.is_cuda:  # fastest there, but on a CPU a step would take half as long again
+        if x.is_cuda:  # as train wants it; on a CPU a step would take half as long again
             kernel = kernel.contiguous(memory_format=torch.channels_last)
         groups = 1
         if x.ndim == 5:
@@ -438,7 +438,7 @@ class PlaneConv(nn.Linear):
 class Block(nn.Module):
     """The residual block of SESN, with BatchNorm and ReLU before each of its two convolutions.
 
-    conv and norm make a layer, as GroupEncoder says.
+    conv(inputs, outputs, side, orders, stride) and norm(channels) make its layers.
     """
 
     def __init__(self, conv, norm, inputs, outputs, stride):
