@@ -121,7 +121,7 @@ PRESETS = {  # what datasets change
     "patterns": dict(arch="small", size=32, epochs=50, batch_size=512, optimizer="sgd",
                      warmup_epochs=3),  # ours
 }
-QUICK = PRESETS["patterns"] | dict(dataset="patterns", epochs=10, knn_every=2, limit=4000)
+QUICK = PRESETS["patterns"] | dict(dataset="patterns", epochs=8, knn_every=2, limit=4000)
 # what may change when a run is continued
 FREE = ("data_root", "out", "device", "compile", "save_every", "knn_every")
 PHOTOS = ("folder", "tinyimagenet")  # photographs, decoded by prepare.py
@@ -148,23 +148,23 @@ def nce_loss(v1, v2, temperature):
     positive = similarity.diagonal(n)  # (N,), of v1 and v2 of the same image
     same_image = torch.eye(n, dtype=torch.bool, device=v.device).repeat(2, 2)
     negatives = similarity.masked_fill(same_image, -torch.inf)
-    from_v1, from_v2 = negatives.logsumexp(1).chunk(2)  # (N,) each
+    from_v1, from_v2 = negatives.logsumexp(1).chunk(2)  # (N,) each, of the rows of v1 and of v2
     return (torch.logaddexp(from_v1, from_v2) - positive).mean()
 
 def act(z, g, group):
     """Gamma_g z: what f(T_g x) is for features z = f(x), (B, C, L, H, W), if f is equivariant.
 
-    rotation: g counts quarter turns, an int or (B,); all planes are turned and each becomes the
-    g-th next one. Returned are the features. For translation and scale a mask is returned as well,
-    of the features that z determines; the others are 0. translation: g (B, 2) counts places down
-    and right. scale: g = (i, j), plane i is magnified by SCALES[j] / SCALES[i] to be plane j.
+    rotation: g counts quarter turns, an int or (B,). The maps are turned, and plane l becomes plane
+    l + g, in a circle. Returned are the features. For translation and scale a mask is returned as
+    well, which tells what z determines; the rest is 0. translation: g (B, 2) counts places down and
+    right. scale: g = (i, j), and plane i, magnified by SCALES[j] / SCALES[i], becomes plane j.
 
-    The loss needs none of this, since H-SSL leaves z as it is and reads another part of it.
-    compare.py and the tests measure by it how equivariant an encoder is.
+    The loss does not call it, since H-SSL reads another part of z instead of moving z. compare.py
+    and the tests measure by it how equivariant an encoder is.
     """
     if group == "rotation":
-        versions = [z.rot90(k, (3, 4)).roll(k, 2) for k in range(4)]
-        return torch.stack(versions)[g % 4, torch.arange(len(z), device=z.device)]
+        versions = torch.stack([z.rot90(k, (3, 4)).roll(k, 2) for k in range(4)])
+        return versions[g % 4, torch.arange(len(z), device=z.device)]  # of each image its own
     if group == "translation":
         maps = z.flatten(1, 2)  # (B, C L, H, W)
         moved = transform(maps, g, group)
@@ -192,7 +192,8 @@ class Method(nn.Module):
         self.encoder = GroupEncoder(config.group, len(mean), config.arch, config.width,
                                     config.structure, config.size)
         self.shape = self.feature_shape()  # L, H', W'
-        self.classifier = Classifier(config, self.encoder.channels, min(7, *self.shape[1:]))
+        side = min(7, *self.shape[1:])  # of the kernel of MNIST's classifier
+        self.classifier = Classifier(config, self.encoder.channels, side)
         self.h = None
         if config.ssl in ("homomorphic", "augmented"):
             self.h = make_projector(config, self.encoder.channels)
@@ -234,9 +235,9 @@ class Method(nn.Module):
             return self.encoder((x - self.mean) / self.std).float()
 
     def read(self, z, g):
-        """z(g . g0): the fiber g (N,) of each image and the b - 1 after it, (N, b C).
+        """The part of z that h sees: fiber g (N,) of each image, and b - 1 after it, (N, b C).
 
-        The fibers of translation are numbered row by row, those of rotation and scale by plane.
+        b is --base-size. Fibers are numbered: the places row by row, or the planes.
         """
         if self.config.group == "translation":
             fibers = z.flatten(2)  # (N, C, H' W')
@@ -251,7 +252,7 @@ class Method(nn.Module):
         return self.pairs[drawn].unbind(1)
 
     def canvas(self, x):
-        """Images in [0, 1] as f takes them: of side --size, for rotation of the next odd one."""
+        """Images in [0, 1] as f takes them: of side --size, which for rotation becomes odd."""
         x = middle(x, self.config)
         if self.config.group == "rotation" and self.config.size % 2 == 0:
             x = F.pad(x, [0, 1, 0, 1])  # a black column at the right, a black row below
@@ -411,7 +412,7 @@ class GroupConv(nn.Module):
     def forward(self, x):
         kernel = torch.einsum("oif,lfyx->loiyx", self.weight, self.basis)
         kernel = kernel.flatten(0, 1)  # (L O, I, size, size)
-        if x.is_cuda:  # fastest there, but on a CPU a step would take half as long again
+        if x.is_cuda:  # as train wants it; on a CPU a step would take half as long again
             kernel = kernel.contiguous(memory_format=torch.channels_last)
         groups = 1
         if x.ndim == 5:
@@ -437,7 +438,7 @@ class PlaneConv(nn.Linear):
 class Block(nn.Module):
     """The residual block of SESN, with BatchNorm and ReLU before each of its two convolutions.
 
-    conv and norm make a layer, as GroupEncoder says.
+    conv(inputs, outputs, side, orders, stride) and norm(channels) make its layers.
     """
 
     def __init__(self, conv, norm, inputs, outputs, stride):
