@@ -3263,7 +3263,6 @@ def test_geometry_measures_what_it_says(monkeypatch):
 def test_embeddings_are_of_the_projector_in_eval_mode(script):
     method, images = batch_of(script)
     z = compare.embed(method, images)
-    assert method.training
     mean, std = torch.tensor(script.MEAN_STD["patterns"])[..., None, None]
     method.eval()
     want = F.normalize(method.projector(method.encoder((images / 255 - mean) / std)))
@@ -3421,7 +3420,7 @@ def test_means_over_seeds():
     assert cells(text[5]) == ["seed=0", "40.0", "50.0", "-", "0.50", "0.25", "1.00", "10.0", "8"]
     assert cells(text[9]) == ["", "rotation", "rotation, linear"]
     assert cells(text[11]) == ["a-lam=0", "0.25±0.25", "0.12"]
-    assert "error of each layer (of doing nothing): 1 (1), 1 (1)" in "\n".join(text)
+    assert "error of each layer (if f(x) is left as it is): 1 (1), 1 (1)" in "\n".join(text)
 
 def stand_in(name, images, labels, config=None):
     """A run whose features are those of 2 x 2 pixels; images and labels to learn from are those to test."""
@@ -3445,7 +3444,7 @@ def stand_in(name, images, labels, config=None):
         return (images, labels), (images, labels), (images, labels)
 
     script = types.SimpleNamespace(load_data=load_data, middle=simclr_essl.middle, FREE=simclr_essl.FREE, SCRIPT="x", seen=seen)
-    return compare.Run(name, script, config, {"lr": config.lr}, {}, [{"epoch": 0}], Method(1.0), Method(2.0))
+    return compare.Run(name, script, config, dict(vars(config)), {}, [{"epoch": 0}], Method(1.0), Method(2.0))
 
 def fewer_images(monkeypatch):
     for name, value in dict(FIT=120, SCORE=50, MOVED=50, AUGMENTATIONS=2, QUERIES=20).items():
@@ -3482,19 +3481,22 @@ def test_compare_from_end_to_end(runs, tmp_path, monkeypatch, capsys):
     saved = torch.load(tmp_path / "simclr_essl-seed1" / "checkpoint.pt")
     saved["config"] |= {"seed": 1, "precision": "bf16"}
     torch.save(saved, tmp_path / "simclr_essl-seed1" / "checkpoint.pt")
-    assert compare.load_run(folders[2], "", CPU).method.config.precision == "fp32"
+    loaded = [compare.load_run(folder, "", CPU) for folder in folders]
+    assert loaded[2].method.config.precision == "fp32" and len(compare.group_seeds(loaded)) == 3
+    saved["config"]["precision"] = "fp32"
+    torch.save(saved, tmp_path / "simclr_essl-seed1" / "checkpoint.pt")
     seen, measure = [], compare.measure
     monkeypatch.setattr(compare, "measure", lambda name, *args: seen.append(name) or measure(name, *args))
     compare.main([*folders, "--out", str(tmp_path / "all")])
-    # care's untrained encoder has the same weights as that of simclr_essl
-    assert seen == ["simclr_essl", "untrained, as simclr_essl", "care", "simclr_essl-seed1",
+    assert seen == ["simclr_essl", "untrained, as simclr_essl", "care", "untrained, as care", "simclr_essl-seed1",
                     "untrained, as simclr_essl-seed1"]
-    text = (tmp_path / "all" / "compare.md").read_text()
-    assert text in capsys.readouterr().out
+    text, protocol = (tmp_path / "all" / "compare.md").read_text().split("\nWhat encoders know")
+    assert text in capsys.readouterr().out and "facebookresearch/SIE" in protocol
     saved = json.loads((tmp_path / "all" / "compare.json").read_text(), parse_constant=pytest.fail)  # no NaN
     assert saved["means"][0]["geometry"]["wahba_so"] == [None, None]  # 25 images for 32 dimensions
     means, rows = {mean["name"]: mean for mean in saved["means"]}, saved["runs"]
-    assert [mean["name"] for mean in saved["means"]] == ["simclr_essl", "care", "untrained, as simclr_essl"]
+    assert [mean["name"] for mean in saved["means"]] == ["simclr_essl", "care", "untrained, as simclr_essl",
+                                                             "untrained, as care"]
     assert means["simclr_essl"]["r2"]["hue"]["mlp"] == [rows["simclr_essl"][0]["r2"]["hue"]["mlp"], 0]  # the same weights
     moved = [rows[name][1]["geometry"]["moved"] for name in ("simclr_essl", "simclr_essl-seed1")]
     assert means["untrained, as simclr_essl"]["geometry"]["moved"][1] == pytest.approx(abs(moved[0] - moved[1]) / 2)
