@@ -1,7 +1,8 @@
 """H-SSL: contrastive learning on two parts of one equivariant feature map.
 
 T. A. Keller, X. Suau, L. Zappella, "Homomorphic Self-Supervised Learning", TMLR 2023,
-arXiv:2211.08282. The authors published no code.
+arXiv:2211.08282. Equations, tables and settings are those of its workshop version (NeurIPS 2022);
+the authors published no code.
 
 Contrastive learning compares two transformed copies T_g1 x and T_g2 x of an image x. The usual way,
 A-SSL, computes the features of both. But if the encoder f is equivariant, f(T_g x) = Gamma_g f(x),
@@ -11,26 +12,28 @@ H-SSL computes f(x), in one forward pass instead of two, and compares two parts 
 z = f(x) has the shape (C, L, H, W). A fiber z(g) is the vector of its C channels at one element g
 of the group: for translation (L = 1) at one of the H W places; for rotation and scale in one of the
 L planes, averaged over space. Algorithm, for a batch of N images, head h and temperature tau:
-  1. A-SSL: draw g1, g2 and a fiber g0 for each image; v_a = h(f(T_g_a x)(g0)) for a = 1, 2;
+  1. A-SSL: draw transformations g1, g2 and a fiber g0 for each image;
+     v_a = h(f(T_g_a x)(g0)) for a = 1, 2;
      H-SSL: draw two fibers g1, g2 for each image; v_a = h(f(x)(g_a)) for a = 1, 2;
   2. loss = -mean_i log(exp(s(v1_i, v2_i) / tau) / sum_(k != i) sum_(a, b in 1, 2)
      exp(s(va_i, vb_k) / tau)), where s is the cosine similarity;
-  3. step f and h on the loss, and beside them a classifier of z that passes no gradient on to f.
+  3. step f and h on the loss; beside them, train a classifier of z.detach() on the labels.
 
 Usage
   python homomorphic.py --quick                    built-in data, two minutes on a CPU
   python homomorphic.py --quick --ssl augmented    the same by A-SSL; also: frozen, supervised
-  python homomorphic.py --group scale              the paper's MNIST run, on a large GPU
+  python homomorphic.py --group scale              the paper's MNIST run over scale, on a large GPU
   python homomorphic.py --structure none           Table 2: an encoder that is not equivariant
   python homomorphic.py --dataset folder --data-root PATH    your images, decoded by prepare.py
   torchrun --nproc_per_node=8 homomorphic.py --dataset cifar10
 
 Differences from the paper that change numbers, and choices of ours (more: results/README.md):
   - For rotation, images get a black row and column: a stride of 2 on maps of even size would break
-    the equivariance. H-SSL and A-SSL then agree exactly, but for --base-size 1 only: neighbouring
-    planes end at the last one ("contiguous elements" in the paper), while rotations go round.
-  - Ours: planes do not mix; the rate is not scaled by the batch; LARS's momentum and trust.
-  - A-SSL's classifier sees the image as it is, in a third pass; MNIST's has a stride of 1, not 2.
+    the equivariance. With matching draws H-SSL and A-SSL then have the same loss, to rounding, but
+    for --base-size 1 only: a run of neighbouring planes ends at the last one ("contiguous elements"
+    in the paper), though rotations go round.
+  - Ours: orientations do not mix; the rate ignores the batch size; LARS's momentum and its 0.001.
+  - A-SSL's classifier sees x untransformed, in a third pass; MNIST's classifier has a stride of 1.
   - On a GPU the encoder runs in bfloat16 and matrix products in TF32.
 """
 import io
@@ -76,24 +79,27 @@ def option(default, explanation, choices=""):
 
 @dataclass
 class Config:
-    """The paper's MNIST run. PRESETS has what other datasets change."""
+    """The paper's MNIST run over translation. PRESETS has what other datasets change."""
     dataset: str = option("mnist", "what to train on (folder: your own images)",
                           "mnist cifar10 tinyimagenet folder patterns")
     data_root: str = option("data", "folder that holds the dataset, or to download it to")
     limit: int = option(0, "train on this many images, always the same (0: all)")
     size: int = option(28, "side of the images, in pixels")
-    classes: int = option(10, "number of classes of the images, or more")
+    classes: int = option(10, "outputs of the classifier: at least the number of classes")
     group: str = option("translation", "transformations that the encoder is equivariant to",
                         "translation rotation scale")
     ssl: str = option("homomorphic", "homomorphic: H-SSL; augmented: A-SSL; frozen: the encoder "
                       "stays random; supervised: the classifier trains it",
                       "homomorphic augmented frozen supervised")
-    structure: str = option("equivariant", "none: an encoder that is not equivariant (Table 2)",
+    structure: str = option("equivariant", "none: an encoder that is not equivariant (Table 2; "
+                            "for translation, whatever --arch)",
                             "equivariant none")
-    temperature: float = option(0.1, "temperature of the loss")
-    distance: float = option(0.0, "largest distance of the two fibers of H-SSL (0: any)")
+    temperature: float = option(0.1, "temperature of the contrastive loss")
+    distance: float = option(0.0, "largest distance of H-SSL's two fibers, in places or planes "
+                             "(0: any)")
     base_size: int = option(1, "number of neighbouring fibers that h sees at once")
-    arch: str = option("mnist", "encoder", "mnist resnet20 tiny small")
+    arch: str = option("mnist", "encoder (tiny: the paper's for Tiny ImageNet; small: ours)",
+                       "mnist resnet20 tiny small")
     width: float = option(1.0, "factor of the number of channels of the encoder")
     projector: str = option("128-128-128", "widths of the layers of the head h")
     epochs: int = option(500, "passes over the training images")
@@ -140,12 +146,13 @@ def nce_loss(v1, v2, temperature):
     """Equation 2 of the paper, of the projections v1 and v2 (N, D) of N images.
 
     The two projections of an image are its positive pair; the four pairs that they form with those
-    of another image are negative. Only these are in the denominator: the loss can be below 0.
+    of another image are negative. Only negative pairs are in the denominator, so that the loss can
+    be below 0.
     """
     n = len(v1)
     v = F.normalize(torch.cat([v1, v2]))  # (2N, D)
     similarity = v @ v.T / temperature  # (2N, 2N)
-    positive = similarity.diagonal(n)  # (N,), of v1 and v2 of the same image
+    positive = similarity.diagonal(n)  # (N,): the entries (i, N + i), v1 and v2 of image i
     same_image = torch.eye(n, dtype=torch.bool, device=v.device).repeat(2, 2)
     negatives = similarity.masked_fill(same_image, -torch.inf)
     from_v1, from_v2 = negatives.logsumexp(1).chunk(2)  # (N,) each, of the rows of v1 and of v2
@@ -154,13 +161,13 @@ def nce_loss(v1, v2, temperature):
 def act(z, g, group):
     """Gamma_g z: what f(T_g x) is for features z = f(x), (B, C, L, H, W), if f is equivariant.
 
-    rotation: g counts quarter turns, an int or (B,). The maps are turned, and plane l becomes plane
-    l + g, in a circle. Returned are the features. For translation and scale a mask is returned as
-    well, which tells what z determines; the rest is 0. translation: g (B, 2) counts places down and
-    right. scale: g = (i, j), and plane i, magnified by SCALES[j] / SCALES[i], becomes plane j.
+    The loss does not call it: H-SSL reads another part of z instead of moving z. compare.py and the
+    tests measure by it how equivariant an encoder is. It returns the moved features and, for
+    translation and scale, a mask of those that z determines; the others are 0.
 
-    The loss does not call it, since H-SSL reads another part of z instead of moving z. compare.py
-    and the tests measure by it how equivariant an encoder is.
+    rotation: g counts quarter turns, an int or (B,); plane l, turned, becomes plane (l + g) % 4.
+    translation: g (B, 2) counts places down and right.
+    scale: g = (i, j); plane i, magnified by SCALES[j] / SCALES[i], becomes plane j.
     """
     if group == "rotation":
         versions = torch.stack([z.rot90(k, (3, 4)).roll(k, 2) for k in range(4)])
@@ -175,7 +182,7 @@ def act(z, g, group):
     moved, known = torch.zeros_like(z), torch.zeros_like(z)
     moved[:, :, j] = transform(z[:, :, i], factor, group)
     known[:, :, j] = transform(torch.ones_like(z[:, :, i]), factor, group)
-    return moved, known > 0.999  # at the border a part of a pixel comes from outside
+    return moved, known > 0.999  # not those at the border that are partly from outside
 
 class Method(nn.Module):
     """H-SSL, A-SSL or a baseline: images and labels (N,) to the loss and terms for the log.
@@ -247,12 +254,12 @@ class Method(nn.Module):
         return torch.cat([fibers[image, :, g + i] for i in range(self.config.base_size)], dim=1)
 
     def draw_fibers(self, n):
-        """Two fibers, (n,) each, of each of n images, at most --distance apart."""
+        """Random fibers g1 and g2 of n images, (n,) each, at most --distance apart."""
         drawn = torch.randint(len(self.pairs), (n,), device=self.pairs.device)
         return self.pairs[drawn].unbind(1)
 
     def canvas(self, x):
-        """Images in [0, 1] as f takes them: of side --size, which for rotation becomes odd."""
+        """Images in [0, 1] as f takes them: of side --size; for rotation, padded to an odd side."""
         x = middle(x, self.config)
         if self.config.group == "rotation" and self.config.size % 2 == 0:
             x = F.pad(x, [0, 1, 0, 1])  # a black column at the right, a black row below
@@ -261,7 +268,7 @@ class Method(nn.Module):
     def feature_shape(self):
         """The number of planes L, the height H' and the width W' of features."""
         size = self.config.size
-        blank = torch.zeros(1, len(self.mean), size, size)
+        blank = torch.zeros(1, len(self.mean), size, size)  # a black image, to see the shape
         self.eval()  # keeps BatchNorm's running statistics as they are
         try:
             with torch.no_grad():
@@ -275,18 +282,19 @@ class Method(nn.Module):
         """T_g1 x and T_g2 x in [0, 1], (N, I, H, W) each; x alone for frozen and supervised.
 
         A-SSL computes the features of these. For H-SSL they only show what is compared: if f is
-        equivariant, fiber g_a of x is the central place, or the first plane, of f(T_g_a x).
+        equivariant, each of the two fibers of x is the central place, or the first plane, of the
+        features of one of these images.
         """
         x, group = self.canvas(TF.convert_image_dtype(images)), self.config.group
         if self.config.ssl == "augmented":
             g1, g2 = draw_group(x, group), draw_group(x, group)
         elif self.config.ssl == "homomorphic":
-            g1, g2 = [self.to_base(g) for g in self.draw_fibers(len(x))]
+            g1, g2 = [self.to_center(g) for g in self.draw_fibers(len(x))]
         else:
             return [x]
         return [transform(x, g1, group), transform(x, g2, group)]
 
-    def to_base(self, g):
+    def to_center(self, g):
         """The transformation that moves fiber g (N,) to the central place or the first plane."""
         if self.config.group == "rotation":
             return -g
@@ -294,7 +302,7 @@ class Method(nn.Module):
             return SCALES[0] / torch.tensor(SCALES, device=g.device)[g]
         _, height, width = self.shape
         places = torch.stack([height // 2 - g // width, width // 2 - g % width], dim=1)
-        return places * (self.config.size // height)  # in pixels down and right
+        return places * math.prod(self.encoder.strides)  # in pixels down and right
 
     def classify(self, x):
         """Logits (N, classes) of images in [0, 1]."""
@@ -307,7 +315,7 @@ class Method(nn.Module):
 def fiber_pairs(config, shape):
     """All pairs (P, 2) of fibers that may be drawn, by number, of features with shape (L, H, W).
 
-    They are at most --distance apart, and each has --base-size - 1 others after it in its row.
+    They are at most --distance apart, and each starts a run of --base-size fibers in its row.
     """
     planes, height, width = shape
     if config.group != "translation":
@@ -318,7 +326,7 @@ def fiber_pairs(config, shape):
     apart = (place[:, None] - place).norm(dim=2)  # (E, E), of E fibers
     largest = config.distance if config.distance > 0 else math.inf
     pairs = fibers[(apart <= largest).nonzero()]
-    if len(pairs) <= len(fibers):
+    if len(pairs) <= len(fibers):  # only those of a fiber with itself
         stop(f"--base-size {config.base_size} and --distance {config.distance:g} leave no two "
              f"different fibers of {height} x {width}")
     return pairs
@@ -329,10 +337,10 @@ def spread(z):
 
 # %% AUGMENT ---------------------------------------------------------------------------------------
 def transform(x, g, group):
-    """T_g x of images or maps (B, C, H, W), each transformed by its own g; zeros come in.
+    """T_g x of images or maps (B, C, H, W), each by its own g; zeros fill in.
 
     translation: g (B, 2) counts pixels down and right. rotation: g counts quarter turns
-    counter-clockwise, an int or (B,). scale: g is a factor about the centre, a float or (B,).
+    counter-clockwise, an int or (B,). scale: g magnifies about the centre, a float or (B,).
     """
     n, _, height, width = x.shape
     if group == "rotation":
@@ -421,24 +429,10 @@ class GroupConv(nn.Module):
         maps = F.conv2d(x, kernel, None, self.stride, self.padding, groups=groups)
         return maps.unflatten(1, (self.planes, -1)).transpose(1, 2)  # from (B, L O, H', W')
 
-class PlaneConv(nn.Linear):
-    """The same 1 x 1 convolution of every plane: (B, I, L, H, W) to (B, O, L, H', W').
-
-    It is no nn.Conv2d, whose CPU code can crash for 1 x 1 kernels with a stride (torch 2.14).
-    """
-
-    def __init__(self, inputs, outputs, stride):
-        super().__init__(inputs, outputs, bias=False)
-        self.stride = stride
-
-    def forward(self, x):
-        x = x[..., ::self.stride, ::self.stride].movedim(1, 4)  # channels last
-        return super().forward(x).movedim(4, 1)
-
 class Block(nn.Module):
     """The residual block of SESN, with BatchNorm and ReLU before each of its two convolutions.
 
-    conv(inputs, outputs, side, orders, stride) and norm(channels) make its layers.
+    conv(inputs, outputs, side, orders, stride) makes a convolution, norm(channels) a BatchNorm.
     """
 
     def __init__(self, conv, norm, inputs, outputs, stride):
@@ -447,13 +441,16 @@ class Block(nn.Module):
         self.conv1 = conv(inputs, outputs, 7, 3, stride)
         self.norm2 = norm(outputs)
         self.conv2 = conv(outputs, outputs, 7, 3, 1)
-        self.widen = None  # the skip connection, where it cannot be the identity
+        self.stride, self.widen = stride, None  # None: the skip connection is the identity
         if inputs != outputs or stride > 1:
-            self.widen = conv(inputs, outputs, 1, 1, stride)
+            self.widen = nn.Linear(inputs, outputs, bias=False)  # a 1 x 1 convolution of each plane
 
     def forward(self, x):
         y = F.relu(self.norm1(x))
-        skip = x if self.widen is None else self.widen(y)
+        skip = x
+        if self.widen is not None:
+            kept = y[..., ::self.stride, ::self.stride]
+            skip = self.widen(kept.movedim(1, -1)).movedim(-1, 1)
         return skip + self.conv2(F.relu(self.norm2(self.conv1(y))))
 
 # of every layer: channels, side of the kernel, orders of its basis, stride
@@ -466,8 +463,8 @@ class GroupEncoder(nn.Module):
     """f: images (B, I, H, W) to features (B, C, L, H', W') of L = PLANES[group] planes.
 
     With structure none (Table 2) it is not equivariant. For scale it has plain convolutions with L
-    times the channels, of which every L-th is taken for the same plane. For translation it has
-    three linear layers, whose outputs are taken for C channels at 4 x 4 places.
+    times the channels: channel c L + l is channel c of plane l. For translation it has three linear
+    layers, whose outputs are taken for C channels at 4 x 4 places.
     """
 
     def __init__(self, group, in_channels=3, arch="small", width=1.0, structure="equivariant",
@@ -478,15 +475,13 @@ class GroupEncoder(nn.Module):
         copies = PLANES[group] if free else 1
         norm = nn.BatchNorm2d if free else nn.BatchNorm3d  # the planes share their statistics
 
-        def wide(channels):
+        def scaled(channels):
             return max(1, round(channels * width)) * copies
 
-        # side: of the kernel; orders: of the Hermite polynomials in its basis
+        # side: of the kernel; orders: number of Hermite polynomials in each direction
         def conv(inputs, outputs, side, orders, stride):
             if free:
                 return nn.Conv2d(inputs, outputs, side, stride, side // 2, bias=False)
-            if side == 1:
-                return PlaneConv(inputs, outputs, stride)
             return GroupConv(group, inputs, outputs, side, orders, stride, side // 2)
 
         def layer(inputs, outputs, side, orders, stride):
@@ -494,27 +489,27 @@ class GroupEncoder(nn.Module):
                                  nn.ReLU())
 
         if free and group == "translation":
-            outputs = wide(128)
+            outputs = scaled(128)
             self.strides = [1]
-            widths = [in_channels * image_size**2, wide(784), wide(1024), 16 * outputs]
+            widths = [in_channels * image_size**2, scaled(784), scaled(1024), 16 * outputs]
             layers = [nn.Sequential(nn.Flatten(), *linear_layers(widths, bias=False),
                                     nn.Unflatten(1, (outputs, 1, 4, 4)))]
         elif arch in CONVOLUTIONS:
             outputs = in_channels
             layers, self.strides = [], []
             for channels, side, orders, stride in CONVOLUTIONS[arch]:
-                inputs, outputs = outputs, wide(channels)
+                inputs, outputs = outputs, scaled(channels)
                 layers.append(layer(inputs, outputs, side, orders, stride))
                 self.strides.append(stride)
         else:
-            outputs = wide(64)
-            layers = [conv(in_channels, wide(9), 7, 7, 1), layer(wide(9), outputs, 7, 3, 1)]
+            outputs = scaled(64)
+            layers = [conv(in_channels, scaled(9), 7, 7, 1), layer(scaled(9), outputs, 7, 3, 1)]
             self.strides = [1, 1]
             stages, blocks = STAGES[arch]
             for channels in stages:
                 for block in range(blocks):
                     stride = 2 if block == 0 and channels != stages[0] else 1
-                    inputs, outputs = outputs, wide(channels)
+                    inputs, outputs = outputs, scaled(channels)
                     layers.append(Block(conv, norm, inputs, outputs, stride))
                     self.strides.append(stride)
         self.layers = nn.Sequential(*layers)
@@ -548,8 +543,8 @@ def make_projector(config, channels):
 class Classifier(nn.Module):
     """Logits (N, K) of features (N, C, L, H, W): the maximum over planes, and a linear layer.
 
-    For MNIST, one more convolution (with a kernel of this side) and the mean over space come before
-    the maximum; for the others, BatchNorm, ReLU and the mean over space come after it.
+    For --arch mnist, one more convolution, with a kernel of side x side, and the mean over space
+    come before the maximum; for others, BatchNorm, ReLU and the mean over space come after it.
     """
 
     def __init__(self, config, channels, side):
@@ -907,7 +902,7 @@ def write(path, content):
     os.replace(beside, path)
 
 def draw_views(path, method, images):
-    """A row for each image: the image, and what the method makes its projections v1 and v2 of."""
+    """A row for each image: the image, and the views of it that Method.views shows."""
     columns = [images, *method.views(images)]
     tiles = []
     for row in zip(*columns):
@@ -994,7 +989,7 @@ def linear_probe(draw_features, labels, test, test_labels, lr=30.0, final_lr=0.0
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # as in extract
 def classifier_accuracy(method, images, labels):
-    """Percent of the images whose class the classifier finds that was trained along."""
+    """Accuracy, in percent, of the classifier that was trained beside the encoder."""
     method.eval()
     right = 0
     for rows in torch.arange(len(images)).split(256):
@@ -1009,7 +1004,7 @@ def evaluate(method, data, config):
     results = {
         "knn_protocol": f"k {min(200, len(labels))}, temperature 0.1",
         "linear_protocol": "5 probes on fixed features: the mean of all fibers",
-        "classifier_protocol": "trained along on features without their gradient, last epoch"}
+        "classifier_protocol": "trained beside the encoder (supervised: with it), last epoch"}
     torch.manual_seed(config.seed)  # as train does: the weights before training
     untrained = Method(config).to(method.mean.device, memory_format=torch.channels_last)
     bank, test = extract(untrained, images), extract(untrained, test_images)
@@ -1073,8 +1068,8 @@ def check(config, parser):
             parser.error(f"--{name.replace('_', '-')} must be more than 0")
         if not isinstance(value, str) and not value >= 0:
             parser.error(f"--{name.replace('_', '-')} must be 0 or more")
-    if config.size < 8:
-        parser.error("--size must be 8 or more")
+    if config.size < 16:  # below, the kernels of some planes would have no place on the last maps
+        parser.error("--size must be 16 or more")
     if not all(width.isdecimal() and int(width) > 0 for width in config.projector.split("-")):
         parser.error(f"widths look like 128-128-128, not like {config.projector}")
     if config.batch_size % WORLD > 0 or config.batch_size < 2 * WORLD:

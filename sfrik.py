@@ -153,41 +153,40 @@ def legendre(degree, q, t):
         previous, P = P, ((2 * k + q - 2) * t * P - k * previous) / (k + q - 2)
     return P
 
-def mmd_to_uniform(z, weights):
-    """L_reg: the squared MMD of embeddings (N, q), normalised here, to the uniform distribution.
+def mean_kernel(z, weights):
+    """Mean of K(z_i, z_j) over all pairs of rows of z (N, q), also i = j; the rows have length 1.
 
-    It is the mean of K(z_i, z_j) over all pairs, also i = j. The weights are b_1, ..., b_L.
+    The weights are b_1, ..., b_L.
     """
-    z = F.normalize(z)
     q = z.shape[1]
     t = z @ z.T  # (N, N): the cosines z_i.z_j
-    L_reg = 0
+    mean = 0
     for l, b in enumerate(weights, start=1):
-        L_reg = L_reg + b * legendre(l, q, t).mean()
-    return L_reg
+        mean = mean + b * legendre(l, q, t).mean()
+    return mean
 
-def squared_distance(z1, z2):
-    """L_inv: the mean of |z1_i - z2_i|^2 over the rows i of two views (N, q), normalised here."""
-    return (F.normalize(z1) - F.normalize(z2)).square().sum(1).mean()
+def mmd_to_uniform(z, weights):
+    """L_reg: the squared MMD of embeddings (N, q), normalised here, to the uniform distribution."""
+    return mean_kernel(F.normalize(z), weights)
 
 def sfrik_loss(z1, z2, sim_coeff, mmd_coeff, weights):
     """SFRIK's loss of the embeddings (N, q) of two views, in the form of the authors' code.
 
     With sim_coeff = q / lam and mmd_coeff = 1 it is L_inv / lam + L_reg.
     """
-    L_inv = squared_distance(z1, z2)
-    L_reg = (mmd_to_uniform(z1, weights) + mmd_to_uniform(z2, weights)) / 2
-    q = z1.shape[1]
-    return sim_coeff * L_inv / q + mmd_coeff * L_reg
+    z1, z2 = F.normalize(z1), F.normalize(z2)
+    L_reg = (mean_kernel(z1, weights) + mean_kernel(z2, weights)) / 2
+    return sim_coeff * F.mse_loss(z1, z2) + mmd_coeff * L_reg  # F.mse_loss(z1, z2) is L_inv / q
 
 def auh_loss(z1, z2, sim_coeff, unif_coeff, scale):
     """AUH: alignment and uniformity on the hypersphere, of the embeddings (N, q) of two views.
 
     Uniformity is the logarithm of the mean of exp(-scale |z_i - z_j|^2) over the pairs i != j.
     """
-    n, q = z1.shape
-    loss = sim_coeff * squared_distance(z1, z2) / q
-    for z in (F.normalize(z1), F.normalize(z2)):
+    z1, z2 = F.normalize(z1), F.normalize(z2)
+    n = len(z1)
+    loss = sim_coeff * F.mse_loss(z1, z2)
+    for z in (z1, z2):
         distance = (2 - 2 * z @ z.T).fill_diagonal_(torch.inf)  # (N, N), squared; exp(-inf) is 0
         mean = (-scale * distance).exp().sum() / (n * (n - 1))
         loss = loss + unif_coeff * mean.log() / 2
@@ -284,7 +283,8 @@ def log_terms(z1, z2, weights):
     z = z1[:256].double()  # double, since nearly equal numbers are subtracted
     n = len(z)
     mmd = (n * mmd_to_uniform(z, weights) - sum(weights)) / (n - 1)
-    return {"distance": squared_distance(z1, z2), "mmd": mmd, "std": spread(z1)}
+    distance = (F.normalize(z1) - F.normalize(z2)).square().sum(1).mean()
+    return {"distance": distance, "mmd": mmd, "std": spread(z1)}
 
 def spread(z):
     """Standard deviation of the normalised embeddings (N, D) times sqrt(D): 0 if they collapse."""

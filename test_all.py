@@ -1832,7 +1832,9 @@ def test_cares_probe(monkeypatch):
         orders = [[torch.randperm(512) for _ in heads] for _ in range(2)]
         for i, head in enumerate(heads):
             how = dict(lr=0.5, weight_decay=0.01)
-            optimizer = SGD(head.parameters(), momentum=0.9, **how) if sgd else ADAM(head.parameters(), **how)
+            optimizer = torch.optim.Adam(head.parameters(), **how)
+            if sgd:
+                optimizer = torch.optim.SGD(head.parameters(), momentum=0.9, **how)
             for step in range(4):
                 optimizer.param_groups[0]["lr"] = 0.5 if step < 2 else 0.05
                 rows = orders[step // 2][i].split(256)[step % 2]
@@ -2655,7 +2657,7 @@ def test_homomorphic_presets_and_bad_input(tmp_path, capsys):
     assert optimizer.defaults["lr"] == 0.5 and type(homomorphic.make_optimizer(method, parse("--quick"))) is torch.optim.SGD
     for line, word in (
         ("--size 28 --arch tiny --group rotation --width 0.06", "--size 28 does not fit --arch tiny: a stride on 8 x 8"),
-        ("--size 7", "--size must be 8"), ("--width 0", "width must be more than 0"),
+        ("--size 15", "--size must be 16"), ("--width 0", "width must be more than 0"),
         ("--classes 0", "classes must be more"), ("--base-size 0", "base-size must be more"),
         ("--group rotation --structure none", "--structure none"), ("--group shear", "shear"),
         ("--group scale --base-size 7", "no two different"), ("--group rotation --base-size 4", "no two different"),
