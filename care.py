@@ -121,14 +121,15 @@ PRESETS = {  # what datasets change
                         final_lr=0.0, weight_decay=1e-4, knn_every=0),
     "folder": dict(size=224, lam=0.005, chunks=8, projector="2048-128", optimizer="sgd", lr=0.4,
                    final_lr=0.0, weight_decay=1e-4, knn_every=0),  # ours
-    "patterns": dict(arch="small", epochs=100),  # ours
+    "patterns": dict(arch="small", epochs=100, optimizer="sgd", lr=0.1, final_lr=0.0,
+                     weight_decay=5e-4),  # ours
     "proteins": dict(lam=1.0, epochs=100, projector="128-16"),  # R^16: paper; others: ours
 }
 PRESETS["chains"] = PRESETS["proteins"]
 # what --base moco changes besides: on CIFAR to FAIR's demo, else the paper's temperature alone
 MOCO_CIFAR = dict(temperature=0.1, optimizer="sgd", lr=0.03, final_lr=0.0, weight_decay=5e-4)
 MOCO = {"cifar10": MOCO_CIFAR, "cifar100": MOCO_CIFAR, "imagenet100": {}}
-QUICK = PRESETS["patterns"] | dict(dataset="patterns", epochs=8, knn_every=2, limit=4000)
+QUICK = PRESETS["patterns"] | dict(dataset="patterns", epochs=12, knn_every=2, limit=4000)
 # what may change when a run is continued
 FREE = ("data_root", "out", "device", "compile", "save_every", "knn_every")
 PHOTOS = ("folder", "imagenet100")  # photographs, decoded by prepare.py
