@@ -129,7 +129,7 @@ PRESETS["chains"] = PRESETS["proteins"]
 # what --base moco changes besides: on CIFAR to FAIR's demo, else the paper's temperature alone
 MOCO_CIFAR = dict(temperature=0.1, optimizer="sgd", lr=0.03, final_lr=0.0, weight_decay=5e-4)
 MOCO = {"cifar10": MOCO_CIFAR, "cifar100": MOCO_CIFAR, "imagenet100": {}}
-QUICK = PRESETS["patterns"] | dict(dataset="patterns", epochs=12, knn_every=2, limit=4000)
+QUICK = dict(dataset="patterns", arch="small", epochs=12, knn_every=2, limit=4000)
 # what may change when a run is continued
 FREE = ("data_root", "out", "device", "compile", "save_every", "knn_every")
 PHOTOS = ("folder", "imagenet100")  # photographs, decoded by prepare.py

@@ -72,7 +72,7 @@ MAY_DIFFER = {
     "SCRIPT": "the name of the script",
     "Config": "the method's flags",
     "PRESETS": "the paper's values",
-    "QUICK": "the method's epochs",
+    "QUICK": "the method's epochs; CARE's is for clouds, too",
     "FREE": "photonics_reg evaluates errors, not kNN",
     "PHOTOS": "the paper's datasets",
     "Method": "the method",
