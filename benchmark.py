@@ -77,8 +77,8 @@ def script_row(name, argv, repeats):
     """Times of one training step of a script and of its parts, as a dict."""
     script = importlib.import_module(name)
     config = script.parse_args(argv)
-    device, cells = script.start(config), name == "photonics_reg"
-    if cells:
+    device = script.start(config)
+    if name == "photonics_reg":
         images = script.draw_cells("gpm", config.batch_size, 1).float().to(device)
     else:
         side = config.size if hasattr(config, "size") else 28 if config.dataset == "mnist" else 32
@@ -184,11 +184,8 @@ def loss_cost(name, n, q, device):
 
     began = time.perf_counter()
     memory = allocated_peak(call, device)  # and warms up
-    if time.perf_counter() - began > 5:
-        began = time.perf_counter()
-        call()
-        return 1000 * (time.perf_counter() - began), memory
-    return milliseconds({"loss": call}, device, 5)["loss"], memory
+    repeats = 1 if time.perf_counter() - began > 5 else 5
+    return milliseconds({"loss": call}, device, repeats)["loss"], memory
 
 def loss_rows(n, widths=(1024, 2048, 4096, 8192, 16384, 32768)):
     """Costs of SFRIK's loss and its rivals for n images over q: the table of the paper's headline.
@@ -281,18 +278,8 @@ def photographs_row(n=200, size=224):
     }
 
 def show(rows):
-    """A small table of each row, or one of all rows of losses; then all rows as lines of JSON."""
-    losses = [row for row in rows if "losses" in row]
-    if losses:
-        print("\n  forward and backward, ms / GB that the loss allocates")
-        print(f"  {'':20}", *(f"{name:>16}" for name in LOSSES))
-    for row in losses:
-        cells = [(row[f"{name} ms"], row[f"{name} GB"]) for name in LOSSES]
-        cells = ["-" if ms is None else f"{ms:.4g} / {gb:.2g}" for ms, gb in cells]
-        print(f"  {row['losses']:20}", *(f"{cell:>16}" for cell in cells))
-    if losses:
-        print("  VICReg forms its q x q covariance, as published.")
-    for row in (row for row in rows if "losses" not in row):
+    """All rows as small tables, then as lines of JSON."""
+    for row in rows:
         print()
         for name, value in row.items():
             value = f"{value:.4g}" if isinstance(value, float) else value
@@ -314,9 +301,7 @@ def main(argv):
     if argv:
         rows = [script_row(argv[0], argv[1:] or flags, 5)]
         if argv[0] == "sfrik":
-            given = any(word.startswith("--batch-size") for word in argv)
-            config = importlib.import_module("sfrik").parse_args(argv[1:])
-            rows += loss_rows(config.batch_size if given else 2048)
+            rows += loss_rows(2048)
         if argv[0] == "homomorphic":
             rows += [homomorphic_row(group, 256, 5) for group in groups]
         if argv[0] == "photonics_reg":
