@@ -5,6 +5,7 @@ With a GPU, `-k cuda` is its share. Of what is the same text in several scripts 
 """
 import ast
 import base64
+import contextlib
 import functools
 import inspect
 import itertools
@@ -1495,8 +1496,12 @@ def test_lost_process(tmp_path):
     while not (out / "checkpoint.pt").exists():
         assert run.poll() is None, run.stderr.read()
         time.sleep(0.01)
-    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat")]
-    both = [int(stat.split()[0]) for stat in stats if int(stat.rpartition(")")[2].split()[1]) == run.pid]
+    both = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # of a process that has ended meanwhile
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            if parent == run.pid:
+                both.append(int(stat.parent.name))
     os.kill(both[-1], signal.SIGKILL)
     _, problem = run.communicate(timeout=120)
     assert run.returncode == 1 and not any(Path(f"/proc/{pid}").exists() for pid in both), problem
