@@ -738,7 +738,7 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=200, temperature=0.
     return 100 * right / len(queries)
 
 def linear_probe(draw_features, labels, test, test_labels, lr=30.0, final_lr=0.0, weight_decay=0.0,
-                 epochs=100, probes=5, batch=256, rule=torch.optim.SGD):
+                 epochs=100, probes=5, batch=256, lars=False):
     """Mean and standard deviation of the test accuracy, in percent, of linear classifiers.
 
     draw_features() gives the training features (N, D) of an epoch. The classifiers differ in their
@@ -746,7 +746,9 @@ def linear_probe(draw_features, labels, test, test_labels, lr=30.0, final_lr=0.0
     """
     n, classes = len(labels), int(labels.max()) + 1
     heads = nn.ModuleList(nn.Linear(test.shape[1], classes) for _ in range(probes)).to(test.device)
-    optimizer = rule(heads.parameters(), lr, momentum=0.9, weight_decay=weight_decay)
+    optimizer = torch.optim.SGD(heads.parameters(), lr, momentum=0.9, weight_decay=weight_decay)
+    if lars:
+        optimizer = LARS(heads.parameters(), lr, weight_decay)
     steps = max(1, n // batch)  # an incomplete last batch is left out
     for epoch in with_progress(range(epochs), epochs, "linear probe: epoch"):
         features = draw_features()
@@ -776,7 +778,7 @@ def probe(method, data, config, bank, test):
 
     settings = {}
     if config.dataset == "imagenet":
-        settings = dict(lr=1.6, epochs=90, probes=1, batch=4096, rule=LARS)
+        settings = dict(lr=1.6, epochs=90, probes=1, batch=4096, lars=True)
     elif config.dataset == "folder":  # as in simclr_essl.py
         settings = dict(lr=0.3, final_lr=0.3, weight_decay=1e-6)
     else:  # test images are enlarged by 9/8 and cut

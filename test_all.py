@@ -1,10 +1,11 @@
 """Tests of the six scripts: python -m pytest -q test_all.py. No data, network or GPU is needed.
 
 Golden values were printed by the authors' released code, in float64, for wave(n, d, a, b) below.
-With a GPU, `-k cuda` is its share; CAMPAIGN=20 with `-s -k campaign` is the long fault campaign.
+With a GPU, `-k cuda` is its share. Of what is the same text in several scripts one is tested.
 """
 import ast
 import base64
+import contextlib
 import functools
 import inspect
 import itertools
@@ -12,7 +13,6 @@ import json
 import math
 import os
 import pickle
-import random
 import re
 import shutil
 import signal
@@ -61,46 +61,44 @@ drawn, LABELS = functools.cache(simclr_essl.draw_patterns), tempfile.TemporaryDi
 care.draw_chains = functools.cache(lambda n, seed, draw=care.draw_chains: draw(min(n, 500), seed))
 IMAGES = [simclr_essl, simsiam_essl, care, sfrik, homomorphic]
 image_scripts = of_scripts(IMAGES)
-cropping = of_scripts([script for script in IMAGES if hasattr(script, "draw_boxes")])
+cropping = of_scripts([simclr_essl, care, sfrik])  # with the three versions of augment
 ALL = [*IMAGES, photonics_reg]  # for tests of what images and cells have in common
 all_scripts = of_scripts(ALL)
 for module in IMAGES:
     module.draw_patterns = drawn
-# name: why it differs between scripts. What is not named is the same text wherever it occurs, so that
-# one script is enough to test it.
+# name: in how many versions it occurs, and why. What is not named is the same text wherever it occurs, so that one
+# script of each version is enough to test it.
 MAY_DIFFER = {
-    "SCRIPT": "the name of the script",
-    "Config": "the method's flags",
-    "PRESETS": "the paper's values",
-    "QUICK": "the method's epochs; CARE's is for clouds, too",
-    "FREE": "photonics_reg evaluates errors, not kNN",
-    "PHOTOS": "the paper's datasets",
-    "Method": "the method",
-    "view_arguments": "the paper's augmentation",
-    "augment": "CARE's chunks share a draw, its blur has a radius; SFRIK's jitter has a probability",
-    "make_encoder": "E-SSL's residual branches start at zero for photographs, CARE's do not",
-    "make_projector": "the paper's heads",
-    "make_predictor": "the paper's heads",
-    "MEAN_STD": "the paper's datasets",
-    "load_data": "the paper's datasets",
-    "load_stl10": "CARE trains on the labelled images, too",
-    "make_optimizer": "the paper's optimiser",
-    "start": "photonics_reg runs on one device",
-    "batches": "CARE's processes draw the same views, since several may have a part of one chunk; cells and H-SSL's "
-               "classifier have labels",
-    "train_epoch": "SimSiam's h keeps its rate; so does photonics_reg's fine-tuning, which needs labels, as H-SSL's "
-                   "classifier does",
-    "train": "H-SSL's classifier needs labels; photonics_reg trains in stages, each with a method and an optimizer",
-    "draw_views": "the method's views",
-    "middle": "SFRIK evaluates STL-10 at 96 pixels; H-SSL trains on whole images, so it is evaluated on them",
-    "knn_accuracy": "the temperature of the paper's protocol",
-    "linear_probe": "the paper's protocol",
-    "probe": "the paper's protocol",
-    "evaluate": "the number of probes; CARE also evaluates clouds of points",
-    "parse_args": "CARE has presets of MoCo, SFRIK of its baselines; cells have no photographs, no warm-up, but other runs' encoders",
-    "check": "the method's rules",
-    "main": "photonics_reg runs on one device, and up to four modes",
-    "finish": "E-SSL's rotation and CARE's axes in the summary; photonics_reg's errors are in the log",
+    "SCRIPT": (6, "the name of the script"),
+    "Config": (6, "the method's flags"),
+    "PRESETS": (6, "the paper's values"),
+    "QUICK": (3, "the method's epochs; CARE's is for clouds, too"),
+    "FREE": (2, "photonics_reg evaluates errors, not kNN"),
+    "PHOTOS": (4, "the paper's datasets"),
+    "Method": (6, "the method"),
+    "view_arguments": (4, "the paper's augmentation"),
+    "augment": (3, "CARE's chunks share a draw, its blur has a radius; SFRIK's jitter has a probability"),
+    "make_encoder": (2, "E-SSL's residual branches start at zero for photographs, CARE's do not"),
+    "make_projector": (5, "the paper's heads"),
+    "make_predictor": (2, "the paper's heads"),
+    "MEAN_STD": (4, "the paper's datasets"),
+    "load_data": (5, "the paper's datasets"),
+    "load_stl10": (2, "CARE trains on the labelled images, too"),
+    "make_optimizer": (6, "the paper's optimiser"),
+    "start": (2, "photonics_reg runs on one device"),
+    "batches": (4, "CARE's processes draw the same views, as chunks may span them; cells and H-SSL have labels"),
+    "train_epoch": (4, "SimSiam's h keeps its rate, as cells' fine-tuning does; that and H-SSL need labels"),
+    "train": (3, "H-SSL's classifier needs labels; cells have stages, each with a method and an optimizer"),
+    "draw_views": (5, "the method's views"),
+    "middle": (3, "SFRIK evaluates STL-10 at 96 pixels; H-SSL trains on whole images, so it is evaluated on them"),
+    "knn_accuracy": (3, "the temperature of the paper's protocol"),
+    "linear_probe": (4, "the paper's protocol"),
+    "probe": (4, "the paper's protocol"),
+    "evaluate": (5, "the number of probes; CARE also evaluates clouds of points"),
+    "parse_args": (4, "CARE has presets of MoCo, SFRIK of its baselines; cells have no photographs, but encoders"),
+    "check": (6, "the method's rules"),
+    "main": (2, "photonics_reg runs on one device, and up to four modes"),
+    "finish": (4, "E-SSL's rotation and CARE's axes in the summary; photonics_reg's errors are in the log"),
 }
 
 def wave(n, d, a, b):
@@ -143,12 +141,12 @@ TINY = {
     "care": f"{SMALL} --base moco --queue 100 --chunks 4 --lr 0.01 --projector 32-16",
     "sfrik": f"{SMALL} --projector 32-32",
     "homomorphic": f"{SMALL} --width 0.5",
-    "photonics_reg": "--mode essl --cutoff 1 --limit 32 --test 8 --unlabelled 64 --batch-size 32 --epochs 2 "
+    "photonics_reg": "--mode essl --cutoff 1 --limit 32 --test 8 --unlabelled 64 --batch-size 32 --epochs 2 --splits 2 "
                      f"--tune-batch-size 16 --tune-epochs 3 --eval-every 1 --data-root {LABELS.name}",
 }
 
 def tiny(script, out, *flags):
-    """A second's command line: 12 steps of 3 epochs; photonics_reg: 4 steps, then 6 on each split."""
+    """A second's command line: 12 steps of 3 epochs; photonics_reg: 4 steps, then 6 on each of two splits."""
     return ["--quick", *TINY[script.__name__].split(), "--out", str(out), *map(str, flags)]
 
 tiny_photonics = functools.partial(tiny, photonics_reg)
@@ -204,15 +202,6 @@ def definitions(script):
             sources[ast.unparse(node.targets[0]).strip("()")] = ast.get_source_segment(text, node)
     return sources
 
-def drift(sources):
-    """Names defined in two scripts or more, and those of them whose texts differ."""
-    texts = {}
-    for definition in sources:
-        for name, text in definition.items():
-            texts.setdefault(name, []).append(text)
-    shared = {name for name, versions in texts.items() if len(versions) > 1}
-    return shared, {name for name in shared if len(set(texts[name])) > 1}
-
 class OnTheGpu(TorchDispatchMode):
     """Refuses operations on tensors elsewhere: even an index costs a copy that the host awaits."""
 
@@ -232,15 +221,15 @@ kinds = lambda net: "".join(type(layer).__name__[0] for layer in net)  # Linear,
 # Runs command lines of scripts in forked children. A SIGKILL hits one at a call of a function, or after
 # so many seconds; its files cannot grow over a size. Answers with exit code, seconds and output.
 ARENA = """
-import functools, importlib, json, os, resource, signal, sys, time
+import functools, importlib, json, os, resource, signal, sys
 from simclr_essl import draw_patterns
 drawn = functools.cache(draw_patterns)
 drawn(4000, 1), drawn(1000, 2)  # children find them drawn
 for line in sys.stdin:
-    script, argv, function, at, blow, size = json.loads(line)
+    script, argv, function, at, size = json.loads(line)
     script, calls = importlib.import_module(script), []
     script.draw_patterns = drawn
-    begun, child = time.perf_counter(), os.fork()
+    child = os.fork()
     if child == 0:
         for name, stream in (("out", 1), ("err", 2)):
             os.dup2(os.open(sys.argv[1] + name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream)
@@ -256,34 +245,27 @@ for line in sys.stdin:
         setattr(owner, function, dying)
         script.main(argv)
         sys.exit()
-    code = None
-    while code is None:
-        done, status = os.waitpid(child, os.WNOHANG)
-        code = os.waitstatus_to_exitcode(status) if done else None
-        passed = time.perf_counter() - begun
-        if blow and passed >= blow and not done:
-            os.kill(child, signal.SIGKILL)
-            blow = 0
-        time.sleep(0.001)
-    print(json.dumps([code, passed, *(open(sys.argv[1] + x).read() for x in ("out", "err"))]), flush=True)
+    _, status = os.waitpid(child, 0)
+    printed = [open(sys.argv[1] + name).read() for name in ("out", "err")]
+    print(json.dumps([os.waitstatus_to_exitcode(status), *printed]), flush=True)
 """
 
 @pytest.fixture(scope="module")
 def arena(tmp_path_factory):
-    """arena(script, out, function, at, blow, size): exit code, seconds and output of a run so disturbed."""
+    """arena(script, out, function, at, size): exit code and output of a run so disturbed."""
     std, pipe = tmp_path_factory.mktemp("arena") / "std", subprocess.PIPE
     alone = os.environ | {"WORLD_SIZE": "", "RANK": ""}  # as good as unset
     process = subprocess.Popen([sys.executable, "-c", ARENA, str(std)], cwd=HERE, env=alone, stdin=pipe,
                                stdout=pipe, text=True)
 
-    def run(script, out, function="learning_rate", at=0, blow=0, size=0):
+    def run(script, out, function="learning_rate", at=0, size=0):
         argv = tiny(script, out, "--save-every", "0")
-        process.stdin.write(json.dumps([script.__name__, argv, function, at, blow, size]) + "\n")
+        process.stdin.write(json.dumps([script.__name__, argv, function, at, size]) + "\n")
         process.stdin.flush()
-        code, seconds, printed, problem = json.loads(process.stdout.readline())
+        code, printed, problem = json.loads(process.stdout.readline())
         lines = problem.strip().splitlines()
         assert len(lines) == (code > 0) and all(line.startswith("error: ") for line in lines), problem
-        return code, seconds, printed
+        return code, printed
 
     yield run
     process.stdin.close()
@@ -351,6 +333,18 @@ def outcome(method, images):
     labels = [torch.arange(len(images), device=images.device) % 10] if isinstance(method, homomorphic.Method) else []
     return method(images, *labels)
 
+def normalised(script, x):
+    """Images in [0, 1], less the mean of the built-in ones, over their deviation."""
+    mean, std = torch.tensor(script.MEAN_STD["patterns"])[..., None, None]
+    return (x - mean) / std
+
+def assert_same_step(method, loss, want):
+    """Losses and all gradients agree, and every parameter has one."""
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    gradients = (torch.autograd.grad(value, list(method.parameters())) for value in (loss, want))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-6) and a.abs().sum() > 0
+
 def interrupted(script, step, line, monkeypatch, capsys):
     """Runs the line, with Ctrl-C at a step, counted from where the run begins or goes on."""
     rate, calls = script.learning_rate, []
@@ -366,23 +360,24 @@ def interrupted(script, step, line, monkeypatch, capsys):
         assert "same command" in stopped(capsys, *line, script=script)
 
 def test_shares_blocks_to_the_letter():
-    sources = [definitions(script) for script in ALL]
-    _, different = drift(sources)
-    assert different == MAY_DIFFER.keys()
+    """What two scripts define is the same text, or has the versions in MAY_DIFFER; and the order is the same."""
+    sources, texts = [definitions(script) for script in ALL], {}
+    for name, text in itertools.chain(*(definition.items() for definition in sources)):
+        texts.setdefault(name, set()).add(text)
+    versions = {name: len(different) for name, different in texts.items() if len(different) > 1}
+    assert versions == {name: number for name, (number, _) in MAY_DIFFER.items()}
     for one, other in itertools.combinations(sources, 2):
-        order = [[name for name in x if name in y] for x, y in ((one, other), (other, one))]
-        assert order[0] == order[1]
+        assert [name for name in one if name in other] == [name for name in other if name in one]
 
 @all_scripts
 def test_has_the_paper_first_and_stands_alone(script):
     text = Path(script.__file__).read_text()
     lines = text.splitlines()
-    banners = [line.split()[2] for line in lines if line.startswith("# %%")]
+    banners = {line.split()[2]: number for number, line in enumerate(lines) if line.startswith("# %%")}
     own = {"care": ["PROTEINS"], "photonics_reg": ["SOLVER"]}.get(script.__name__, [])
-    assert banners == ["CONFIG", "METHOD", "AUGMENT", "MODEL", "DATA", *own, "TRAIN", "EVALUATE", "MAIN"]
-    assert lines.index(next(line for line in lines if line.startswith("# %% METHOD"))) < len(lines) / 4
-    assert script.SCRIPT == script.__name__ and max(map(len, lines)) <= 100
-    assert len(script.__doc__.splitlines()) <= 42
+    assert [*banners] == ["CONFIG", "METHOD", "AUGMENT", "MODEL", "DATA", *own, "TRAIN", "EVALUATE", "MAIN"]
+    assert banners["METHOD"] < len(lines) / 4 and max(map(len, lines)) <= 100
+    assert script.SCRIPT == script.__name__ and len(script.__doc__.splitlines()) <= 42
     allowed = {"torch", "torchvision", "numpy", "PIL"} | set(sys.stdlib_module_names)
     for node in ast.walk(ast.parse(text)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -427,8 +422,7 @@ def test_forward_is_algorithm_1(script):
     loss, terms = method(images)
     assert method.encoder[1].num_batches_tracked == 3  # three passes, each with statistics of its own
     torch.manual_seed(1)
-    mean, std = torch.tensor(script.MEAN_STD["patterns"])[..., None, None]
-    embed = lambda x, head: head(method.encoder((x - mean) / std))
+    embed = lambda x, head: head(method.encoder(normalised(script, x)))
     *large, small = (script.augment(images, **how) for how in script.view_arguments(method.config))
     assert [view.shape[2] for view in (*large, small)] == [32, 32, 16]
     z1, z2 = (embed(view, method.projector) for view in large)
@@ -441,31 +435,18 @@ def test_forward_is_algorithm_1(script):
         assert method.h[1].num_batches_tracked == 2
         cosines = [F.cosine_similarity(method.h(a), b.detach()) for a, b in ((z1, z2), (z2, z1))]
         invariance = -sum(cosines).mean() / 2
-    want = invariance + 0.7 * rotation
-    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    assert_same_step(method, loss, invariance + 0.7 * rotation)
     assert terms["equivariance"].item() == pytest.approx(rotation.item(), rel=1e-5)
     assert terms["rotation_top1"].item() == pytest.approx(100 * right / 64)
-    parameters = list(method.parameters())
-    gradients = (torch.autograd.grad(value, parameters) for value in (loss, want))
-    for got, wanted in zip(*gradients, strict=True):
-        assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-6) and got.abs().sum() > 0
     x = images.float() / 255
     assert torch.equal(method.embed(x), embed(x, method.projector))
-
-@of_scripts(IMAGES[:2])
-def test_lam_0_is_the_baseline(script):
-    method, images = batch_of(script, "--lam", "0")
+    baseline, _ = batch_of(script, "--lam", "0")
+    weights = method.state_dict()
+    baseline.load_state_dict({name: weights[name] for name in baseline.state_dict()})
     torch.manual_seed(1)
-    loss, terms = method(images)
-    assert method.predictor is None and terms.keys() == {"invariance", "std"}
-    torch.manual_seed(1)
-    V_large1, V_large2, v_small = method.views(images)
-    z1, z2 = method.embed(V_large1), method.embed(V_large2)
-    if script is simclr_essl:
-        want = script.info_nce(z1, z2, 0.5)
-    else:
-        want = (script.negative_cosine(method.h(z1), z2) + script.negative_cosine(method.h(z2), z1)) / 2
-    assert v_small is None and loss.item() == pytest.approx(want.item(), rel=1e-5)
+    loss, terms = baseline(images)
+    assert baseline.predictor is None and terms.keys() == {"invariance", "std"}
+    assert loss.item() == pytest.approx(invariance.item(), rel=1e-5)
 
 # golden: E-SSL CIFAR-10 code, D(p = z1, z = z2)
 NEGATIVE_COSINE = {
@@ -499,9 +480,7 @@ def test_simsiam_heads_and_presets():
     method = simsiam_essl.Method(simsiam_essl.Config())
     assert kinds(method.projector) == "LBRLB" and method.projector[-1].weight is None
     assert kinds(method.h) == "LBRL" and kinds(method.predictor) == "LLRLLL"
-    assert method.h[0].bias is None and method.h[3].bias is not None
-    assert sum(p.numel() for p in method.encoder.parameters()) == 11_168_832  # the authors' net
-    assert [(layer.in_features, layer.out_features) for layer in (method.h[0], method.h[3])] == [(2048, 512), (512, 2048)]
+    assert method.h[0].bias is None and [layer.weight.shape for layer in method.h[::3]] == [(512, 2048), (2048, 512)]
     others, h = simsiam_essl.make_optimizer(method, method.config).param_groups
     assert {id(p) for p in h["params"]} == {id(p) for p in method.h.parameters()}
     assert len(others["params"] + h["params"]) == len([*method.parameters()])
@@ -512,47 +491,44 @@ def test_simsiam_heads_and_presets():
     imagenet = simsiam_essl.Method(config)
     assert kinds(imagenet.projector) == "LBRLBRLB" and imagenet.projector[-1].weight is None
     assert kinds(imagenet.predictor) == "LLRLLRLLL" and imagenet.predictor[-3].out_features == 256
-    assert imagenet.encoder.layer1[0].bn3.weight.sum() == 0
 
 @pytest.mark.parametrize("transform", simclr_essl.TRANSFORMS)
-@pytest.mark.parametrize("role", ("predict", "augment"))
-def test_figure_1(transform, role):
-    """Which images the predictor sees, and against which targets; how a version is drawn for a view."""
-    method, images = batch_of(simclr_essl, "--transform", transform, "--role", role, "--crop-only")
+def test_figure_1_predicts(transform):
+    """Which images the predictor sees, and against which targets; without any other augmentation."""
+    method, images = batch_of(simclr_essl, "--transform", transform, "--crop-only")
     number, seen = method.num_versions, []
     for how in (method.large1, method.large2, method.small):
         assert how["size"] == 32 and how["jitter"] is None
         assert how["flip"] == how["gray"] == how["blur"] == how["solarize"] == 0
-    if role == "predict":
-        method.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-        method.predictor.register_forward_hook(lambda module, x, y: seen.append(y))
+    method.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    method.predictor.register_forward_hook(lambda module, x, y: seen.append(y))
     torch.manual_seed(1)
-    loss, terms = method(images)
-    assert loss.isfinite() and ("equivariance" in terms) == (role == "predict")
-    if role == "predict":
-        torch.manual_seed(1)
-        _, _, v_small = method.views(images)
-        shown = v_small[::6] if transform == "jigsaw" else v_small  # 24 versions of 3 of 16
-        versions = method.transform(shown).chunk(number)
-        assert torch.allclose(seen[2] * method.std + method.mean, torch.cat(versions), atol=1e-5)
-        losses = [F.cross_entropy(part, torch.full((len(shown),), k)) for k, part in enumerate(seen[3].chunk(number))]
-        assert terms["equivariance"].item() == pytest.approx(sum(losses).item() / number, rel=1e-5)
-        return
-    pictures, counts = images.float() / 255, torch.zeros(number)
-    every = method.transform(pictures).unflatten(0, (number, 16))
+    _, terms = method(images)
+    torch.manual_seed(1)
+    _, _, v_small = method.views(images)
+    shown = v_small[::6] if transform == "jigsaw" else v_small  # 24 versions of 3 of 16
+    assert torch.allclose(seen[2] * method.std + method.mean, method.transform(shown), atol=1e-5)
+    losses = [F.cross_entropy(part, torch.full((len(shown),), k)) for k, part in enumerate(seen[3].chunk(number))]
+    assert terms["equivariance"].item() == pytest.approx(sum(losses).item() / number, rel=1e-5)
+
+@pytest.mark.parametrize("transform", ("jigsaw", "inversion"))
+def test_figure_1_augments(transform):
+    """Views are crops of versions, drawn for each image apart and equally often."""
+    method, images = batch_of(simclr_essl, "--transform", transform, "--role", "augment", "--crop-only")
+    number, counts = method.num_versions, torch.zeros(method.num_versions)
+    every = method.transform(images / 255).unflatten(0, (number, 16))
     for _ in range(60):
-        shown = method.random_version(images)
-        is_version = (every == shown).flatten(2).all(2)  # (K, 16)
+        is_version = (every == method.random_version(images)).flatten(2).all(2)  # (K, 16)
         assert is_version.any(0).all()
-        counts += (is_version.float() / is_version.sum(0)).sum(1)  # gray images have equal versions
+        counts += (is_version.float() / is_version.sum(0)).sum(1)  # an image can have equal versions
     counts /= 960 / number
-    assert (counts > 0.4).all() and (counts < 1.8).all()
+    assert (counts > 0.4).all() and (counts < 1.8).all() and method(images)[1].keys() == {"invariance", "std"}
     torch.manual_seed(2)
-    V_large1, V_large2, v_small = method.views(images)
+    *large, v_small = method.views(images)
     torch.manual_seed(2)
-    one, two = method.random_version(images), method.random_version(images)  # first, then the crop
-    assert torch.equal(V_large1, simclr_essl.augment(one, **method.large1)) and v_small is None
-    assert torch.equal(V_large2, simclr_essl.augment(two, **method.large2))
+    drawn = [method.random_version(images) for _ in large]  # first, then the crops
+    want = [simclr_essl.augment(version, **method.large1) for version in drawn]
+    assert all(map(torch.equal, large, want)) and v_small is None
 
 @of_scripts(IMAGES[:2])
 def test_views_of_the_paper_and_of_the_code(script):
@@ -561,18 +537,14 @@ def test_views_of_the_paper_and_of_the_code(script):
     defaults = {name: p.default for name, p in inspect.signature(script.augment).parameters.items()}
     assert defaults["scale"] == (0.2, 1.0) and defaults["jitter"] == (0.4, 0.4, 0.4, 0.1)
     assert (defaults["flip"], defaults["gray"], defaults["blur"], defaults["solarize"]) == (0.5, 0.2, 0, 0)
+    large = {"size": 224, "scale": (0.08, 1.0), "jitter": (0.4, 0.4, 0.2, 0.1)}
+    other, small = {"blur": 0.1, "solarize": 0.2}, {"size": 96, "scale": (0.05, 0.14), "blur": 0.1}
     for dataset in ("imagenet", "folder"):
-        first, other, small = arguments("--dataset", dataset)
-        assert (first["blur"], other["blur"], small["blur"]) == (1.0, 0.1, 0.1)
-        assert "solarize" not in first.keys() | small.keys() and other["solarize"] == 0.2
-        assert first["scale"] == other["scale"] == (0.08, 1.0) and small["scale"] == (0.05, 0.14)
-        assert (first["size"], small["size"]) == (224, 96)
-        assert {how["jitter"] for how in (first, other, small)} == {(0.4, 0.4, 0.2, 0.1)}
-        if script is simclr_essl:
-            cropped = arguments("--dataset", dataset, "--crop-only")
-            assert [how["scale"] for how in cropped] == [(0.08, 1.0), (0.08, 1.0), (0.05, 0.14)]
-    for transform, name in (("hflip", "flip"), ("grayscale", "gray"), ("blur", "blur")):
-        if script is simclr_essl:
+        assert arguments("--dataset", dataset) == (large | {"blur": 1.0}, large | other, large | small)
+    if script is simclr_essl:
+        cropped = arguments("--dataset", "folder", "--crop-only")
+        assert [how["scale"] for how in cropped] == [(0.08, 1.0), (0.08, 1.0), (0.05, 0.14)]
+        for transform, name in (("hflip", "flip"), ("grayscale", "gray"), ("blur", "blur")):
             large, _, small = arguments("--transform", transform)
             assert small[name] == 0 and name not in large  # the version could not be told from the view
 
@@ -580,8 +552,8 @@ def test_simclr_presets():
     parse = lambda line: simclr_essl.parse_args(line.split())
     config = parse("--dataset imagenet")
     assert config.lr * config.batch_size / 256 == pytest.approx(4.8) and config.final_lr == 0.001
-    assert (config.lam, config.temperature, config.warmup_epochs) == (0.4, 0.2, 10)
-    assert (config.weight_decay, config.arch, config.epochs) == (1e-6, "resnet50", 100)
+    values = config.lam, config.temperature, config.warmup_epochs, config.weight_decay, config.arch, config.epochs
+    assert values == (0.4, 0.2, 10, 1e-6, "resnet50", 100)
     small = simclr_essl.Method(parse("--quick"))
     optimizer = simclr_essl.make_optimizer(small, config)
     assert isinstance(optimizer, simclr_essl.LARS) and optimizer.decay == 1e-6
@@ -589,8 +561,6 @@ def test_simclr_presets():
     assert type(optimizer) is torch.optim.SGD and optimizer.defaults["lr"] == pytest.approx(0.12)
     [group] = optimizer.param_groups
     assert group["weight_decay"] == 5e-4 and len(group["params"]) == len([*small.parameters()])
-    config = parse("--dataset folder")
-    assert (config.arch, config.batch_size, config.size) == ("resnet18", 256, 224)
     # defaults < preset < --quick < flags
     assert (parse("").dataset, parse("").batch_size, parse("--quick").dataset) == ("cifar10", 512, "patterns")
     both = parse("--quick --dataset cifar10 --epochs 3 --lr 0.03")
@@ -671,116 +641,120 @@ def test_draws_follow_torchvisions_law(script, monkeypatch):
         augment(torch.rand(1, 3, 4, 4), 4)
     assert len({tuple(calls[i:i + 4]) for i in range(0, 1200, 4)}) == 24  # every order of the jitter
 
-@cropping
-def test_images_of_a_batch_are_drawn_apart(script):
-    x = script.draw_patterns(1, 0)[0].expand(16, -1, -1, -1)
-    views = script.augment(x, 24, blur=0.5, solarize=0.3)
-    assert (views[:, None] != views[None]).flatten(2).any(2).sum() == 16 * 15
-
-def test_a_crop_of_a_photograph_is_torchvisions():
-    """Of an array that is larger than the view, as prepare.py writes them."""
-    image = torch.randint(256, (1, 3, 384, 384), dtype=torch.uint8)
-    box = torch.tensor([[20.0, 50, 200, 310]])
-    want = TF.resized_crop(image[0].float() / 255, 20, 50, 200, 310, [224, 224], antialias=True)
-    assert torch.allclose(simclr_essl.crop(image.float() / 255, box, 224)[0], want, atol=1e-4)
+def test_of_a_photograph_evaluation_sees_the_middle():
+    image = torch.rand(1, 3, 384, 300)
     config = simclr_essl.parse_args(["--dataset", "folder"])
-    middle = TF.center_crop(image.float() / 255, [336, 336])  # 7/8 of 384
-    want = TF.resize(middle, [224, 224], antialias=True)
-    assert torch.allclose(simclr_essl.middle(image.float() / 255, config), want, atol=1e-6)
+    want = TF.resize(TF.center_crop(image, [336, 262]), [224, 224], antialias=True)  # 7/8 of the sides
+    assert torch.allclose(simclr_essl.middle(image, config), want, atol=1e-6)
 
 # evaluation
 
-def test_knn_equals_brute_force():
-    bank, queries = torch.randn(60, 8), torch.randn(31, 8)
-    bank_labels, query_labels = torch.randint(4, (60,)), torch.randint(4, (31,))
-    right = 0
-    for query, label in zip(queries, query_labels):
-        s = [F.cosine_similarity(query, other, dim=0).item() for other in bank]
+@pytest.mark.parametrize("script, temperature", ((simclr_essl, 0.1), (care, 0.5), (sfrik, 0.07)))
+def test_knn_equals_brute_force(script, temperature):
+    """All its answers to 400 queries: then other labels of the first 100 leave 75 %."""
+    bank, queries, bank_labels = torch.randn(60, 8), torch.randn(400, 8), torch.randint(4, (60,))
+    answers = []
+    for query in queries:
+        s = F.cosine_similarity(query[None], bank).tolist()
         nearest = sorted(range(60), key=lambda i: -s[i])[:7]
-        votes = [sum(math.exp(s[i] / 0.1) for i in nearest if bank_labels[i] == c) for c in range(4)]
-        right += votes.index(max(votes)) == label
-    got = simclr_essl.knn_accuracy(bank, bank_labels, queries, query_labels, 7, 0.1)
-    assert got == pytest.approx(100 * right / 31)
-    bank = torch.tensor([[1.0, 0], [0, 1], [0, 1]])  # one close neighbour outvotes two far ones
-    one = torch.tensor([[1.0, 0.1]]), torch.tensor([0])
-    assert simclr_essl.knn_accuracy(bank, torch.tensor([0, 1, 1]), *one, 3, 0.1) == 100
+        votes = [sum(math.exp(s[i] / temperature) for i in nearest if bank_labels[i] == c) for c in range(4)]
+        answers.append(votes.index(max(votes)))
+    labels = torch.tensor(answers)
+    assert script.knn_accuracy(bank, bank_labels, queries, labels, 7) == 100
+    labels[:100] += 1
+    assert script.knn_accuracy(bank, bank_labels, queries, labels, 7) == 75
+
+def state(method):
+    return {name: value.clone() for name, value in method.state_dict().items()}
+
+def unchanged(method, before):
+    return all(torch.equal(before[name], value) for name, value in method.state_dict().items())
 
 @image_scripts
 def test_features_are_those_of_eval_mode_and_leave_no_trace(script):
     method, images = batch_of(script)
     outcome(method, images)
-    before = {name: value.clone() for name, value in method.state_dict().items()}
-    many = script.draw_patterns(300, 4)[0]
+    before, many = state(method), script.draw_patterns(300, 4)[0]
     features = script.extract(method, many)
-    assert len(features) == 300 and not features.requires_grad and method.training
+    assert len(features) == 300 and not features.requires_grad and method.training and unchanged(method, before)
     alone = torch.cat([script.extract(method, image[None]) for image in many[:5]])
     assert torch.allclose(features[:5], alone, atol=1e-5)  # no batch statistics
-    assert all(torch.equal(before[name], value) for name, value in method.state_dict().items())
     rows = torch.tensor([7, 3])
     assert torch.allclose(script.extract(method, many, rows=rows), features[rows], atol=1e-5)
-    inverted = script.extract(method, many / 255, lambda x: 1 - x)  # in [0, 1] already
-    assert torch.allclose(inverted, script.extract(method, 255 - many), atol=1e-5)
+    inverted = script.extract(method, many[:9] / 255, lambda x: 1 - x)  # in [0, 1] already
+    assert torch.allclose(inverted, script.extract(method, 255 - many[:9]), atol=1e-5)
 
-def test_probe_equals_plain_linear_layers():
-    """Five heads at once are five heads alone: the same starts, orders, rates and steps."""
+SGD = functools.partial(torch.optim.SGD, momentum=0.9)
+COSINE = [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+LINEAR_PROBES = [  # settings; the optimiser of a head; its rate in the four steps, as a share of the first
+    (simclr_essl, dict(final_lr=0.1), SGD, [0.2 + 0.8 * share for share in COSINE]),
+    (simsiam_essl, dict(batch=250), SGD, COSINE),
+    (simsiam_essl, dict(batch=250, lars=True), simsiam_essl.LARS, COSINE),
+    (care, dict(batch_size=256, milestones=(1,)), torch.optim.Adam, [1, 1, 0.1, 0.1]),
+    (care, dict(batch_size=256, milestones=(1,), sgd=True), SGD, [1, 1, 0.1, 0.1]),
+    (sfrik, {}, SGD, COSINE),
+]
+
+@pytest.mark.parametrize("script, settings, rule, shares", LINEAR_PROBES)
+def test_probe_equals_plain_linear_layers(script, settings, rule, shares):
+    """Heads at once are as many heads alone: the same starts, orders, rates and steps."""
     features, labels = torch.randn(2, 600, 8), torch.randint(3, (600,))
     test, test_labels = torch.randn(50, 8), torch.randint(3, (50,))
     epochs = iter(features)
     torch.manual_seed(5)
-    got = simclr_essl.linear_probe(lambda: next(epochs), labels, test, test_labels, lr=0.5, final_lr=0.1,
-                                   weight_decay=0.01, epochs=2, probes=3)
+    got = script.linear_probe(lambda: next(epochs), labels, test, test_labels, lr=0.5, weight_decay=0.01, epochs=2,
+                              probes=3, **settings)
     torch.manual_seed(5)
     heads, accuracies = [torch.nn.Linear(8, 3) for _ in range(3)], []
     orders = [[torch.randperm(600) for _ in heads] for _ in range(2)]
     for i, head in enumerate(heads):
-        optimizer = torch.optim.SGD(head.parameters(), 0.5, momentum=0.9, weight_decay=0.01)
-        for step in range(4):  # two of 256 images in an epoch: the last 88 are left out
-            rows = orders[step // 2][i].split(256)[step % 2]
-            optimizer.param_groups[0]["lr"] = 0.1 + 0.4 * (1 + math.cos(math.pi * step / 4)) / 2
+        optimizer = rule(head.parameters(), 0.5, weight_decay=0.01)
+        for step, share in enumerate(shares):  # two in an epoch: the last images are left out
+            rows = orders[step // 2][i].split(settings.get("batch", 256))[step % 2]
+            optimizer.param_groups[0]["lr"] = 0.5 * share
             optimizer.zero_grad()
             F.cross_entropy(head(features[step // 2][rows]), labels[rows]).backward()
             optimizer.step()
         accuracies.append(100 * (head(test).argmax(1) == test_labels).float().mean().item())
     assert got == pytest.approx((np.mean(accuracies), np.std(accuracies)), abs=1e-4)
-    few = torch.randn(60, 8)  # fewer than a batch: every image counts
+
+def test_probe_of_fewer_images_than_a_batch():
+    few = torch.randn(60, 8)
     labels = (few[:, 0] > 0).long()
     assert simclr_essl.linear_probe(lambda: few, labels, few, labels, lr=1.0)[0] > 90
 
-@of_scripts(IMAGES[:2])
-def test_probe_is_the_authors(script, monkeypatch):
-    """Fresh crops and flips in every epoch; CIFAR's test images are enlarged by 9/8 and cut."""
-    calls, seen = [], []
-    defaults = inspect.signature(script.linear_probe).parameters
-    settings = dict(lr=30, final_lr=0, weight_decay=0, epochs=100, probes=5)
-    assert {key: defaults[key].default for key in settings} == settings
+E_SSL = dict(lr=30, final_lr=0, weight_decay=0, epochs=100, probes=5)
+CARES = dict(sgd=False, lr=1e-3, weight_decay=1e-6, batch_size=512, epochs=100, milestones=(), probes=3)
+AUTHORS_PROBES = [  # defaults; settings of another dataset
+    (simclr_essl, E_SSL, "imagenet", dict(lr=0.3, final_lr=0.3, weight_decay=1e-6)),
+    (simsiam_essl, E_SSL, "imagenet", dict(lr=1.6, epochs=90, probes=1, batch=4096, lars=True)),
+    (care, CARES, "imagenet100", dict(sgd=True, lr=10.0, weight_decay=1e-4, batch_size=128, epochs=60,
+                                      milestones=(30, 40, 50))),
+]
+
+@pytest.mark.parametrize("script, defaults, dataset, settings", AUTHORS_PROBES)
+def test_probe_is_the_authors(script, defaults, dataset, settings, monkeypatch):
+    """Fresh crops and flips in every epoch; E-SSL enlarges CIFAR's test images by 9/8 and cuts them."""
+    parameters = inspect.signature(script.linear_probe).parameters
+    assert {key: parameters[key].default for key in defaults} == defaults
     method, images = batch_of(script)
-    method.config.quick, labels = False, torch.arange(16) % 3
+    method.config.quick, labels, told, seen = False, torch.arange(16) % 3, [], []
     encode = method.features
     monkeypatch.setattr(method, "features", lambda x: seen.append(x) or encode(x))
-
-    def asked(draw_features, labels, test, test_labels, **settings):
-        calls.append(settings)
-        return draw_features(), draw_features()
-
-    monkeypatch.setattr(script, "linear_probe", asked)
+    monkeypatch.setattr(script, "linear_probe", lambda draw_features, *rest, **settings: (
+        told.append(settings) or (draw_features(), draw_features())))
     data = None, (images, labels), (images[:9], labels[:9])
     one, two = script.probe(method, data, method.config, None, torch.zeros(9, 4))
     assert one.shape == two.shape and not torch.equal(one, two)
-    zoomed = TF.resize(images[:9].float() / 255, [36, 36])
-    assert torch.allclose(seen[0], TF.center_crop(zoomed, [32, 32]), atol=1e-6)
-    method.config.dataset, kept = "imagenet", torch.zeros(9, 4)
-    script.probe(method, data, method.config, None, kept)
-    imagenet = dict(lr=1.6, epochs=90, probes=1, batch=4096, rule=simsiam_essl.LARS)
-    if script is simclr_essl:
-        imagenet = dict(lr=0.3, final_lr=0.3, weight_decay=1e-6)
-    assert calls == [{}, imagenet]
+    if script is not care:
+        zoomed = TF.resize(images[:9].float() / 255, [36, 36])
+        assert torch.allclose(seen[0], TF.center_crop(zoomed, [32, 32]), atol=1e-6)
+    method.config.dataset = dataset
+    script.probe(method, data, method.config, None, torch.zeros(9, 4))
+    assert told == [{}, settings]
 
 def test_neighbours_are_framed_in_green_and_red(tmp_path):
-    """And fewer than eight images are enough."""
-    few = [torch.zeros(3, 3, 8, 8).byte(), torch.zeros(3).long()]
-    simclr_essl.draw_neighbours(tmp_path / "few.png", (None, few, few), torch.eye(3), torch.eye(3))
-    images = torch.full((20, 3, 32, 32), 128, dtype=torch.uint8)
-    bank, labels = torch.randn(20, 4), torch.arange(20) % 2
+    images, bank, labels = torch.full((20, 3, 32, 32), 128).byte(), torch.randn(20, 4), torch.arange(20) % 2
     data = None, (images, labels), (images, torch.zeros(20).long())
     simclr_essl.draw_neighbours(tmp_path / "n.png", data, bank, bank)
     picture = TF.pil_to_tensor(datasets.folder.default_loader(tmp_path / "n.png"))
@@ -790,54 +764,40 @@ def test_neighbours_are_framed_in_green_and_red(tmp_path):
         corner = picture[:, 3 + 104 * i, 3:3 + 104 * 9:104].T.tolist()
         green, red, gray = [0, 255, 0], [255, 0, 0], [128, 128, 128]
         assert corner == [gray] + [red if labels[j] else green for j in nearest]
+    few = images[:3], labels[:3]  # fewer than eight are enough
+    simclr_essl.draw_neighbours(tmp_path / "n.png", (None, few, few), bank[:3], bank[:3])
 
-def test_views_png_shows_what_the_method_sees(tmp_path, monkeypatch):
-    """A row for each image: itself, two large views, the small one in its versions."""
-    method, images = batch_of(simclr_essl, "--transform", "vflip")
-    before = {name: value.clone() for name, value in method.state_dict().items()}
-    tiles = []
-    monkeypatch.setattr(simclr_essl, "frame", lambda image, color: tiles.append(image) or torch.zeros(3, 4, 4))
+@pytest.mark.parametrize("script, flags, columns", (
+    (simclr_essl, "--transform vflip", 5), (care, "--base moco", 5), (care, "--lam 0", 3), (sfrik, "", 3),
+    (homomorphic, "--group rotation", 3)))
+def test_views_png_shows_what_the_method_sees(script, flags, columns, tmp_path, monkeypatch):
+    """A row for each image: itself and its views, the small one in all versions; nothing else changes."""
+    method, images = batch_of(script, *flags.split())
+    before, tiles = state(method), []
+    monkeypatch.setattr(script, "frame", lambda image, color: tiles.append(image) or torch.zeros(3, 4, 4))
     torch.manual_seed(4)
-    simclr_essl.draw_views(tmp_path / "v.png", method, images[:4])
+    script.draw_views(tmp_path / "v.png", method, images[:4])
     torch.manual_seed(4)
-    V_large1, V_large2, v_small = method.views(images[:4])
-    for i in range(4):
-        row = images[i], V_large1[i], V_large2[i], v_small[i], v_small[i].flip(1)
-        assert all(map(torch.equal, tiles[5 * i:5 * i + 5], row))
-    assert all(torch.equal(before[name], value) for name, value in method.state_dict().items())
-
-def test_cares_views_png_shows_a_chunk_under_the_augmentation_that_it_shares(tmp_path, monkeypatch):
-    """A row for each image: itself, two views of its own, two that all rows share; nothing else changes."""
-    method, images = batch_of(care, "--base", "moco")
-    before = {name: value.clone() for name, value in method.state_dict().items()}
-    tiles = []
-    monkeypatch.setattr(care, "frame", lambda image, color: tiles.append(image) or torch.zeros(3, 4, 4))
-    torch.manual_seed(4)
-    care.draw_views(tmp_path / "v.png", method, images[:4])
-    torch.manual_seed(4)
-    views = method.views(images[:4])
-    for i in range(4):
-        assert all(map(torch.equal, tiles[5 * i:5 * i + 5], (images[i], *(view[i] for view in views))))
-    assert len(tiles) == 20 and all(torch.equal(before[name], value) for name, value in method.state_dict().items())
-    tiles.clear()
-    care.draw_views(tmp_path / "v.png", batch_of(care, "--lam", "0")[0], images[:4])
-    assert len(tiles) == 12
+    shown = [images[:4], *(view for view in method.views(images[:4]) if view is not None)]
+    if script is simclr_essl:
+        shown.append(shown[-1].flip(2))
+    want = [column[row] for row in range(4) for column in shown]
+    assert len(want) == len(tiles) == 4 * columns and all(map(torch.equal, tiles, want)) and unchanged(method, before)
 
 # a run, its files, its faults
 
-@image_scripts
+@of_scripts([simclr_essl, care, sfrik, homomorphic])
 def test_outputs(script, runs):
     out = runs(script)
     results = json.loads((out / "results.json").read_text())
-    own = ["rotation_top1"] if script is simclr_essl else ["classifier_top1"] if script is homomorphic else []
+    own = {"simclr_essl": "rotation_top1", "homomorphic": "classifier_top1", "sfrik": "knn_top1_k10 svm_top1"}
     for name in ("knn_top1 random_init_knn_top1 linear_top1 linear_top1_std random_init_linear_top1 "
-                 "train_seconds images_per_second peak_memory_gb").split() + own:
+                 "train_seconds images_per_second peak_memory_gb " + own.get(script.__name__, "")).split():
         assert results[name] == float(f"{results[name]:.4g}") >= 0, name
     assert all(results[name] for name in "knn_protocol linear_protocol device torch command threads".split())
     assert (results["epochs"], results["seed"]) == (3, 0)
     start, *lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert start["epoch"] == 0 and {"command", "torch", "device", "threads"} <= start.keys()
-    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert [line["epoch"] for line in (start, *lines)] == [0, 1, 2, 3]
     config = json.loads((out / "config.json").read_text())
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
     assert config == saved["config"] and (config["device"], config["precision"]) == ("cpu", "fp32")
@@ -863,12 +823,13 @@ def run_training(script, *line):
     Path(config.out).mkdir(parents=True, exist_ok=True)
     return script.train(config, script.load_data(config, device), device)
 
-@of_scripts(IMAGES[:2])
+@of_scripts([simclr_essl, simsiam_essl, homomorphic])
 def test_rate_follows_the_schedule_step_by_step(script, tmp_path, monkeypatch):
-    """That of SimSiam's h apart, which is constant."""
+    """That of SimSiam's h apart, which is constant. H-SSL's rate is not scaled by the batch."""
     rates = spied_rates(script, monkeypatch)
     run_training(script, *tiny(script, tmp_path / "run", "--final-lr", "0.5"))
-    peak, wave = 0.2 * 32 / 256, [math.cos(math.pi * (step - 4) / 8) for step in range(12)]
+    peak = 0.2 if script is homomorphic else 0.2 * 32 / 256
+    wave = [math.cos(math.pi * (step - 4) / 8) for step in range(12)]
     want = [peak * (step / 4 if step < 4 else (3 + wave[step]) / 4) for step in range(12)]
     assert [first for first, *_ in rates] == pytest.approx(want)
     assert [h for _, *others in rates for h in others] == pytest.approx([peak] * 12 * (script is simsiam_essl))
@@ -896,102 +857,115 @@ def test_learning_rate_and_lars_equal_the_authors():
     simclr_essl.LARS([zero], 0.5).step()
     assert (zero == -0.5).all()
 
-def test_steps_draw_anew_and_epochs_follow_from_their_number(tmp_path, monkeypatch):
-    boxes, crop = [], simclr_essl.crop
-    spy = lambda x, box, size: boxes.append(tuple(box.flatten().tolist())) or crop(x, box, size)
-    monkeypatch.setattr(simclr_essl, "crop", spy)
-    monkeypatch.setattr(simclr_essl, "draw_views", lambda *args: None)
-    run_training(simclr_essl, *tiny(simclr_essl, tmp_path / "run"))
-    run_training(simclr_essl, *tiny(simclr_essl, tmp_path / "other", "--seed", "3"))
-    assert len(boxes) == 72 and len(set(boxes)) == 72
-    config, orders, views = simclr_essl.parse_args(tiny(simclr_essl, "unused")), [], []
-    for epoch, rank in ((1, 0), (2, 0), (1, 0), (1, 1)):
-        with monkeypatch.context() as patch:
-            patch.setattr(simclr_essl, "WORLD", 1 + rank)
-            patch.setattr(simclr_essl, "RANK", rank)
-            order = [rows.tolist() for rows in simclr_essl.batches(torch.arange(150), config, CPU, epoch)]
-        views.append(torch.rand(1).item())
-        assert [len(rows) for rows in order] == [32 // (1 + rank)] * 4
-        orders.append(order)
-    assert len(set(sum(orders[0], []))) == 128 and orders[0] == orders[2] != orders[1]
-    assert orders[3] == [rows[16:] for rows in orders[0]]  # the second half of every batch
-    assert views[0] == views[2] and len({*views}) == 3  # each process draws its own views
+@of_scripts([simclr_essl, care, homomorphic])
+def test_steps_draw_anew_and_epochs_follow_from_their_number(script, monkeypatch):
+    """Each process has its part of the batch, and its own draws, but for CARE; labels stay with their images."""
+    config, epochs, rows = script.parse_args(tiny(script, "unused")), [], torch.arange(150)
+    for config.seed, epoch, rank in ((0, 1, 0), (0, 2, 0), (3, 1, 0), (0, 1, 1), (0, 1, 0)):
+        monkeypatch.setattr(script, "WORLD", 1 + rank)
+        monkeypatch.setattr(script, "RANK", rank)
+        data = [rows, 7 * rows] if script is homomorphic else [rows]
+        steps = []
+        for batch in script.batches(*data, config, CPU, epoch):
+            if script is homomorphic:
+                batch, labels = batch
+                assert torch.equal(7 * batch, labels)
+            steps.append((batch.tolist(), torch.rand(1).item()))  # what augment would draw
+        epochs.append(steps)
+    one, *others, second, again = epochs
+    assert again == one and [batch[16:] for batch, _ in one] == [batch for batch, _ in second]
+    for steps in (one, *others):
+        assert len(set(sum((batch for batch, _ in steps), []))) == 4 * 32
+    draws = [[draw for _, draw in steps] for steps in (one, second, *others)]
+    assert (draws[0] == draws[1]) == (script is care) and len({*sum(draws, [])}) == (12 if script is care else 16)
+    assert len({str(steps[0][0]) for steps in (one, *others)}) == 3
 
-@all_scripts
-def test_killed_run_ends_as_an_uninterrupted_one(script, arena, runs, tmp_path):
-    """Killed in a step, before a file is renamed, and while it evaluates."""
-    runs(script)  # computes labels of cells
-    measure = "dos_error" if script is photonics_reg else "knn_accuracy"
-    for function, at in {"learning_rate": 9, "replace": 2, measure: 2}.items():
-        out = tmp_path / function
-        assert arena(script, out, function, at)[0] == -signal.SIGKILL
-        code, _, printed = arena(script, out)
-        assert code == 0 and re.search(r"\b[1-4] of \d epochs done", printed)
-        assert unharmed(out, runs(script)), function
+KILLS = [  # in a step, before a file is renamed, and while it evaluates; cells: in the second split, and in the first
+    (simclr_essl, "learning_rate", 9), (simclr_essl, "replace", 2), (simclr_essl, "knn_accuracy", 2),
+    (care, "learning_rate", 9), (homomorphic, "learning_rate", 9), (photonics_reg, "learning_rate", 12),
+    (photonics_reg, "dos_error", 2)]
+
+@pytest.mark.parametrize("script, function, at", KILLS)
+def test_killed_run_ends_as_an_uninterrupted_one(script, function, at, arena, runs, tmp_path):
+    whole = runs(script)  # computes labels of cells
+    assert arena(script, tmp_path / "run", function, at)[0] == -signal.SIGKILL
+    code, printed = arena(script, tmp_path / "run")
+    assert code == 0 and re.search(r"\b[1-5] of \d epochs done", printed)
+    assert unharmed(tmp_path / "run", whole)
+    if script is photonics_reg:  # what the fine-tuning of each split starts from
+        one, two = (torch.load(x / "checkpoint.pt", weights_only=True)["pretrained"] for x in (whole, tmp_path / "run"))
+        assert all(map(torch.equal, one.values(), two.values()))
+
+def test_full_disk(arena, runs, tmp_path):
+    """A checkpoint for which there is no room; then there is."""
+    whole, out = runs(simclr_essl), tmp_path / "run"
+    room = (whole / "checkpoint.pt").stat().st_size * 9 // 10
+    assert arena(simclr_essl, out, size=room)[0] == 1 and (out / "views.png").exists()
+    assert arena(simclr_essl, out)[0] == 0 and unharmed(out, whole)
 
 @pytest.mark.parametrize("what", ("loss", "weights"))
-def test_what_is_not_finite_is_never_saved(what, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("script, step", ((simclr_essl, 8), (photonics_reg, 4)))
+def test_what_is_not_finite_is_never_saved(script, step, what, tmp_path, monkeypatch, capsys):
     """A loss with a finite gradient, or the reverse, at the second epoch's last step; then Ctrl-C."""
-    forward, calls = simclr_essl.Method.forward, []
+    forward, calls = script.Method.forward, []
 
-    def lost(self, images):
-        (loss, terms), p = forward(self, images), next(self.parameters())
+    def lost(self, *batch):
+        (loss, terms), p = forward(self, *batch), next(self.parameters())
         calls.append(1)
         wrong = math.nan if what == "loss" else (p - p.detach()).abs().sqrt().sum()  # 0, its slope is not
-        return loss + wrong if len(calls) == 8 else loss, terms
+        return loss + wrong if len(calls) == step else loss, terms
 
-    monkeypatch.setattr(simclr_essl.Method, "forward", lost)
-    line = tiny(simclr_essl, tmp_path / "run", "--save-every", "0")
-    message = stopped(capsys, *line)
+    monkeypatch.setattr(script.Method, "forward", lost)
+    line = tiny(script, tmp_path / "run", "--save-every", "0")
+    message = stopped(capsys, *line, script=script)
     assert "epoch 2" in message and "lr " in message
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert saved["log"][-1]["epoch"] == 1
     assert all(value.isfinite().all() for value in saved["method"].values())
-    interrupted(simclr_essl, 1, line, monkeypatch, capsys)
+    interrupted(script, 1, line, monkeypatch, capsys)
 
-def test_full_memory_and_a_full_disk_in_one_line(tmp_path, monkeypatch, capsys):
+@of_scripts([simclr_essl, photonics_reg])
+def test_full_memory_in_one_line(script, tmp_path, monkeypatch, capsys):
     with pytest.raises(RuntimeError) as full:
         torch.empty(10**15)  # of the CPU, for which torch has no error of its own
-    for problem, words in (
-        (torch.OutOfMemoryError("CUDA out of memory. Tried ..."), "batch-size"), (full.value, "batch-size"),
-        (OSError(28, "No space left on device"), "No space left on device"),
-    ):
-        def train(config, data, device):
-            raise problem
+    line = tiny(script, tmp_path / "run")
 
-        monkeypatch.setattr(simclr_essl, "train", train)
-        assert words in stopped(capsys, *tiny(simclr_essl, tmp_path / "run"))
+    def train(*args):
+        raise problem
+
+    monkeypatch.setattr(script, "train", train)
+    for problem in (torch.OutOfMemoryError("CUDA out of memory. Tried ..."), full.value):
+        assert "batch-size" in stopped(capsys, *line, script=script)
+    problem = OSError(28, "No space left on device")
+    assert "No space left on device" in stopped(capsys, *line, script=script)
     problem = RuntimeError("size mismatch")
     with pytest.raises(RuntimeError, match="size"):  # other faults are not hidden
-        simclr_essl.main(tiny(simclr_essl, tmp_path / "run"))
+        script.main(line)
 
-@image_scripts
-def test_finished_run_says_so_at_once(script, runs, tmp_path, monkeypatch, capsys):
-    shutil.copytree(runs(script), tmp_path / "run")
-    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
-    line = tiny(script, tmp_path / "run", "--save-every", "9")
-    monkeypatch.setattr(script, "evaluate", None)
-    script.main(line)
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+def test_finished_run_says_so_at_once(runs, tmp_path, monkeypatch, capsys):
+    whole, out = runs(simclr_essl), tmp_path / "run"
+    shutil.copytree(whole, out)
+    read = lambda: json.loads((out / "results.json").read_text())
+    times = lambda: {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    before, results, line = times(), read(), tiny(simclr_essl, out, "--save-every", "9")
+    with monkeypatch.context() as patch:
+        patch.setattr(simclr_essl, "evaluate", None)
+        simclr_essl.main(line)
     printed = capsys.readouterr().out
-    assert "on cpu, fp32, 1 threads" in printed and "is finished" in printed
+    assert times() == before and "on cpu, fp32, 1 threads" in printed and "is finished" in printed
     assert re.search(rf"random_init_knn_top1\s+{results['random_init_knn_top1']} %", printed)
-    if script is simclr_essl:
-        assert re.search(rf"rotation_top1\s+{results['rotation_top1']} %, by chance 25 %", printed)
-    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
-    monkeypatch.undo()
-    (tmp_path / "run" / "results.json").unlink()
+    assert re.search(rf"rotation_top1\s+{results['rotation_top1']} %, by chance 25 %", printed)
+    (out / "results.json").unlink()
     for name in ("config.json", "encoder.pt", "metrics.jsonl"):  # damaged, which does no harm
-        (tmp_path / "run" / name).write_bytes(b"\xff{")
-    thread = threading.Thread(target=script.main, args=(line,))  # as in a notebook
+        (out / name).write_bytes(b"\xff{")
+    thread = threading.Thread(target=simclr_essl.main, args=(line,))  # as in a notebook
     thread.start()
     thread.join()
-    again = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert again == results and unharmed(tmp_path / "run", runs(script))
-    assert torch.load(tmp_path / "run" / "encoder.pt").keys() == torch.load(runs(script) / "encoder.pt").keys()
-    (tmp_path / "run" / "checkpoint.pt").unlink()  # then its results are of no run
-    interrupted(script, 9, [*line, "--save-every", "0"], monkeypatch, capsys)
-    assert not (tmp_path / "run" / "results.json").exists()
+    assert read() == results and unharmed(out, whole)
+    assert torch.load(out / "encoder.pt").keys() == torch.load(whole / "encoder.pt").keys()
+    (out / "checkpoint.pt").unlink()  # then its results are of no run
+    interrupted(simclr_essl, 9, [*line, "--save-every", "0"], monkeypatch, capsys)
+    assert not (out / "results.json").exists()
 
 def test_another_run_in_the_folder_is_refused_and_named(runs, tmp_path, monkeypatch, capsys):
     shutil.copytree(runs(simclr_essl), tmp_path / "run")
@@ -1004,20 +978,15 @@ def test_another_run_in_the_folder_is_refused_and_named(runs, tmp_path, monkeypa
     monkeypatch.setattr(simclr_essl, "draw_patterns", lambda n, seed: patterns(n, seed + 5))
     assert "checksum of 64 images was" in stopped(capsys, *line)
 
-def test_damaged_or_foreign_checkpoint_is_refused(runs, tmp_path, capsys):
-    for name, damage in (
-        ("truncated", lambda path: path.write_bytes(path.read_bytes()[:5000])),
-        ("empty", lambda path: path.write_bytes(b"")),
-        ("text", lambda path: path.write_text("no checkpoint")),
-        ("list", lambda path: torch.save([1, 2], path)),
-        ("foreign", lambda path: torch.save({"script": "x", "config": {}, "data": {}}, path)),
-    ):
-        (tmp_path / name).mkdir()
-        path = tmp_path / name / "checkpoint.pt"
-        shutil.copy(runs(simclr_essl) / "checkpoint.pt", path)
-        damage(path)
-        message = stopped(capsys, *tiny(simclr_essl, tmp_path / name))
-        assert str(path.parent) in message and ("script was x" in message) == (name == "foreign")
+@pytest.mark.parametrize("damage", (
+    lambda path: path.write_bytes(path.read_bytes()[:5000]), lambda path: path.write_bytes(b""),
+    lambda path: torch.save([1, 2], path), lambda path: torch.save({"script": "x", "config": {}, "data": {}}, path)))
+def test_damaged_or_foreign_checkpoint_is_refused(damage, runs, tmp_path, capsys):
+    path = tmp_path / "checkpoint.pt"
+    shutil.copy(runs(simclr_essl) / "checkpoint.pt", path)
+    damage(path)
+    message = stopped(capsys, *tiny(simclr_essl, tmp_path))
+    assert f"{path} cannot be read" in message or f"{tmp_path} holds another run: script was x" in message
 
 BAD = [
     ("--learning-rate 1", "--learning-rate"), ("--epoch 3", "--epoch"), ("cifar10", "cifar10"),
@@ -1036,8 +1005,20 @@ BAD = [
 BAD_OF = {
     simclr_essl: [("--small-size 7", "8 or more")],
     simsiam_essl: [("--small-size 7", "8 or more")],
+    care: [("--chunks 5", "5 chunks"), ("--chunks 32", "parts of 2"), ("--equivariance-batch 100", "100 must"),
+           ("--queue 10", "a queue of 10"), ("--contrast none", "MoCo has no contrast none")],
     sfrik: [("--loss rbf", "rbf"), ("--weights 1,x", "1,x"), ("--weights 1,-40", "1,40,40"), ("--lam 0", "lam must be"),
             ("--projector 64-1", "64-1"), ("--size 7", "8 or more")],
+    homomorphic: [
+        ("--size 28 --arch tiny --group rotation --width 0.06", "--size 28 does not fit --arch tiny"),
+        ("--size 15", "--size must be 16"), ("--width 0", "width must be more"), ("--classes 0", "classes must"),
+        ("--base-size 0", "base-size must be more"), ("--group rotation --structure none", "--structure none"),
+        ("--group scale --base-size 7", "no two different"), ("--group rotation --base-size 4", "no two different"),
+        ("--group scale --distance 0.5", "no two different"), ("--distance -1", "distance must be 0 or more"),
+        ("--ssl augmented --distance 2", "--ssl homomorphic"), ("--ssl frozen --base-size 2", "--base-size is for"),
+        ("--dataset mnist --data-root /dev/null/x", "x/MNIST is missing"), ("--classes 9", "add --classes 10"),
+        ("--dataset tinyimagenet --data-root nowhere", "--out nowhere"),
+    ],
 }
 
 @image_scripts
@@ -1050,26 +1031,24 @@ def test_bad_input_is_one_line(script, tmp_path, capsys):
     (tmp_path / "cifar-10-batches-py").mkdir()  # a part of a download, without a network
     line = [*tiny(script, tmp_path / "run"), "--dataset", "cifar10", "--data-root", tmp_path]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.CIFAR10, "download", lambda self: datasets.utils.download_url("http://localhost:1/x", tmp_path))
+        unreachable = "http://localhost:1/x"
+        patch.setattr(datasets.CIFAR10, "download", lambda self: datasets.utils.download_url(unreachable, tmp_path))
         assert "cifar-10-batches-py is damaged" in stopped(capsys, *line, script=script)
 
 @all_scripts
-def test_folder_is_named_after_the_flags_given_and_help_explains_them(script, capsys):
+def test_folder_is_named_after_the_flags_given_and_help_names_them(script, capsys):
     name = script.__name__
     for line, want in (("", name), ("--quick", f"{name}-quick=True"), ("--seed 3 --lr 0.030", f"{name}-lr=0.03-seed=3"),
                        ("--lr 3e-2 --seed 3 --device cpu --save-every 1", f"{name}-lr=0.03-seed=3"),
-                       ("--precision fp32 --limit 1234567", f"{name}-limit=1234567-precision=fp32"),
                        ("--dataset folder --data-root x/y/", f"{name}-dataset=folder-y")):
         if "folder" not in line or script in IMAGES:
             assert script.parse_args(line.split()).out == f"runs/{want}"
-    assert script.parse_args(["--out=~/x"]).out == os.path.expanduser("~/x")
-    assert script.parse_args(["--data-root=~/x"]).data_root == os.path.expanduser("~/x")
-    with pytest.raises(SystemExit) as stop:
+    config = script.parse_args(["--out=~/x", "--data-root=~/y"])
+    assert (config.out, config.data_root) == tuple(os.path.expanduser(path) for path in ("~/x", "~/y"))
+    with pytest.raises(SystemExit):
         script.main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
-    for field in fields(script.Config):
-        assert f"--{field.name.replace('_', '-')} " in text and field.metadata["help"] in text
+    text = capsys.readouterr().out
+    assert all(f"--{field.name.replace('_', '-')} " in text for field in fields(script.Config))
 
 def test_progress_is_told_after_ten_seconds_and_then_less_often(monkeypatch, capsys):
     clock = itertools.count(step=4)
@@ -1081,51 +1060,50 @@ def test_progress_is_told_after_ten_seconds_and_then_less_often(monkeypatch, cap
     list(simclr_essl.with_progress("abcdef", 6, "step"))
     assert capsys.readouterr().out.count("\r") == 4  # a terminal: the same line, from then on always
 
-@image_scripts
+@of_scripts([simclr_essl, homomorphic, photonics_reg])
 def test_compile_changes_neither_names_nor_numbers(script, runs, tmp_path, monkeypatch):
     """With torch's tracer but no compiler behind it: one graph for each network and shape."""
-    original = torch.compile
+    original, traced = torch.compile, []
     torch._dynamo.reset()  # other scripts' networks are of the same code
-    traced = []
     monkeypatch.setattr(torch, "compile", lambda f, **how: traced.append(f.__self__) or original(
         f, backend="eager", fullgraph=True, **how))
-    method, _ = run_training(script, *tiny(script, tmp_path / "run", "--save-every", "0", "--compile"))
-    assert traced == [*method.children()]
+    script.main(tiny(script, tmp_path / "run", "--save-every", "0", "--compile"))
+    assert len({*map(id, traced)}) == {"simclr_essl": 3, "homomorphic": 3, "photonics_reg": 7}[script.__name__]
     assert same_end(runs(script), tmp_path / "run")
 
 def test_limit_takes_the_first_of_a_shuffled_split():
-    def load(line):
-        return simclr_essl.load_data(simclr_essl.parse_args(["--batch-size", "64", *line.split()]), CPU)
+    def load(*line):
+        config = simclr_essl.parse_args(["--dataset", "patterns", "--batch-size", "64", *line])
+        return simclr_essl.load_data(config, CPU)
 
-    whole, part = load("--dataset patterns"), load("--dataset patterns --limit 500")
-    less = load("--dataset patterns --limit 300 --seed 4")
-    assert [len(labels) for _, labels in whole] == [4000, 4000, 1000]
-    assert [len(labels) for _, labels in part] == [500, 500, 1000]
+    whole, part, less = load(), load("--limit", "500"), load("--limit", "300", "--seed", "4")
+    assert [len(labels) for split in (whole, part) for _, labels in split] == [4000, 4000, 1000, 500, 500, 1000]
     assert torch.equal(part[0][0], part[1][0]) and torch.equal(part[0][0][:300], less[0][0])
     assert not torch.equal(part[0][0], whole[0][0][:500]) and part[0][1].bincount().min() > 30
 
-@cropping
+@of_scripts([simclr_essl, care, sfrik, homomorphic])
 def test_files_of_cifar(script, tmp_path, monkeypatch):
     """torchvision's md5 check is replaced."""
     train = {f"data_batch_{i}": 60 for i in range(1, 6)}
     write_cifar(tmp_path, "cifar-10-batches-py", train | {"test_batch": 40}, "labels")
     write_cifar(tmp_path, "cifar-100-python", {"train": 250, "test": 30}, "fine_labels")
     monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, md5=None: True)
-    for dataset, counts in (("cifar10", [300, 300, 40]), ("cifar100", [250, 250, 30])):
+    for dataset, counts, source in (("cifar10", [300, 300, 40], datasets.CIFAR10),
+                                    ("cifar100", [250, 250, 30], datasets.CIFAR100)):
+        if script is homomorphic and dataset == "cifar100":
+            continue
         line = ["--dataset", dataset, "--data-root", str(tmp_path), "--batch-size", "64"]
         data = script.load_data(script.parse_args(line), CPU)
         for (images, labels), n in zip(data, counts):
-            assert images.shape == (n, 3, 32, 32) and images.dtype == torch.uint8 and len(labels) == n
-        assert data[2][1].tolist() == [i % 10 for i in range(counts[2])] and data[2][1].dtype == torch.int64
-    image = data[0][0][7].permute(1, 2, 0).numpy()
-    assert (image == datasets.CIFAR100(tmp_path).data[7]).all() and data[0][0].is_contiguous()
+            assert images.shape == (n, 3, 32, 32) and images.dtype == torch.uint8 and images.is_contiguous()
+            assert labels.tolist() == [i % 10 for i in range(n)] and labels.dtype == torch.int64
+        assert (data[0][0][7].permute(1, 2, 0).numpy() == source(tmp_path).data[7]).all()
 
 def test_patterns():
     images, labels = simclr_essl.draw_patterns(500, 1)
     assert images.shape == (500, 3, 32, 32) and images.dtype == torch.uint8 and labels.dtype == torch.int64
     assert torch.equal(images, drawn.__wrapped__(500, 1)[0])
-    assert not torch.equal(images, simclr_essl.draw_patterns(500, 2)[0])
-    assert labels.bincount().min() > 25 and len(labels.unique()) == 10
+    assert not torch.equal(images, simclr_essl.draw_patterns(500, 2)[0]) and labels.bincount(minlength=10).min() > 25
     tint = images.float().mean((2, 3))
     assert ((tint.amax(1) - tint.amin(1)) / tint.mean(1)).max() < 0.05  # nothing to learn from colour
 
@@ -1135,7 +1113,6 @@ PHOTO_FLAGS = ("--arch small --size 48 --small-size 32 --projector 32-32 --predi
                "--save-every 0 --knn-every 0 --dataset folder --data-root").split()
 PHOTO_FLAGS_OF = {
     care: [*"--chunks 4 --arch small --size 48 --projector 32-32".split(), *PHOTO_FLAGS[10:]],
-    sfrik: [*"--arch small --size 48 --projector 32-32 --optimizer sgd".split(), *PHOTO_FLAGS[10:]],
     homomorphic: [*"--width 0.25 --arch small --size 48 --projector 32-32".split(), *PHOTO_FLAGS[10:]],
 }
 
@@ -1148,7 +1125,7 @@ def write_arrays(root, **counts):
         np.save(root / f"{split}-labels.npy", np.arange(n) % 2)
     (root / "classes.json").write_text('["cat", "dog"]')
 
-@image_scripts
+@of_scripts([simsiam_essl, care, homomorphic])
 def test_photographs_from_end_to_end(script, tmp_path, monkeypatch, capsys):
     """Stopped and continued; probed on fresh crops; refused when the arrays are others."""
     root, probe = tmp_path / "photos", script.linear_probe
@@ -1163,11 +1140,10 @@ def test_photographs_from_end_to_end(script, tmp_path, monkeypatch, capsys):
     run_training(script, *part)
     assert "1 of 2 epochs done" in capsys.readouterr().out
     assert same_end(tmp_path / "whole", tmp_path / "part")
-    line += ["--out", str(tmp_path / "whole")]
     (root / "classes.json").write_text('["cat", "cow"]')
-    assert "class names was ['cat', 'dog'], is ['cat', 'cow']" in stopped(capsys, *line, script=script)
+    assert "class names was ['cat', 'dog'], is ['cat', 'cow']" in stopped(capsys, *part, script=script)
     write_arrays(root, train=160, val=17)
-    message = stopped(capsys, *line, script=script)
+    message = stopped(capsys, *part, script=script)
     assert "number of images was 150, is 160" in message and "checksum" in message
     assert len(script.load_data(script.parse_args([*line, "--limit", "70"]), CPU)[0][0]) == 70
 
@@ -1180,14 +1156,13 @@ def test_photographs_without_classes_are_not_evaluated(tmp_path, capsys):
     assert "knn_top1" not in results and (tmp_path / "run" / "encoder.pt").exists()
 
 def test_arrays_of_another_shape_or_type_are_refused(tmp_path, capsys):
-    line = [*PHOTO_FLAGS, tmp_path, "--out", tmp_path / "run"]
-    good = simclr_essl.draw_patterns(70, 1)[0].numpy()
+    line, good = [*PHOTO_FLAGS, tmp_path, "--out", tmp_path / "run"], simclr_essl.draw_patterns(70, 1)[0].numpy()
+    wrong = "train-labels.npy must be 70 classes: integers from 0"
     for images, labels, words in (
         (good / 255, np.arange(70), "train-images.npy must be uint8 (N, 3, H, W), not float64"),
-        (good.transpose(0, 2, 3, 1), np.arange(70), "not uint8 (70, 32, 32, 3)"),
-        (good[0], np.arange(70), "not uint8 (3, 32, 32)"), (good, np.arange(69), "train-labels.npy must be 70 classes"),
-        (good, np.arange(70.0), "train-labels.npy must be 70 classes"),
-        (good, np.arange(70) - 1, "train-labels.npy must be 70 classes: integers from 0"),
+        (good.transpose(0, 2, 3, 1), np.arange(70), "not uint8 (70, 32, 32, 3)"), (good, np.arange(69), wrong),
+        (good[0], np.arange(70), "not uint8 (3, 32, 32)"), (good, np.arange(70.0), wrong),
+        (good, np.arange(70) - 1, wrong),
     ):
         write_arrays(tmp_path, train=1, val=4)
         np.save(tmp_path / "train-images.npy", images)
@@ -1268,7 +1243,8 @@ def test_prepare_reads_pictures_as_a_viewer_shows_them(tmp_path, capsys):
     text.add_text("parameters", "a" * (2 << 20), zip=True)
     raw.add_text("Raw profile type exif", "\nexif\n      10\n" + "zz" * 10 + "\n")
     capsys.readouterr()
-    for how in (dict(pnginfo=text), dict(icc_profile=b"a" * (2 << 20)), dict(pnginfo=raw), dict(exif=b"Exif\0\0junkjunk")):
+    large, junk = b"a" * (2 << 20), b"Exif\0\0junkjunk"
+    for how in (dict(pnginfo=text), dict(icc_profile=large), dict(pnginfo=raw), dict(exif=junk)):
         upright.save(tmp_path / "x.png", **how)
         assert (pixels(tmp_path / "x.png") == colors).all(), how.keys()
         told = capsys.readouterr().out
@@ -1287,23 +1263,20 @@ def test_prepare_cuts_the_middle_square_and_resizes_it(tmp_path):
 def test_prepare_counts_what_is_there(tmp_path, capsys):
     """What Pillow opens, each real folder once, nothing that systems leave; the rest is counted."""
     picture, train = Image.fromarray(np.zeros((9, 9, 3), np.uint8)), tmp_path / "train"
-    names = "cat/a.JPEG cat/b.jfif cat/c.gif dog/d.webp dog/e.avif dog/f.tif dog/deep/g.png".split()
-    hidden = ("cat/._a.jpg cat/.ipynb_checkpoints/a.jpg __MACOSX/cat/a.jpg .trash/a.jpg cat/.DS_Store cat/@eaDir/a.jpg/x.jpg "
-              "@eaDir/x.jpg #recycle/a.jpg $RECYCLE.BIN/a.jpg")
-    others = "cat/notes.txt dog/film.mpg dog/paper.pdf dog/scan.fits dog/list dog/more dog/cloud.pcd".split()
-    for name in names + hidden.split() + others + ["loose.png", "loose.txt"]:
+    names = "cat/a.jpeg cat/b.JPG cat/c.gif dog/d.webp dog/e.avif dog/f.tif dog/deep/g.png loose.png ../elsewhere/h.png"
+    others = ("cat/._a.jpg cat/.ipynb_checkpoints/a.jpg __MACOSX/cat/a.jpg .trash/a.jpg cat/.DS_Store @eaDir/x.jpg "
+              "cat/@eaDir/a.jpg/x.jpg #recycle/a.jpg $RECYCLE.BIN/a.jpg cat/notes.txt dog/film.mpg dog/paper.pdf "
+              "dog/scan.fits dog/list dog/more dog/cloud.pcd loose.txt")
+    for name in names.split() + others.split():
         (train / name).parent.mkdir(parents=True, exist_ok=True)
-        kind = {"jfif": "jpeg", "tif": "tiff"}.get(name[-4:].strip("."), name.split(".")[-1])
         if name in names:
-            picture.save(train / name, format=kind.lower())
+            picture.save(train / name)
         else:
             (train / name).write_text("no picture")
-    for link, target in (("dog/deep/up", ".."), ("dog/again", "."), ("cat/a", "../../train"), ("cat/b", "../dog")):
+    (train / "cat" / "c.gif").rename(train / "cat" / "c.jfif")  # its content counts
+    for link, target in (("dog/deep/up", ".."), ("dog/again", "."), ("cat/a", "../../train"), ("cat/b", "../dog"),
+                         ("cat/link", "../../elsewhere")):
         (train / link).symlink_to(target)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    picture.save(elsewhere / "h.png")
-    (train / "cat" / "link").symlink_to(elsewhere)
     assert prepared(tmp_path, "--out", tmp_path / "out", "--size", 8) is None
     printed = capsys.readouterr().out
     assert f"{train}: 8 images, 2 classes\n" in printed
@@ -1313,31 +1286,29 @@ def test_prepare_counts_what_is_there(tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["cat", "dog"]
     assert np.load(tmp_path / "out" / "val-images.npy").shape == (0, 3, 8, 8)
 
-def test_prepare_knows_classes_by_name(tmp_path, capsys):
+def test_prepare_knows_classes_by_name(tmp_path):
     """Lists, some of each class, val/ that lacks a class, names in NFC and NFD; what does not fit."""
+    out, names = tmp_path / "out", tmp_path / "list"
     cafe = {form: unicodedata.normalize(form, "café") for form in ("NFC", "NFD")}
     image_tree(tmp_path, **{f"train__{cafe['NFC']}": 3, "train__hot dog": 5, "train__rare": 4,
                             f"val__{cafe['NFD']}": 2, "val__hot dog": 1})
     (tmp_path / "val" / "rare").mkdir()
-    (tmp_path / "list").write_bytes("\ufeffhot dog\r\n\n café \n".encode())
-    out = tmp_path / "out"
-    assert prepared(tmp_path, "--out", out, "--size", 8, "--classes", tmp_path / "list", "--per-class", 4) is None
+    names.write_bytes("\ufeffhot dog\r\n\n café \n".encode())
+    assert prepared(tmp_path, "--out", out, "--size", 8, "--classes", names, "--per-class", 4) is None
     assert json.loads((out / "classes.json").read_text()) == [cafe["NFC"], "hot dog"]
-    assert np.load(out / "train-labels.npy").tolist() == [0] * 3 + [1] * 4
-    assert np.load(out / "val-labels.npy").tolist() == [0, 0, 1]
-    (tmp_path / "list").write_text("hot dog\ncow")
-    assert "cow" in prepared(tmp_path, "--out", tmp_path.parent / "x", "--classes", tmp_path / "list")
+    labels = [np.load(out / f"{split}-labels.npy").tolist() for split in ("train", "val")]
+    assert labels == [[0] * 3 + [1] * 4, [0, 0, 1]]
+    for content, words in ((b"hot dog\ncow", "cow"), ("café".encode("latin-1"), "utf-8")):
+        names.write_bytes(content)
+        assert words in prepared(tmp_path, "--out", tmp_path.parent / "x", "--classes", names)
     image_tree(tmp_path, val__cow=1)
     assert "not in these: cow" in prepared(tmp_path, "--out", tmp_path.parent / "x")
     (tmp_path / "train" / "phone").mkdir()
     (tmp_path / "train" / "phone" / "IMG_1.HEIC").write_bytes(b"heic")
     message = prepared(tmp_path, "--out", tmp_path / "x")
     assert "train/phone has no image" in message and ".heic 1" in message and "convert to JPEG first" in message
-    (tmp_path / "list").write_bytes("café".encode("latin-1"))
-    assert "utf-8" in prepared(tmp_path, "--out", tmp_path.parent / "x", "--classes", tmp_path / "list")
     assert "train is missing" in prepared(tmp_path / "nowhere", "--out", tmp_path / "x")
-    assert prepared(tmp_path, "--out", tmp_path / "x", "--size", 0) == 2
-    assert not (tmp_path / "x").exists()
+    assert prepared(tmp_path, "--out", tmp_path / "x", "--size", 0) == 2 and not (tmp_path / "x").exists()
 
 def test_prepare_names_all_damaged_files_or_leaves_them_out(tmp_path, capsys):
     image_tree(tmp_path, train__cat=6, train__dog=5, val__cat=3)
@@ -1352,17 +1323,17 @@ def test_prepare_names_all_damaged_files_or_leaves_them_out(tmp_path, capsys):
     assert message.startswith("error: 4 files") and all(str(path) in message for path in damaged)
     assert "bomb.png" in message and "pixels" in message and "--skip-damaged" in message
     assert not (tmp_path / "out").exists()
-    assert prepared(*line, "--skip-damaged") is None
-    assert "left out 4 files" in capsys.readouterr().out
-    images, labels = (np.load(tmp_path / "out" / f"train-{part}.npy", mmap_mode="r") for part in ("images", "labels"))
+    assert prepared(*line, "--skip-damaged") is None and "left out 4 files" in capsys.readouterr().out
+    images, labels = simclr_essl.load_photos(tmp_path / "out", "train")  # as the scripts read them
     assert images.shape == (9, 3, 8, 8) and labels.tolist() == [0] * 5 + [1] * 4
     kept = [path for path in sorted((tmp_path / "train").glob("*/*.jpg")) if path not in damaged]
-    assert all((image == prepare.read_picture(path, 8)).all() for image, path in zip(images, kept, strict=True))
-    assert len(np.load(tmp_path / "out" / "val-images.npy")) == len(np.load(tmp_path / "out" / "val-labels.npy")) == 2
+    assert all((image.numpy() == prepare.read_picture(path, 8)).all() for image, path in zip(images, kept, strict=True))
+    assert [len(part) for part in simclr_essl.load_photos(tmp_path / "out", "val")] == [2, 2]
 
 def test_prepare_decodes_once_and_a_killed_decoding_is_taken_up(tmp_path, monkeypatch, capsys):
-    image_tree(tmp_path / "tree", train__cat=5, train__dog=4)
-    line = [tmp_path / "tree", "--out", tmp_path / "deep" / "out", "--size", 8]
+    tree, out = tmp_path / "tree", tmp_path / "deep" / "out"
+    image_tree(tree, train__cat=5, train__dog=4)
+    line = [tree, "--out", out, "--size", 8]
     read, header, calls = prepare.read_picture, prepare.write_header, []
 
     def killed(file, n, size):
@@ -1374,33 +1345,25 @@ def test_prepare_decodes_once_and_a_killed_decoding_is_taken_up(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "write_header", killed)  # when the pictures are written, the labels not
         assert "the same command" in prepared(*line)
-    out = tmp_path / "deep" / "out"
     assert not out.exists() and out.with_name("out.part").exists()  # no script takes it for whole
     assert prepared(*line) is None and len(np.load(out / "train-images.npy")) == 9
-    assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
     before = len(calls)
-    assert prepared(*line) is None and len(calls) == before
-    assert "already" in capsys.readouterr().out
+    assert prepared(*line) is None and len(calls) == before and "already" in capsys.readouterr().out
     assert "not empty" in prepared(*line[:-1], 9)  # another size
-    image_tree(tmp_path / "tree", train__cow=1)
+    image_tree(tree, train__cow=1)
     assert "not empty" in prepared(*line)
-    (tmp_path / "own.part").mkdir()
-    (tmp_path / "own.part" / "x").write_text("")
-    assert "in the way" in prepared(tmp_path / "tree", "--out", tmp_path / "own")
-    assert (tmp_path / "own.part" / "x").exists()  # it is somebody's
-    assert "among the images" in prepared(tmp_path / "tree", "--out", tmp_path / "tree" / "train" / "out")
+    somebodys = tmp_path / "own.part" / "x"
+    somebodys.parent.mkdir()
+    somebodys.write_text("")
+    assert "in the way" in prepared(tree, "--out", tmp_path / "own") and somebodys.exists()
+    assert "among the images" in prepared(tree, "--out", tree / "train" / "out")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1919))
-    assert "too little room" in prepared(tmp_path / "tree", "--out", tmp_path / "new", "--size", 8)
-
-def test_from_photographs_to_a_run(tmp_path, capsys):
-    image_tree(tmp_path / "tree", train__cat=40, train__dog=40, val__cat=4, val__dog=4)
-    prepared(tmp_path / "tree", "--out", tmp_path / "mine", "--size", 56)
-    simclr_essl.main(["--quick", *PHOTO_FLAGS, str(tmp_path / "mine"), "--out", str(tmp_path / "run")])
-    assert "is finished" in capsys.readouterr().out
+    assert "too little room" in prepared(tree, "--out", tmp_path / "new", "--size", 8)
 
 # several processes, and other ways to start
 
-def test_world_size_left_over_in_the_environment(tmp_path, capsys):
+def test_world_size_left_over_in_the_environment(tmp_path):
     """Alone: one line. With the rest: it says for whom it waits, and Ctrl-C works. Empty: see arena."""
     line = [sys.executable, "simclr_essl.py", *tiny(simclr_essl, tmp_path / "run")]
     alone = subprocess.run(line, cwd=HERE, env=os.environ | {"WORLD_SIZE": "2"}, capture_output=True, text=True)
@@ -1436,7 +1399,7 @@ def test_runs_in_a_notebook(tmp_path):
     magic_run = started("simclr_essl.py", *tiny(simclr_essl, tmp_path / "run"))
     last_cell = started("/x/ipykernel_launcher.py", "-f", "kernel-1.json")
     assert "is finished" in magic_run.communicate()[0]
-    while (line := last_cell.stdout.readline()) and "epoch 1/12" not in line:
+    while (line := last_cell.stdout.readline()) and "0 of 12 epochs done" not in line:
         pass
     last_cell.kill()
     assert line and (tmp_path / "runs").is_dir()
@@ -1508,15 +1471,43 @@ def test_two_processes_compute_what_one_computes(tmp_path):
         for a, b in zip(gradients, theirs, strict=True):
             assert torch.allclose(a, b, rtol=1e-3, atol=1e-6), of
 
-@image_scripts
+def torchrun(script, out):
+    """A run of two processes that saves after every epoch."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master-port={free_port()}"]
+    line += [f"{script.__name__}.py", *tiny(script, out, "--save-every", "0")]
+    return subprocess.Popen(line, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+def ended_well(run, out):
+    """The first process alone has printed and written."""
+    printed, problem = run.communicate(timeout=300)
+    assert run.returncode == 0, problem
+    assert printed.count("waiting for 2 processes") == printed.count("epoch 3/3") == 1
+    assert json.loads((out / "results.json").read_text())["processes"] == 2
+
+@of_scripts([care, homomorphic])
 def test_run_of_two_processes(script, tmp_path):
-    """By torchrun, from end to end; the first process alone prints and writes."""
-    line = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master-port={free_port()}", f"{script.__name__}.py"]
-    done = subprocess.run([sys.executable, *line, *tiny(script, tmp_path / "run")], cwd=HERE,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("waiting for 2 processes") == done.stdout.count("epoch 3/3") == 1
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["processes"] == 2
+    ended_well(torchrun(script, tmp_path / "run"), tmp_path / "run")
+
+def test_lost_process(tmp_path):
+    """One of two is killed: the other ends, too; the same command ends as an undisturbed run."""
+    whole, out = tmp_path / "whole", tmp_path / "lost"
+    run = torchrun(simclr_essl, out)
+    while not (out / "checkpoint.pt").exists():
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.01)
+    both = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # of a process that has ended meanwhile
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            if parent == run.pid:
+                both.append(int(stat.parent.name))
+    os.kill(both[-1], signal.SIGKILL)
+    _, problem = run.communicate(timeout=120)
+    assert run.returncode == 1 and not any(Path(f"/proc/{pid}").exists() for pid in both), problem
+    undisturbed, again = torchrun(simclr_essl, whole), torchrun(simclr_essl, out)
+    ended_well(undisturbed, whole)
+    _, problem = again.communicate(timeout=300)
+    assert again.returncode == 0 and unharmed(out, whole), problem
 
 # a GPU: on any machine by tensors without numbers, and a real one
 
@@ -1691,43 +1682,35 @@ def test_care_is_algorithm_1():
     torch.manual_seed(1)
     how = dict(size=32, scale=(0.08, 1.0), blur=0.5, radius=1)
     views = [care.augment(images, **how, share=share) for share in (1, 1, 4, 4)]
-    mean, std = torch.tensor(care.MEAN_STD["patterns"])[..., None, None]
-    z = [method.projector(method.encoder((view - mean) / std)) for view in views]
+    z = [method.projector(method.encoder(normalised(care, view))) for view in views]
     equivariance = care.equivariance_loss(z[2], z[3], 4)
-    want = care.nt_xent(z[0], z[1], 0.5) + 0.3 * equivariance
-    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    assert_same_step(method, loss, care.nt_xent(z[0], z[1], 0.5) + 0.3 * equivariance)
     assert terms["equivariance"].item() == pytest.approx(equivariance.item(), rel=1e-5)
-    parameters = list(method.parameters())
-    gradients = (torch.autograd.grad(value, parameters) for value in (loss, want))
-    for got, wanted in zip(*gradients, strict=True):
-        assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-6) and got.abs().sum() > 0
 
 def test_what_care_draws(monkeypatch):
     """How many images share an augmentation, of which images, under every flag; and of clouds."""
     drawn, draw = [], care.augment
     spy = lambda x, size, share=1, **how: drawn.append((x, share)) or draw(x, size, share=share, **how)
     monkeypatch.setattr(care, "augment", spy)
-    for flags, shares in (
-        ([], [(16, 1), (16, 1), (16, 4), (16, 4)]), (["--share-pair"], [(16, 1), (16, 1), (16, 16), (16, 16)]),
-        (["--equivariance-batch", "8"], [(16, 1), (16, 1), (8, 2), (8, 2)]), (["--lam", "0"], [(16, 1), (16, 1)]),
-    ):
+    for flags, of_pairs in (([], [(16, 4)] * 2), (["--share-pair"], [(16, 16)] * 2),
+                            (["--equivariance-batch", "8"], [(8, 2)] * 2), (["--lam", "0"], [])):
         drawn.clear()
         method, images = care_method(*flags)
         _, terms = method(images)
-        assert [(len(x), share) for x, share in drawn] == shares, flags
-        assert ("equivariance" in terms) == (len(shares) == 4) and all(torch.equal(x, images[:len(x)]) for x, _ in drawn)
-    same = images[:1].expand(16, -1, -1, -1)
-    for x in draw(same, 32, blur=0.5, solarize=0.5, share=4), care.rotate_randomly(torch.rand(1, 9, 4).expand(16, -1, -1), 4):
+        assert [(len(x), share) for x, share in drawn] == [(16, 1), (16, 1), *of_pairs], flags
+        assert all(torch.equal(x, images[:len(x)]) for x, _ in drawn)
+        assert ("equivariance" in terms) == (len(of_pairs) > 0)
+    same, cloud = images[:1].expand(16, -1, -1, -1), torch.rand(1, 9, 4)
+    turned = care.rotate_randomly(cloud.expand(16, -1, -1), 4)
+    for x in draw(same, 32, blur=0.5, solarize=0.5, share=4), turned:
         alike = (x[:, None] == x[None]).flatten(2).all(2)
         assert torch.equal(alike, torch.arange(16)[:, None] // 4 == torch.arange(16) // 4)
+    assert (turned[..., 3] == cloud[..., 3]).all() and not torch.allclose(turned, cloud)
     config = care.parse_args(["--dataset", "chains", "--batch-size", "16", "--chunks", "4"])
     clouds, rotations, drawn = care.load_data(config, CPU)[0][0][:16], care.haar_rotations, []
     monkeypatch.setattr(care, "haar_rotations", lambda n, device: drawn.append(n) or rotations(n, device))
     care.Method(config)(clouds)
     assert drawn == [16, 16, 4, 4]
-    same = clouds[:1].expand(16, -1, -1)
-    turned = care.rotate_randomly(same, 4)
-    assert not torch.allclose(turned, same) and torch.equal(turned[..., 3], same[..., 3])
 
 @pytest.mark.parametrize("share", (1, 2, 3, 8, 16))
 def test_processes_draw_alike_and_take_their_part(share, monkeypatch):
@@ -1767,8 +1750,8 @@ def test_moco(monkeypatch):
     s = torch.cat([F.cosine_similarity(q, k)[:, None], F.normalize(q) @ queue.T], 1) / 0.2
     want = -s.log_softmax(1)[:, 0].mean()
     assert care.moco_loss(q, k, queue, 0.2).item() == pytest.approx(want.item(), rel=1e-5)
-    before, keys = method.queue.clone(), []
-    monkeypatch.setattr(method, "embed_keys", lambda x, original=method.embed_keys: keys.append(original(x)) or keys[-1])
+    before, keys, embed_keys = method.queue.clone(), [], method.embed_keys
+    monkeypatch.setattr(method, "embed_keys", lambda x: keys.append(embed_keys(x)) or keys[-1])
     with torch.no_grad():
         for p in method.encoder.parameters():
             p.add_(1)
@@ -1797,94 +1780,41 @@ def test_cares_presets():
         ("--base moco", 0.01, 16, "sgd", 0.03, 0.0, 5e-4, 0.1),
         ("--base moco --dataset stl10", 0.01, 8, "sgd", 0.06, 0.0, 5e-4, 0.1),
         ("--base moco --dataset imagenet100", 0.005, 16, "sgd", 0.8, 0.0, 1e-4, 0.2),
-        ("--dataset folder", 0.005, 8, "sgd", 0.4, 0.0, 1e-4, 0.5), ("--dataset chains", 1.0, 16, "adam", 1e-3, 1.0, 1e-6, 0.5),
     ):
         assert [getattr(parse(line), name) for name in names] == want, line
-    c = parse("--dataset imagenet100")
+    c, cifar = parse("--dataset imagenet100"), parse()
     assert (c.epochs, c.batch_size, c.equivariance_batch, c.size, c.queue) == (200, 512, 128, 224, 65536)
-    assert (parse().arch, parse().epochs, parse().batch_size, parse().projector) == ("resnet50", 400, 256, "512-128")
+    assert (cifar.arch, cifar.epochs, cifar.batch_size, cifar.projector) == ("resnet50", 400, 256, "512-128")
     assert (parse("--dataset stl10").warmup_epochs, parse("--base moco").queue) == (10, 4096)
-    assert parse().equivariance_batch == 256 and parse("--batch-size 64").equivariance_batch == 64
-    assert inspect.signature(care.knn_accuracy).parameters["temperature"].default == 0.5
+    assert cifar.equivariance_batch == 256 and parse("--batch-size 64").equivariance_batch == 64
     assert care.view_arguments(c) == dict(size=224, scale=(0.2, 1.0), blur=0.5, radius=2)
     assert kinds(care.Method(parse("--quick")).projector) == "LBRL"
     assert kinds(care.Method(parse("--dataset folder --arch small --projector 64-16")).projector) == "LRL"
     branch = care.Method(c).encoder.layer1[0].bn3  # authors' code: residual branches do not start at zero
     assert branch.weight.sum() == len(branch.weight)
-    assert parse("--lam 0 --batch-size 100").batch_size == 100  # a baseline has no chunks
 
-def test_cares_bad_input_is_one_line(tmp_path, capsys):
-    for flags, words in (("--chunks 5", "5 chunks"), ("--chunks 32", "parts of 2"), ("--equivariance-batch 100", "100 must"),
-                         ("--queue 10", "a queue of 10"), ("--contrast none", "MoCo has no contrast none")):
-        assert words in stopped(capsys, *tiny(care, tmp_path / "run"), *flags.split(), script=care)
-
-def test_cares_probe(monkeypatch):
-    """As plain layers; fresh crops in every epoch; ImageNet100's rule."""
-    features, labels = torch.randn(2, 512, 8), torch.randint(3, (512,))
-    test, test_labels = torch.randn(50, 8), torch.randint(3, (50,))
-    for sgd in (False, True):
-        epochs = iter(features)
-        torch.manual_seed(5)
-        got = care.linear_probe(lambda: next(epochs), labels, test, test_labels, sgd=sgd, lr=0.5, weight_decay=0.01,
-                                batch_size=256, epochs=2, milestones=(1,), probes=2)
-        torch.manual_seed(5)
-        heads, accuracies = [torch.nn.Linear(8, 3) for _ in range(2)], []
-        orders = [[torch.randperm(512) for _ in heads] for _ in range(2)]
-        for i, head in enumerate(heads):
-            how = dict(lr=0.5, weight_decay=0.01)
-            optimizer = torch.optim.Adam(head.parameters(), **how)
-            if sgd:
-                optimizer = torch.optim.SGD(head.parameters(), momentum=0.9, **how)
-            for step in range(4):
-                optimizer.param_groups[0]["lr"] = 0.5 if step < 2 else 0.05
-                rows = orders[step // 2][i].split(256)[step % 2]
-                optimizer.zero_grad()
-                F.cross_entropy(head(features[step // 2][rows]), labels[rows]).backward()
-                optimizer.step()
-            accuracies.append(100 * (head(test).argmax(1) == test_labels).float().mean().item())
-        assert got == pytest.approx((np.mean(accuracies), np.std(accuracies)), abs=1e-4)
-    calls, defaults = [], inspect.signature(care.linear_probe).parameters
-    settings = dict(sgd=False, lr=1e-3, weight_decay=1e-6, batch_size=512, epochs=100, milestones=(), probes=3)
-    assert {key: defaults[key].default for key in settings} == settings
-    method, images = care_method()
-    method.config.quick, labels = False, torch.arange(16) % 3
-
-    def asked(draw_features, labels, test, test_labels, **settings):
-        calls.append(settings)
-        return draw_features(), draw_features()
-
-    monkeypatch.setattr(care, "linear_probe", asked)
-    data = None, (images, labels), (images[:9], labels[:9])
-    one, two = care.probe(method, data, method.config, None, torch.zeros(9, 4))
-    assert one.shape == two.shape and not torch.equal(one, two)
-    method.config.dataset = "imagenet100"
-    care.probe(method, data, method.config, None, torch.zeros(9, 4))
-    assert calls == [{}, dict(sgd=True, lr=10.0, weight_decay=1e-4, batch_size=128, epochs=60, milestones=(30, 40, 50))]
-
-def test_stl10_is_cropped_from_its_96_pixels(tmp_path, monkeypatch):
-    """To train and to probe; kNN sees it shrunk. torchvision's md5 check is replaced."""
-    stl = tmp_path / "stl10_binary"
-    stl.mkdir()
-    for split, n in (("train", 210), ("test", 20), ("unlabeled", 50)):
-        pixels = np.random.default_rng(0).integers(0, 256, n * 3 * 96 * 96, dtype=np.uint8)
-        pixels.tofile(stl / f"{split}_X.bin")
-        if split != "unlabeled":
-            (np.arange(n) % 10 + 1).astype(np.uint8).tofile(stl / f"{split}_y.bin")
-    (stl / "class_names.txt").write_text("\n".join("abcdefghij"))
-    (stl / "fold_indices.txt").write_text("0\n")
+@of_scripts([care, sfrik])
+def test_stl10(script, tmp_path, monkeypatch):
+    """CARE also trains on images with labels; SFRIK is evaluated at 96 pixels. torchvision's md5 check is replaced."""
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    for name, n in (("unlabeled", 90), ("train", 40), ("test", 20)):
+        pixels = np.random.default_rng(n).integers(0, 256, (n, 3, 96, 96), dtype=np.uint8)
+        (folder / f"{name}_X.bin").write_bytes(pixels.tobytes())
+        (folder / f"{name}_y.bin").write_bytes(np.uint8(np.arange(n) % 10 + 1).tobytes())
+    (folder / "class_names.txt").write_text("\n".join("abcdefghij"))
+    (folder / "fold_indices.txt").write_text("0\n")
     monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
-    config = care.parse_args(["--dataset", "stl10", "--data-root", str(tmp_path), "--limit", "256", "--arch", "small"])
-    data = care.load_data(config, CPU)
-    assert [len(images) for images, _ in data] == [256, 210, 20] and data[0][1].min() == -1
-    assert {tuple(images.shape[1:]) for images, _ in data} == {(3, 96, 96)} and data[2][1].tolist() == [i % 10 for i in range(20)]
-    want = TF.resize(data[1][0][:5] / 255, [32, 32], antialias=True)
-    assert torch.allclose(care.middle(data[1][0][:5] / 255, config), want)
-    config.precision, sources = "fp32", set()
-    crop = care.crop
-    monkeypatch.setattr(care, "crop", lambda x, boxes, size: sources.add((x.shape[2], size)) or crop(x, boxes, size))
-    monkeypatch.setattr(care, "linear_probe", lambda draw_features, *rest: draw_features())
-    care.probe(care.Method(config), data, config, None, None)
-    assert sources == {(96, 32)}
+    config = script.parse_args(["--dataset", "stl10", "--data-root", str(tmp_path), "--batch-size", "32"])
+    train, bank, test = script.load_data(config, CPU)
+    numbers = [130, 40, 20] if script is care else [90, 40, 20]
+    assert [images.shape for images, _ in (train, bank, test)] == [(n, 3, 96, 96) for n in numbers]
+    assert (train[1] == -1).sum() == 90 and bank[1].tolist() == [i % 10 for i in range(40)]
+    config.limit = 35
+    assert [len(labels) for _, labels in script.load_data(config, CPU)] == [35, 40 if script is care else 35, 20]
+    x = bank[0][:3] / 255
+    want = TF.resize(x, [32, 32], antialias=True) if script is care else x
+    assert torch.equal(script.middle(x, config), want)
 
 def test_haar_rotations_and_the_principal_axis():
     turns = care.haar_rotations(20_000, CPU)
@@ -1907,8 +1837,7 @@ ATOM = "ATOM  {:5d}  CA  GLY A{:4d}    {:8.3f}{:8.3f}{:8.3f}  1.00  0.00"
 def test_protein_files(tmp_path, capsys):
     root = tmp_path / "proteins"
     root.mkdir()
-    line = ["--dataset", "proteins", "--data-root", str(tmp_path), "--out", str(tmp_path / "run"), "--batch-size", "2"]
-    line += ["--chunks", "1"]
+    line = f"--dataset proteins --data-root {tmp_path} --out {tmp_path}/run --batch-size 2 --chunks 1".split()
     assert "no .pdb files" in stopped(capsys, *line, script=care)
     for i in range(30):
         steps = torch.randn(19 if i == 5 else 20 + i, 3).cumsum(0).tolist()
@@ -1917,49 +1846,45 @@ def test_protein_files(tmp_path, capsys):
     config = care.parse_args(line)
     train, bank, test = care.load_data(config, CPU)
     assert (len(train[1]), bank, len(test[1])) == (26, None, 3)  # one is too short
-    assert "26 chains to train on, 3 to test; left out: 1 of fewer than 20 residues, 0 without" in capsys.readouterr().out
+    assert "26 chains to train on, 3 to test; left out: 1 of fewer than 20 residues" in capsys.readouterr().out
     assert train[0].shape[1] == 49 and test[0][0, :, 3].sum() == 29  # p09: the tenth
     points = train[0][0][train[0][0, :, 3] > 0, :3]
     assert points.mean(0).abs().max() < 1e-5 and points.square().sum(1).mean().item() == pytest.approx(1, rel=1e-5)
-    (root / "train.txt").write_text("p01.pdb\n\np02\n p03.PDB\r\n")
-    (root / "val.txt").write_text("\ufeffp29\n", encoding="utf-8")
-    train, _, test = care.load_data(config, CPU)
-    assert train[0][..., 3].sum(1).tolist() == [21, 22, 23] and test[0][0, :, 3].sum() == 49
-    for name, word in (("p05", "too few"), ("p77", "the first is p77")):
-        (root / "val.txt").write_text(name)
-        assert word in stopped(capsys, *line, script=care)
-    for folder in "ab":  # files of one name are apart
+
+    def loaded(names, tests="p29"):
+        """Numbers of atoms of what two lists of names load."""
+        (root / "train.txt").write_text(names)
+        (root / "val.txt").write_text(tests, encoding="utf-8")
+        train, _, test = care.load_data(config, CPU)
+        return [cloud[:, 3].sum().item() for cloud in (*train[0], *test[0])]
+
+    assert loaded("p01.pdb\n\np02\n p03.PDB\r\n", "\ufeffp29\n") == [21, 22, 23, 49]
+    for folder, source in (("a", "p11"), ("b", "p12")):  # files of one name are apart
         (root / folder).mkdir()
-        shutil.copy(root / f"p1{len(folder)}.pdb", root / folder / "1abc.A.pdb")
-    (root / "train.txt").write_text("a/1abc.A\nb/1abc.A\n")
-    (root / "val.txt").write_text("p29")
-    assert [len(labels) for labels in (care.load_data(config, CPU)[i][1] for i in (0, 2))] == [2, 1]
+        shutil.copy(root / f"{source}.pdb", root / folder / "1abc.A.pdb")
     shutil.copy(root / "p11.pdb", root / "a" / "only.pdb")
-    (root / "train.txt").write_text("only\np01")  # the last part of a path, where it is enough
-    assert len(care.load_data(config, CPU)[0][1]) == 2
-    (root / "train.txt").write_text("1abc.A\np01")
-    assert "the first is 1abc.A" in stopped(capsys, *line, script=care)
     (root / "empty.pdb").write_text("")
-    (root / "train.txt").write_text("empty\np01\np02")
-    care.load_data(config, CPU)
-    assert "1 without CA atoms" in capsys.readouterr().out
+    assert loaded("a/1abc.A\nb/1abc.A\n") == [31, 32, 49] and loaded("only\np01") == [31, 21, 49]
+    assert loaded("empty\np01\np02") == [21, 22, 49] and "1 without CA atoms" in capsys.readouterr().out
+    for names, tests, words in (("p01", "p05", "too few"), ("p01", "p77", "the first is p77"),
+                                ("1abc.A\np01", "p29", "the first is 1abc.A")):
+        with pytest.raises(SystemExit, match=words):
+            loaded(names, tests)
 
 def test_lines_of_protein_files(tmp_path):
     path, first = tmp_path / "x.pdb", ATOM.format(1, 1, 1.5, -2.25, 3.0)
     other = first.replace(" 1.500", " 4.000")
-    selenium = other.replace("ATOM  ", "HETATM").replace("GLY", "MSE")
-    for lines, want in (
-        ([first, other], 2), ([first, selenium], 2), ([first, selenium.replace("MSE", "CA ")], 1), ([first, "ENDMDL", other], 1),
-        ([first, other.replace(" CA ", " CB "), other.replace("CA  GLY", "CA BGLY")], 1), ([first, other.replace("CA  ", "CA A")], 2),
-        ([], 0), (["ATOM", "ATOM      1  CA"[:14]], 0),
-    ):
+    selenium, both = other.replace("ATOM  ", "HETATM").replace("GLY", "MSE"), [[1.5, -2.25, 3.0], [4.0, -2.25, 3.0]]
+    for lines, want in (([first, other], both), ([first, selenium], both), ([], []),
+                        ([first, other.replace("CA  ", "CA A")], both), (["ATOM", "ATOM      1  CA"[:14]], [])):
         path.write_text("\n".join(lines))
-        if want == 1:  # one atom alone has no extent
-            with pytest.raises(SystemExit, match="x.pdb has all its atoms in one place"):
-                care.read_chain(path)
-        else:
-            assert care.read_chain(path).tolist() == [[1.5, -2.25, 3.0], [4.0, -2.25, 3.0]][:want]
-    for bad in (first[:30] + 24 * "*", first[:36], first[:16], first.replace("   1.500", "     nan"), first.replace("   1.500", "     inf")):
+        assert care.read_chain(path).tolist() == want
+    for lines in ([first, selenium.replace("MSE", "CA ")], [first, "ENDMDL", other],
+                  [first, other.replace(" CA ", " CB "), other.replace("CA  GLY", "CA BGLY")]):
+        path.write_text("\n".join(lines))
+        with pytest.raises(SystemExit, match="x.pdb has all its atoms in one place"):  # one atom alone
+            care.read_chain(path)
+    for bad in (first[:30] + 24 * "*", first[:36], first.replace("   1.500", "     nan")):
         path.write_text("\n".join([other, bad]))
         with pytest.raises(SystemExit, match="error: .*x.pdb has no finite coordinates in the line 'ATOM"):
             care.read_chain(path)
@@ -1980,15 +1905,6 @@ def test_the_axis_probes_tell_what_an_embedding_knows(monkeypatch):
     assert 75 < angle < 105 and 75 < ridge < 105 and mse == pytest.approx(1, abs=0.05)
     angle, _, _ = measured(lambda x: torch.ones(len(x), 16))
     assert 80 < angle < 100
-
-def test_a_run_on_chains_ends_with_its_measures(tmp_path, capsys):
-    line = ["--quick", "--dataset", "proteins", "--limit", "256", "--epochs", "1", "--knn-every", "1"]
-    care.main([*line, "--out", str(tmp_path / "run")])
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert "knn_top1" not in results and "random_init_axis_angle_degrees" in capsys.readouterr().out
-    assert not (tmp_path / "run" / "views.png").exists()
-    for name in ("axis_mse", "axis_angle_degrees"):
-        assert math.isfinite(results[name]) and math.isfinite(results["random_init_" + name])
 
 # ------------------------------------------------------------------------------------------ sfrik
 
@@ -2042,14 +1958,14 @@ def test_mmd_to_uniform():
     ("auh", lambda z1, z2: sfrik.auh_loss(z1, z2, 7, 1, 1.5)),
     ("simclr", lambda z1, z2: sfrik.nt_xent(z1, z2, 0.2))))
 def test_sfrik_is_its_algorithm(name, function):
-    flags = "--lam 4.571428571428571 --sim-coeff 7 --weights 1,30,0 --std-coeff 8 --cov-coeff 3 --auh-scale 1.5 --temperature 0.2"
+    flags = ("--lam 4.571428571428571 --sim-coeff 7 --weights 1,30,0 --std-coeff 8 --cov-coeff 3 --auh-scale 1.5 "
+             "--temperature 0.2")
     method, images = batch_of(sfrik, "--loss", name, *flags.split())
     torch.manual_seed(1)
     loss, terms = method(images)
     assert method.encoder[1].num_batches_tracked == 2  # two passes, each with statistics of its own
     torch.manual_seed(1)
-    mean, std = torch.tensor(sfrik.MEAN_STD["patterns"])[..., None, None]
-    embed = lambda x: method.projector(method.encoder((x - mean) / std))
+    embed = lambda x: method.projector(method.encoder(normalised(sfrik, x)))
     z1, z2 = (embed(sfrik.augment(images, **how)) for how in sfrik.view_arguments(method.config))
     assert loss.item() == pytest.approx(function(z1, z2).item(), rel=1e-5)
     distance = (F.normalize(z1) - F.normalize(z2)).norm(dim=1).square().mean()
@@ -2061,15 +1977,11 @@ def test_sfrik_is_its_algorithm(name, function):
     assert torch.equal(method.embed(images / 255), embed(images / 255))
 
 def test_lambda_and_the_coefficient_of_the_similarity():
-    """The authors' factors; and with them the loss is the algorithm's over lambda."""
+    """The authors' factors."""
     wanted = {"64-8192": 4000, "64-32768 --lam 0.8192": 40000, "64-8192 --loss auh": 3000}
     for flags, want in wanted.items():
         config = sfrik.parse_args(["--arch", "small", "--projector", *flags.split()])
         assert sfrik.Method(config).sim_coeff == pytest.approx(want)
-    z1, z2 = F.normalize(torch.randn(2, 8, 64, dtype=torch.float64), dim=2)
-    L_inv = (z1 - z2).norm(dim=1).square().mean()
-    L_reg = (sfrik.mmd_to_uniform(z1, (1, 40)) + sfrik.mmd_to_uniform(z2, (1, 40))) / 2
-    assert sfrik.sfrik_loss(z1, z2, 64 / 0.7, 1, (1, 40)).item() == pytest.approx(((L_inv + 0.7 * L_reg) / 0.7).item())
 
 def test_sfriks_presets():
     parse = lambda line: sfrik.parse_args(line.split())
@@ -2080,7 +1992,7 @@ def test_sfriks_presets():
         assert " ".join(str(getattr(parse(f"--dataset {line}"), name)) for name in names) == want
     # defaults < of the baseline < of the dataset < flags
     rates = {"--loss simclr": 0.8, "--loss auh": 1.0, "--loss vicreg": 0.7, "--loss auh --lr 0.3": 0.3,
-             "--dataset imagenet --loss vicreg": 0.4, "--dataset patterns --loss vicreg": sfrik.PRESETS["patterns"]["lr"]}
+             "--dataset imagenet --loss vicreg": 0.4}
     assert {line: parse(line).lr for line in rates} == rates
     assert parse("--loss auh").lam == 8192 / 3000 and parse("--loss vicreg").sim_coeff == 10
     c = parse("--dataset imagenet20 --arch small --projector 32-32")
@@ -2113,25 +2025,7 @@ def test_jitter_for_every_image():
         plain = sfrik.augment(x, 32, flip=0, gray=0, jitter=None)
         assert ((got - plain).abs().flatten(1).amax(1) > 0.01).float().mean() == share
 
-def test_stl10_has_its_own_images_to_train_on_and_is_evaluated_at_96_pixels(tmp_path, monkeypatch):
-    folder = tmp_path / "stl10_binary"
-    folder.mkdir()
-    for name, n in (("unlabeled", 90), ("train", 40), ("test", 20)):
-        pixels = np.random.default_rng(n).integers(0, 256, (n, 3, 96, 96), dtype=np.uint8)
-        (folder / f"{name}_X.bin").write_bytes(pixels.tobytes())
-        (folder / f"{name}_y.bin").write_bytes(np.uint8(np.arange(n) % 10 + 1).tobytes())
-    (folder / "class_names.txt").write_text("\n".join("abcdefghij"))
-    monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
-    config = sfrik.parse_args(["--dataset", "stl10", "--data-root", str(tmp_path), "--batch-size", "32"])
-    train, bank, test = sfrik.load_data(config, CPU)
-    assert [split[0].shape for split in (train, bank, test)] == [(n, 3, 96, 96) for n in (90, 40, 20)]
-    assert (train[1] == -1).all() and bank[1].tolist() == [i % 10 for i in range(40)]
-    config.limit = 35
-    assert [len(split[1]) for split in sfrik.load_data(config, CPU)] == [35, 35, 20]
-    x = bank[0][:3] / 255
-    assert torch.equal(sfrik.middle(x, config), x)
-
-def test_the_svm_solves_its_problem(monkeypatch):
+def test_the_svm_solves_its_problem():
     """Against plain gradient descent; by its gradient where that takes too long."""
     solve = sfrik.linear_svm
     for n, d, cost, steps in ((40, 5, 0.7, 5000), (20, 60, 300.0, 0), (600, 20, 300.0, 0)):
@@ -2142,13 +2036,14 @@ def test_the_svm_solves_its_problem(monkeypatch):
         for _ in range(steps):
             v = v - 0.01 * slope(v)
         assert torch.allclose(w, v, atol=1e-4) and slope(w).abs().max() < 1e-6 * cost * n
-    # features are normalised, and a fold is told by what the other two have taught
-    torch.manual_seed(0)
-    labels, seen = torch.arange(90) % 3, []
+
+def test_the_svms_cost_is_chosen_by_cross_validation(monkeypatch):
+    """Features are normalised, and a fold is told by what the other two have taught."""
+    solve, labels, seen = sfrik.linear_svm, torch.arange(90) % 3, []
     train = torch.randn(90, 20) + 2 * F.one_hot(labels, 20)  # by the rows it learned from: cost 30
     monkeypatch.setattr(sfrik, "linear_svm", lambda x, *rest: seen.append(x) or solve(x, *rest))
     accuracy, cost = sfrik.svm_accuracy(train, labels, train[:30] + 0.1, labels[:30])
-    assert accuracy > 90 and accuracy * 0.3 == pytest.approx(round(accuracy * 0.3)) and cost in (0.1, 0.3, 0.5)
+    assert accuracy > 90 and cost in (0.1, 0.3, 0.5)
     assert [len(x) for x in seen] == [60] * 27 + [90] and (seen[0][:, -1] == 1).all()
     assert torch.allclose(seen[0][:, :-1].norm(dim=1), torch.ones(60).double())
     near = [set((x[:, :-1] @ F.normalize(train).double().T).argmax(1).tolist()) for x in seen[:3]]
@@ -2159,29 +2054,27 @@ def test_sfriks_probe_sees_a_percentage_of_each_class_in_fresh_crops(monkeypatch
     settings = dict(lr=0.4, weight_decay=1e-6, epochs=100, probes=3)
     assert {key: defaults[key].default for key in settings} == settings
     method, images = batch_of(sfrik, n=260)
-    labels, seen = torch.arange(260) % 13 // 3 % 4, []
-    monkeypatch.setattr(sfrik, "linear_probe", lambda draw, *rest: seen.append((draw(), draw(), *rest)))
+    labels = torch.arange(260) % 13 // 3 % 4
+    monkeypatch.setattr(sfrik, "linear_probe", lambda draw, *rest: (draw(), draw(), *rest))
     data, bank = (None, (images, labels), (None, "labels")), torch.arange(260)[:, None]
     for percent, counts in ((1, [1, 1, 1, 1]), (10, [8, 6, 6, 6]), (100, [80, 60, 60, 60])):
-        sfrik.probe(method, data, method.config, bank, "test", percent)
-        first, _, got, test, test_labels = seen.pop()
+        first, _, got, test, test_labels = sfrik.probe(method, data, method.config, bank, "test", percent)
         rows = first[:, 0]  # --quick: the features of the bank
         assert got.bincount().tolist() == counts and (test, test_labels) == ("test", "labels")
         assert torch.equal(labels[rows], got) and len(rows.unique()) == len(rows)
         assert percent < 10 or rows.tolist() != sorted(rows.tolist())  # drawn, not the first of the file
     method.config.quick = False
-    sfrik.probe(method, data, method.config, bank, "test", 10)
-    first, second, *_ = seen.pop()
+    first, second, *_ = sfrik.probe(method, data, method.config, bank, "test", 10)
     assert len(first) == 26 and not torch.allclose(first, second)
 
-def test_held_out_images_are_never_trained_on(capsys):
-    load = lambda *line: sfrik.load_data(sfrik.parse_args(["--dataset", "patterns", *line]), CPU)
+def test_held_out_images_are_never_trained_on():
+    load = lambda *line: sfrik.load_data(sfrik.parse_args(["--dataset", "patterns", "--validate", *line]), CPU)
     images, labels = sfrik.draw_patterns(4000, 1)
-    (train, y), bank, (test, held) = load("--validate")
+    (train, y), bank, (test, held) = load()
     assert held.bincount().tolist() == (labels.bincount() // 10).tolist() and bank[0] is train
-    together = torch.cat([train, test]).flatten(1).sum(1)
-    assert torch.equal(together.sort()[0], images.flatten(1).sum(1).sort()[0])
-    few, _, other = load("--validate", "--limit", "700")
+    sums = [x.flatten(1).sum(1).sort().values for x in (torch.cat([train, test]), images)]
+    assert torch.equal(*sums)
+    few, _, other = load("--limit", "700")
     assert torch.equal(other[0], test) and len(few[1]) == 700
     # imagenet20: 260 images of a class, in the order of the files, and all others
     mixed = torch.randperm(1800) % 3
@@ -2210,7 +2103,6 @@ def test_imagenet20_from_end_to_end(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     for name in "knn_top1_k10 knn_top1_k200 linear_top1_1pc linear_top1_10pc linear_top1 svm_top1".split():
         assert 0 <= results[name] <= 100
-    assert "fresh crops" in results["linear_protocol"] and "cost" in results["svm_protocol"]
     assert results["knn_top1_k200"] == results["knn_top1"]
     train, bank, test = sfrik.load_data(sfrik.parse_args([*argv, "--validate"]), CPU)
     assert len(test[1]) == 110 and bank[0] is train[0] and len(train[1]) == 520
@@ -2315,39 +2207,25 @@ def test_rotation_is_equivariant_at_every_depth(arch):
         assert (z - w).norm() > 1e-3 * w.norm()  # not invariant
         assert torch.equal(homomorphic.act(z, 1, "rotation")[:, :, 1], z[:, :, 0].rot90(1, (-2, -1)))
 
-def contrast_of(method, images, fibers, views=None):
-    """The contrastive loss of given fibers and, for A-SSL, views; a forward pass computes all of it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(method, "draw_fibers", lambda n: fibers, raising=False)
-        patch.setattr(method, "views", lambda images: views)
-        return method(images, torch.zeros(len(images)).long())[1]["contrast"]
-
 def test_for_rotation_both_methods_are_one():
     """Equal losses and gradients, with planes drawn to match: a turn by g moves plane g0 - g to g0."""
+    def contrast(method, images, *fibers):
+        """The contrastive loss of given fibers."""
+        method.draw_fibers = lambda n: fibers
+        return method(images, torch.zeros(len(images)).long())[1]["contrast"]
+
     h_ssl, x, images = homo_method(group="rotation", dtype=torch.float64)
     a_ssl, _, _ = homo_method("--ssl", "augmented", group="rotation", dtype=torch.float64)
-    x = x.float().double()  # as forward computes it
     g1, g2, g0 = torch.randint(4, (3, len(x)))
-    turned, values = [homomorphic.transform(x, g, "rotation") for g in (g1, g2)], []
-    for method, fibers in ((h_ssl, ((g0 - g1) % 4, (g0 - g2) % 4)), (a_ssl, (g0, None))):
-        loss = contrast_of(method, images, fibers, turned)
-        loss.backward()
-        values.append((loss, [p.grad for p in method.encoder.parameters()]))
-    (loss, gradients), (other, others) = values
+    x = x.float().double()  # as forward computes it
+    a_ssl.views = lambda images: [homomorphic.transform(x, g, "rotation") for g in (g1, g2)]
+    loss, other = contrast(h_ssl, images, (g0 - g1) % 4, (g0 - g2) % 4), contrast(a_ssl, images, g0, None)
     assert abs(loss - other) < 1e-12 * max(1, abs(other))
-    for a, b in zip(gradients, others, strict=True):
+    gradients = (torch.autograd.grad(value, [*method.encoder.parameters()])
+                 for value, method in ((loss, h_ssl), (other, a_ssl)))
+    for a, b in zip(*gradients, strict=True):
         assert (a - b).norm() < 1e-10 * b.norm()
-    wrong = contrast_of(h_ssl, images, ((g0 + g1) % 4, (g0 + g2) % 4))
-    assert abs(wrong - other) > 1e-3
-
-def test_runs_of_several_planes_do_not_go_round():
-    """So with --base-size 2 no fibers of H-SSL match those of A-SSL that a turn moves over the edge."""
-    h_ssl, x, images = homo_method("--base-size", "2", group="rotation", dtype=torch.float64)
-    assert h_ssl.pairs.amax() == 2  # planes 2 and 3, but not 3 and 0
-    z, turned = h_ssl.f(x), h_ssl.f(homomorphic.transform(x, 1, "rotation"))
-    planes = lambda z, *which: torch.cat([z[:, :, k].mean((2, 3)) for k in which], 1)
-    first = h_ssl.read(turned, torch.zeros(len(x)).long())
-    assert torch.allclose(first, planes(z, 3, 0)) and not torch.allclose(first, h_ssl.read(z, torch.full((len(x),), 2)))
+    assert abs(contrast(h_ssl, images, (g0 + g1) % 4, (g0 + g2) % 4) - other) > 1e-3
 
 @pytest.mark.parametrize("group", ("translation", "rotation", "scale"))
 def test_views_are_what_the_fibers_see(group):
@@ -2356,16 +2234,13 @@ def test_views_are_what_the_fibers_see(group):
     method.eval()
     x, z = x.float().double(), method.f(x.float().double())
     if group == "translation":  # so near the middle that neither sees the border: 17 pixels wide
-        g1, g2 = torch.randint(7, 10, (2, 2, 12)).unbind(1)
-        (row1, row2), (column1, column2) = g1, g2
+        (row1, row2), (column1, column2) = torch.randint(7, 10, (2, 2, 12))
         fibers = 16 * row1 + column1, 16 * row2 + column2
         base = torch.full((12,), 16 * 8 + 8)
     else:
         fibers, base = torch.randint(PLANES_OF[group], (2, 12)).unbind(0), torch.zeros(12).long()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(method, "draw_fibers", lambda n: fibers)
-        views = method.views(images)
-    for view, fiber in zip(views, fibers, strict=True):
+    method.draw_fibers = lambda n: fibers
+    for view, fiber in zip(method.views(images), fibers, strict=True):
         if group == "scale":  # layers are far from equivariant to scale
             factor = 1 / torch.tensor(homomorphic.SCALES)[fiber]
             assert torch.allclose(view.double(), homomorphic.transform(x, factor.double(), "scale"), atol=1e-6)
@@ -2377,21 +2252,6 @@ def test_views_are_what_the_fibers_see(group):
     torch.manual_seed(1)
     for view in views:
         assert torch.equal(view, homomorphic.transform(x, homomorphic.draw_group(x, group), group))
-    assert torch.equal(homo_method("--ssl", "frozen", group=group)[0].views(images)[0], x)
-
-def test_views_png_of_h_ssl(tmp_path, monkeypatch):
-    """A row for each image: itself and its two views; nothing else changes."""
-    method, _, images = homo_method(group="rotation")
-    before = {name: value.clone() for name, value in method.state_dict().items()}
-    tiles = []
-    monkeypatch.setattr(homomorphic, "frame", lambda image, color: tiles.append(image) or torch.zeros(3, 4, 4))
-    torch.manual_seed(4)
-    homomorphic.draw_views(tmp_path / "v.png", method, images[:4])
-    torch.manual_seed(4)
-    views = method.views(images[:4])
-    for i in range(4):
-        assert all(map(torch.equal, tiles[3 * i:3 * i + 3], (images[i], *(view[i] for view in views))))
-    assert len(tiles) == 12 and all(torch.equal(before[name], value) for name, value in method.state_dict().items())
 
 def test_act_of_translation_and_scale():
     z = torch.rand(2, 3, 1, 6, 6)
@@ -2418,7 +2278,6 @@ def test_networks_have_the_papers_shapes():
         ("--dataset cifar10 --group rotation", 128, 4, 9, 9), ("--dataset tinyimagenet --group scale", 128, 6, 8, 8),
         ("--dataset cifar10 --group scale --structure none --width 0.0625", 32, 6, 8, 8),
         ("--dataset mnist --group translation --structure none", 32, 1, 4, 4),
-        ("--dataset mnist --group scale --structure none", 32, 6, 7, 7),
     ):
         method = homomorphic.Method(homomorphic.parse_args(["--width", "0.25", *line.split()]))
         method.to(CPU, memory_format=torch.channels_last)  # which train asks for
@@ -2426,21 +2285,19 @@ def test_networks_have_the_papers_shapes():
         images = torch.randint(256, (2, channels, side, side)).byte()
         assert list(method.f(method.canvas(images / 255)).shape[1:]) == shape, line
         assert method.classify(images / 255).shape == (2, 200 if "tiny" in line else 10)
-        loss, _ = method(images, torch.zeros(2).long())
-        loss.backward()
+        method(images, torch.zeros(2).long())[0].backward()
         assert all(p.grad.isfinite().all() for p in method.parameters())
     convs = [layer[0] for layer in homomorphic.GroupEncoder("scale", 1, "mnist").layers]
     assert [conv.weight.shape for conv in convs] == [(32, 1, 121), (64, 32, 9), (128, 64, 9)]
     assert [(conv.stride, conv.padding) for conv in convs] == [(1, 5), (2, 3), (2, 3)]
     encoder = homomorphic.GroupEncoder("scale", 3, "resnet20", 0.1)
-    blocks = encoder.layers
+    first, _, *blocks = encoder.layers
+    assert isinstance(first, homomorphic.GroupConv)  # no norm where it lifts
+    assert [block.conv2.weight.shape[0] for block in blocks] == 3 * [13] + 3 * [26] + 3 * [51]
     assert encoder.strides == [1, 1, 1, 1, 1, 2, 1, 1, 2, 1, 1]
-    assert [block.conv2.weight.shape[0] for block in blocks[2:]] == 3 * [13] + 3 * [26] + 3 * [51]
-    assert len(blocks) == 2 + 9 and isinstance(blocks[0], homomorphic.GroupConv)  # no norm where it lifts
     assert homomorphic.GroupEncoder("scale", 3, "tiny", 0.1).strides == [1, 1, 1, 1, 2, 1, 2, 1, 2, 1]
-    assert isinstance(homomorphic.Method(homomorphic.parse_args(["--dataset", "cifar10", "--width", "0.05"])).h[0],
-                      torch.nn.BatchNorm1d)
-    assert kinds(homo_method()[0].h) == "LBRLBRLB"
+    resnet = homomorphic.Method(homomorphic.parse_args(["--dataset", "cifar10", "--width", "0.05"]))
+    assert isinstance(resnet.h[0], torch.nn.BatchNorm1d) and kinds(homo_method()[0].h) == "LBRLBRLB"
 
 def test_layers_by_hand():
     conv, x = homomorphic.GroupConv("scale", 3, 4, 7, 3, 1, 3), torch.rand(2, 3, 6, 9, 9)
@@ -2455,30 +2312,19 @@ def test_layers_by_hand():
     assert torch.allclose(z, skip + wide.conv2(F.relu(wide.norm2(wide.conv1(y)))), atol=1e-4)
     assert torch.allclose(same(z), z + same.conv2(F.relu(same.norm2(same.conv1(F.relu(same.norm1(z)))))), atol=1e-4)
     assert same.widen is None and isinstance(wide.norm1, torch.nn.BatchNorm3d)
-    free = homomorphic.GroupEncoder("scale", 1, "mnist", structure="none")
-    conv, norm, _ = free.layers[1]
+    conv, norm, _ = homomorphic.GroupEncoder("scale", 1, "mnist", structure="none").layers[1]
     assert conv.weight.shape == (6 * 64, 6 * 32, 7, 7) and norm.num_features == 6 * 64  # of each plane
-    assert free(torch.rand(2, 1, 28, 28)).shape == (2, 128, 6, 7, 7)
+
+def test_classifiers_by_hand():
     z = torch.randn(4, 8, 6, 7, 7)
-    small = homomorphic.parse_args(["--quick", "--group", "scale"])
-    pooled = homomorphic.Classifier(small, 8, 7).eval()
+    pooled = homomorphic.Classifier(homomorphic.parse_args(["--quick", "--group", "scale"]), 8, 7).eval()
     want = pooled.linear(F.relu(pooled.norm(z.max(2).values)).mean((2, 3)))
     assert torch.allclose(pooled(z), want, atol=1e-5)
-    mnist = homomorphic.parse_args(["--group", "scale"])
-    steered = homomorphic.Classifier(mnist, 8, 7)
-    assert torch.allclose(steered(z), steered.linear(steered.conv(z)[..., 0, 0].max(2).values), atol=1e-5)
-    z = torch.randn(4, 8, 6, 8, 8)  # the mean over space comes first
-    assert torch.allclose(steered(z), steered.linear(steered.conv(z).mean((3, 4)).max(2).values), atol=1e-5)
-
-def test_a_block_with_a_stride_does_not_crash():
-    """As one with nn.Conv2d as its 1 x 1 convolution did, on CPUs, in train's memory format."""
-    step = """
-import torch, homomorphic
-encoder = homomorphic.GroupEncoder("scale", 3, "tiny", 0.06).to(memory_format=torch.channels_last)
-for i in range(3):
-    encoder.layers[4](torch.randn(32, 4, 6, 64, 64, requires_grad=True)).sum().backward()
-"""
-    assert subprocess.run([sys.executable, "-c", step], cwd=HERE).returncode == 0
+    steered = homomorphic.Classifier(homomorphic.parse_args(["--group", "scale"]), 8, 7)
+    for side in (7, 8):  # the mean over space comes first
+        z = torch.randn(4, 8, 6, side, side)
+        want = steered.linear(steered.conv(z).mean((3, 4)).max(2).values)
+        assert torch.allclose(steered(z), want, atol=1e-5)
 
 def test_the_mlp_of_table_2():
     """Three linear layers, each with BatchNorm and ReLU as the convolution that it replaces."""
@@ -2495,17 +2341,15 @@ def test_homomorphic_and_augmented_forward():
     method, x, images = homo_method("--temperature", "0.3")
     torch.manual_seed(1)
     loss, terms = method(images, zero)
+    assert method.encoder.layers[0][1].num_batches_tracked == 1  # one forward pass
     torch.manual_seed(1)
     g1, g2 = method.draw_fibers(12)
-    z = method.f(x)
+    z = method.encoder(normalised(homomorphic, x))
     v = [method.h(z[rows, :, 0, g // 16, g % 16]) for g in (g1, g2)]
     contrast = homomorphic.nce_loss(*v, 0.3)
     classifier = F.cross_entropy(method.classifier(z.detach()), zero)
     assert loss.item() == pytest.approx((contrast + classifier).item(), rel=1e-5)
     assert terms["contrast"].item() == pytest.approx(contrast.item(), rel=1e-5)
-    assert method.encoder.layers[0][1].num_batches_tracked == 2  # one forward pass, twice
-    mean, std = torch.tensor(homomorphic.MEAN_STD["patterns"])[..., None, None]
-    assert torch.allclose(z, method.encoder((x - mean) / std), atol=1e-5)
     method, x, images = homo_method("--ssl", "augmented", "--temperature", "0.3")
     torch.manual_seed(1)
     _, terms = method(images, zero)
@@ -2523,14 +2367,13 @@ def test_homomorphic_and_augmented_forward():
     assert torch.allclose(method.features(images / 255), method.f(x).mean((2, 3, 4)), atol=1e-5)
 
 def test_what_each_mode_trains():
-    for ssl, trains in (("homomorphic", True), ("augmented", True), ("frozen", False), ("supervised", True)):
-        method, x, images = homo_method("--ssl", ssl, group="scale")
+    for ssl in ("homomorphic", "augmented", "frozen", "supervised"):
+        method, _, images = homo_method("--ssl", ssl, group="scale")
         assert (method.h is not None) == (ssl in ("homomorphic", "augmented"))
         torch.manual_seed(1)
         method(images, torch.zeros(12).long())[0].backward()
-        moved = [p.grad is not None and p.grad.abs().sum() > 0 for p in method.encoder.parameters()]
-        assert all(moved) if trains else not any(moved)
-        assert {p.requires_grad for p in method.encoder.parameters()} == {trains}  # else LARS finds no gradient
+        for p in method.encoder.parameters():
+            assert (p.grad is not None and p.grad.abs().sum() > 0) == p.requires_grad == (ssl != "frozen")
         assert all(p.grad is not None for p in method.classifier.parameters())
         if ssl == "homomorphic":  # the classifier trains nothing but itself
             both = [p.grad.clone() for p in method.encoder.parameters()]
@@ -2548,31 +2391,17 @@ def test_fibers_are_drawn_within_the_distance():
     assert apart.max() == pytest.approx(2**0.5) and near.unique().tolist() == [*range(30)]
     assert len(pairs((1, 5, 5), "--distance", "1.2")) == 25 + 4 * 20  # Euclidean: no diagonals
     assert len(pairs((4, 9, 9), "--group", "rotation", "--distance", "1")) == 4 + 2 * 3  # no circle
-    for group, planes in (("scale", 6), ("rotation", 4)):  # a base space must fit on the axis
-        assert len(pairs((planes, 9, 9), "--group", group, "--base-size", "3")) == (planes - 2) ** 2
-    method, x, _ = homo_method("--base-size", "2", group="rotation")
-    z, g = method.f(x), torch.full((12,), 2)
-    want = torch.cat([z[:, :, 2].mean((2, 3)), z[:, :, 3].mean((2, 3))], 1)
-    assert torch.allclose(method.read(z, g), want, atol=1e-6)
-    method, x, _ = homo_method("--base-size", "2")
-    z, g = method.f(x), torch.full((12,), 2 * 16 + 5)
-    assert torch.equal(method.read(z, g), torch.cat([z[:, :, 0, 2, 5], z[:, :, 0, 2, 6]], 1))
-    many = torch.cat(method.draw_fibers(4000))
-    assert (many % 16).max() == z.shape[4] - 2 and (many // 16).max() == z.shape[3] - 1
+    assert len(pairs((6, 9, 9), "--group", "scale", "--base-size", "3")) == 16  # a base space must fit on the axis
+    assert pairs((4, 9, 9), "--group", "rotation", "--base-size", "2").max() == 2  # planes 2 and 3, but not 3 and 0
     first, second = homo_method()[0].draw_fibers(4000)
     assert (first != second).float().mean() > 0.98  # drawn independently
-
-def test_labels_stay_with_their_images(monkeypatch):
-    """And each process has its part of the batch."""
-    config, parts = homomorphic.parse_args(["--quick", "--batch-size", "32"]), []
-    for rank, world in ((0, 1), (0, 2), (1, 2)):
-        monkeypatch.setattr(homomorphic, "WORLD", world)
-        monkeypatch.setattr(homomorphic, "RANK", rank)
-        parts.append([*homomorphic.batches(torch.arange(100), 7 * torch.arange(100), config, CPU, 1)])
-        assert all(torch.equal(7 * images, labels) for images, labels in parts[-1])
-    one, first, second = ([images for images, _ in part] for part in parts)
-    assert len(one) == 3 and torch.cat(one).unique().numel() == 96
-    assert all(map(torch.equal, one, (torch.cat(pair) for pair in zip(first, second))))
+    for group, fiber, read in (("rotation", 2, lambda z: [z[:, :, k].mean((2, 3)) for k in (2, 3)]),
+                               ("translation", 2 * 16 + 5, lambda z: [z[:, :, 0, 2, k] for k in (5, 6)])):
+        method, x, _ = homo_method("--base-size", "2", group=group)
+        z = method.f(x)
+        assert torch.allclose(method.read(z, torch.full((12,), fiber)), torch.cat(read(z), 1), atol=1e-6)
+    many = torch.cat(method.draw_fibers(4000))
+    assert (many % 16).max() == z.shape[4] - 2 and (many // 16).max() == z.shape[3] - 1
 
 def test_accuracy_of_the_classifier():
     method, _, _ = homo_method("--width", "0.25", group="rotation")
@@ -2589,60 +2418,37 @@ def test_images_of_another_size_are_resized():
     for group, side in (("scale", 24), ("rotation", 25)):
         method, _, _ = homo_method("--size", "24", "--width", "0.25", group=group)
         x = method.canvas(images / 255)
-        assert x.shape == (4, 3, side, side) and not x[..., 24:, :].any() and not x[..., 24:].any()
-        assert torch.equal(x[..., :24, :24], TF.resize(images / 255, [24, 24]))
+        assert x.shape == (4, 3, side, side) and torch.equal(x[..., :24, :24], TF.resize(images / 255, [24, 24]))
+        assert not x[..., 24:, :].any() and not x[..., 24:].any()
         assert torch.equal(homomorphic.middle(images / 255, method.config), x[..., :24, :24])
-        outcome(method, images)[0].backward()
 
-def test_files_of_mnist_and_cifar(tmp_path, monkeypatch, capsys):
-    raw, line = tmp_path / "MNIST" / "raw", ["--data-root", str(tmp_path), "--batch-size", "64"]
+def test_files_of_mnist(tmp_path, monkeypatch, capsys):
+    raw, line = tmp_path / "MNIST" / "raw", ["--batch-size", "64", "--out", tmp_path / "run", "--data-root"]
     raw.mkdir(parents=True)
     number = lambda *values: b"".join(value.to_bytes(4, "big") for value in values)
     for part, n in (("train", 250), ("t10k", 30)):
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(number(2051, n, 28, 28) + bytes(i % 251 for i in range(n * 784)))
+        gray_values = bytes(i % 251 for i in range(n * 784))
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(number(2051, n, 28, 28) + gray_values)
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(number(2049, n) + bytes(i % 10 for i in range(n)))
-    data = homomorphic.load_data(homomorphic.parse_args([*line, "--limit", "100"]), CPU)
+    config = homomorphic.parse_args(f"--batch-size 64 --limit 100 --data-root {tmp_path}".split())
+    data = homomorphic.load_data(config, CPU)
     assert [images.shape for images, _ in data] == [(k, 1, 28, 28) for k in (100, 100, 30)]
     assert data[2][1].tolist() == [i % 10 for i in range(30)] and data[2][0].dtype == torch.uint8
     assert data[2][0][1, 0].flatten().tolist() == [i % 251 for i in range(784, 2 * 784)]
-    out = ["--out", tmp_path / "run"]
-    assert "the images have 10 classes, not 9: add --classes 10" in stopped(
-        capsys, *line, *out, "--classes", 9, script=homomorphic)
     images = raw / "train-images-idx3-ubyte"
     images.write_bytes(images.read_bytes()[:-5])
-    message = stopped(capsys, *line, *out, script=homomorphic)
+    message = stopped(capsys, *line, tmp_path, script=homomorphic)
     assert "MNIST is damaged" in message and "remove it" in message
 
     def no_network(root, train, download):
         (Path(root) / "MNIST" / "raw").mkdir(parents=True)
         raise RuntimeError("Error downloading train-images:\nTried a\nTried b")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(datasets, "MNIST", no_network)
-        message = stopped(capsys, "--data-root", tmp_path / "new", *out, script=homomorphic)
+    monkeypatch.setattr(datasets, "MNIST", no_network)
+    message = stopped(capsys, *line, tmp_path / "new", script=homomorphic)
     assert "new/MNIST is missing" in message and "train-images: Tried a Tried b" in message
 
-    write_cifar(tmp_path, "cifar-10-batches-py", {f"data_batch_{i}": 60 for i in range(1, 6)} | {"test_batch": 40}, "labels")
-    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, md5=None: True)
-    data = homomorphic.load_data(homomorphic.parse_args([*line, "--dataset", "cifar10"]), CPU)
-    assert [images.shape for images, _ in data] == [(k, 3, 32, 32) for k in (300, 300, 40)]
-    image = data[0][0][7].permute(1, 2, 0).numpy()
-    assert (image == datasets.CIFAR10(tmp_path).data[7]).all() and data[0][0].is_contiguous()
-    assert data[2][1].tolist() == [i % 10 for i in range(40)] and data[2][1].dtype == torch.int64
-
-def test_tiny_imagenet_comes_as_arrays(tmp_path):
-    """Of the size that prepare.py wrote, which --size 64 leaves as they are; its preset has 200 classes."""
-    line = f"--dataset tinyimagenet --data-root {tmp_path} --batch-size 64".split()
-    write_arrays(tmp_path, train=70, val=9)
-    images = torch.randint(256, (70, 3, 64, 64)).byte()
-    np.save(tmp_path / "train-images.npy", images.numpy())
-    config = homomorphic.parse_args(line)
-    (train, labels), _, (test, _) = homomorphic.load_data(config, CPU)
-    assert torch.equal(train, images) and labels.tolist() == [i % 2 for i in range(70)] and len(test) == 9
-    assert torch.equal(homomorphic.middle(train / 255, config), images / 255)
-    assert homomorphic.parse_args(["--dataset", "folder"]).classes == 1000
-
-def test_homomorphic_presets_and_bad_input(tmp_path, capsys):
+def test_homomorphics_presets():
     parse = lambda line="": homomorphic.parse_args(line.split())
     c = parse()
     assert (c.dataset, c.group, c.epochs, c.batch_size, c.lr) == ("mnist", "translation", 500, 4096, 0.1)
@@ -2650,23 +2456,11 @@ def test_homomorphic_presets_and_bad_input(tmp_path, capsys):
     for dataset, arch in (("cifar10", "resnet20"), ("tinyimagenet", "tiny")):
         c = parse(f"--dataset {dataset}")
         assert (c.arch, c.epochs, c.projector) == (arch, 1300, "512-2048-512")
-    assert (parse("--dataset tinyimagenet").classes, parse("--dataset tinyimagenet").size) == (200, 64)
+    assert (c.classes, c.size, parse("--dataset folder").classes) == (200, 64, 1000)
     method = homomorphic.Method(parse("--width 0.1 --lr 0.5"))
     optimizer = homomorphic.make_optimizer(method, method.config)
-    assert isinstance(optimizer, homomorphic.LARS) and optimizer.decay == 1e-4
-    assert optimizer.defaults["lr"] == 0.5 and type(homomorphic.make_optimizer(method, parse("--quick"))) is torch.optim.SGD
-    for line, word in (
-        ("--size 28 --arch tiny --group rotation --width 0.06", "--size 28 does not fit --arch tiny: a stride on 8 x 8"),
-        ("--size 15", "--size must be 16"), ("--width 0", "width must be more than 0"),
-        ("--classes 0", "classes must be more"), ("--base-size 0", "base-size must be more"),
-        ("--group rotation --structure none", "--structure none"), ("--group shear", "shear"),
-        ("--group scale --base-size 7", "no two different"), ("--group rotation --base-size 4", "no two different"),
-        ("--group scale --distance 0.5", "no two different"), ("--distance -1", "distance must be 0 or more"),
-        ("--ssl augmented --distance 2", "--ssl homomorphic"), ("--ssl frozen --base-size 2", "--base-size is for"),
-        ("--dataset mnist --data-root /dev/null/x", "x/MNIST is missing"), ("--dataset stl10", "stl10"),
-    ):
-        message = stopped(capsys, *tiny(homomorphic, tmp_path / "run", *line.split()), script=homomorphic)
-        assert "error: " in message and word in message, line
+    assert isinstance(optimizer, homomorphic.LARS) and optimizer.decay == 1e-4 and optimizer.defaults["lr"] == 0.5
+    assert type(homomorphic.make_optimizer(method, parse("--quick"))) is torch.optim.SGD
 
 # ----------------------------------------------------------------------------------- photonics_reg
 
@@ -2898,12 +2692,12 @@ def test_photonics_fine_tuning_is_a_regression_of_the_difference(mode, absolute)
     wrong = method.regressor(method.encoder((view(cells)[:, None] - 1) / 19)) - (labels - empty)
     want = wrong.abs().mean() if absolute else (wrong**2).mean()
     assert loss.item() == pytest.approx(want.item(), rel=1e-5) and terms == {}
-    before = {name: value.clone() for name, value in method.state_dict().items()}
+    before = state(method)
     got = photonics_reg.predict(method, cells)
-    assert method.training and all(torch.equal(before[k], x) for k, x in method.state_dict().items())
+    assert method.training and unchanged(method, before) and not got.requires_grad
     method.eval()
     output = method.regressor(method.encoder((cells[:, None] - 1) / 19))
-    assert torch.allclose(got, output + empty, atol=1e-5) and not got.requires_grad
+    assert torch.allclose(got, output + empty, atol=1e-5)
 
 def test_photonics_presets():
     parse = lambda line: photonics_reg.parse_args(line.split())
@@ -2923,8 +2717,7 @@ def test_photonics_data(tmp_path):
     config = photonics_reg.parse_args(tiny_photonics(tmp_path / "run", "--splits", "3", "--seed", "5"))
     (unlabelled, nothing, test), *splits = photonics_reg.load_data(config, CPU)
     rows = lambda cells: {tuple(x) for x in cells.flatten(1).tolist()}
-    draw = lambda n, seed: photonics_reg.draw_cells("gpm", n, seed).float()
-    pool, wanted, ours = draw(37, 1), draw(64, 99), draw(8, 2)
+    wanted, pool, ours = (photonics_reg.draw_cells("gpm", n, seed).float() for n, seed in ((64, 99), (37, 1), (8, 2)))
     assert torch.equal(unlabelled[0], wanted) and torch.equal(test[0], ours) and nothing is None
     assert len(rows(torch.cat([wanted, pool, ours]))) == 64 + 37 + 8
     for train, validation, same in splits:
@@ -2937,7 +2730,7 @@ def test_photonics_data(tmp_path):
 def test_computed_labels_are_kept(tmp_path, monkeypatch, capsys):
     """On the CPU, whatever the device; a computation that was stopped goes on."""
     config = photonics_reg.parse_args(["--cutoff", "1", "--data-root", str(tmp_path)])
-    label, calls = lambda n: photonics_reg.labelled_cells(config, n, 1, CPU)[1], []
+    label, calls = lambda n, device=CPU: photonics_reg.labelled_cells(config, n, 1, device)[1], []
     solve = photonics_reg.density_of_states
 
     def counted(eps, cutoff):
@@ -2952,23 +2745,14 @@ def test_computed_labels_are_kept(tmp_path, monkeypatch, capsys):
         label(20)
     calls[:] = [CPU] * 100
     whole = label(20)
-    assert torch.equal(label(6), whole[:6]) and calls == [CPU] * 112
-    assert torch.equal(whole, solve(photonics_reg.draw_cells("gpm", 20, 1), 1).float())
-    there = photonics_reg.labelled_cells(config, 20, 1, torch.device("meta"))  # as on a GPU
-    assert {x.device.type for x in there} == {"meta"} and len(calls) == 112
+    assert torch.equal(label(6), whole[:6]) and label(20, torch.device("meta")).is_meta  # as on a GPU
+    assert calls == [CPU] * 112 and torch.equal(whole, solve(photonics_reg.draw_cells("gpm", 20, 1), 1).float())
     [path] = (tmp_path / "photonics").iterdir()
     sound = torch.load(path, weights_only=True)
     for damage in (b"PK", sound | {"made_by": [25, 6, 0.02]}, [1]):
         path.write_bytes(damage) if isinstance(damage, bytes) else torch.save(damage, path)
         line = tiny_photonics(tmp_path / "run", "--data-root", str(tmp_path))
         assert str(path) in stopped(capsys, *line, script=photonics_reg)
-
-def photonics_training(*line):
-    """train of a command line, from its beginning."""
-    config = photonics_reg.parse_args(tiny_photonics(*line))
-    device = photonics_reg.start(config)
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    return photonics_reg.train(config, photonics_reg.load_data(config, device), device, None, None)
 
 def test_every_epoch_has_its_place_and_every_step_its_rate(tmp_path, monkeypatch):
     """Pre-training: a cosine of SGD's rate over 4 steps; each of two splits: Adam's, 6 steps alike."""
@@ -2980,46 +2764,31 @@ def test_every_epoch_has_its_place_and_every_step_its_rate(tmp_path, monkeypatch
     assert plan(*few) == [(0, 1, (2, 256)), (0, 2, (2, 256)), *tune] and plan(*few, "--pretrained", "x") == tune
     assert plan(*few, "--mode", "supervised") == tune
     rates = spied_rates(photonics_reg, monkeypatch)
-    _, log = photonics_training(tmp_path / "run", "--splits", "2", "--eval-every", "2")
+    photonics_reg.main(tiny_photonics(tmp_path / "run", "--eval-every", "2"))
+    log = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["log"]
     assert [line["epoch"] for line in log if "test_error" in line] == [4, 5, 7, 8]  # always after the last
     cosine = [0.005 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
     assert sum(rates, []) == pytest.approx(cosine + [1e-3] * 12)
 
-def test_every_step_of_cells_draws_anew_and_every_epoch_follows_from_its_number(tmp_path, monkeypatch):
+def test_every_step_of_cells_draws_anew_and_every_epoch_follows_from_its_number():
     """The order and views of an epoch; the weights at the start of a stage."""
-    shifts, symmetries = [], photonics_reg.draw_symmetries
-    spy = lambda *args: shifts.append(symmetries(*args)) or shifts[-1]
-    monkeypatch.setattr(photonics_reg, "draw_symmetries", spy)
-    monkeypatch.setattr(photonics_reg, "draw_views", lambda *args: None)
-    photonics_training(tmp_path / "run")
-    photonics_training(tmp_path / "other", "--seed", "3")
-    drawn = [tuple(shift.flatten().tolist()) for _, _, shift in shifts]
-    assert len(drawn) == 2 * (2 * 4 + 6) == len({*drawn})
-    config, orders, data = photonics_reg.parse_args(tiny_photonics("unused")), [], (torch.arange(75), -torch.arange(75))
-    for split, epoch in ((0, 1), (0, 2), (1, 1), (0, 1)):
-        batches = [*photonics_reg.batches(data, config, split, epoch)]
-        assert all(torch.equal(cells, -labels) and len(cells) == 32 for cells, labels in batches)
-        orders.append(torch.cat([cells for cells, _ in batches]).tolist())
-    assert len({*map(tuple, orders)}) == 3 and orders[0] == orders[3] and len({*orders[0]}) == 64
+    config, epochs = photonics_reg.parse_args(tiny_photonics("unused")), []
+    for config.seed, split, epoch in ((0, 0, 1), (0, 0, 2), (0, 1, 1), (3, 0, 1), (0, 0, 1)):
+        batches = photonics_reg.batches((torch.arange(75), -torch.arange(75)), config, split, epoch)
+        steps = [(cells.tolist(), labels.tolist(), torch.rand(1).item()) for cells, labels in batches]
+        assert all(cells == [-label for label in labels] and len(cells) == 32 for cells, labels, _ in steps)
+        assert len({*steps[0][0], *steps[1][0]}) == 64
+        epochs.append(steps)
+    assert epochs[4] == epochs[0] and len({str(steps[0][0]) for steps in epochs}) == 4
+    assert len({draw for steps in epochs[:4] for _, _, draw in steps}) == 8
     heads = [photonics_reg.begin(config, split, None, CPU)[0].regressor[0].weight for split in (1, 2, 1)]
     assert torch.equal(heads[0], heads[2]) and not torch.equal(heads[0], heads[1])
 
 @pytest.fixture(scope="module")
 def four_modes(tmp_path_factory):
     out = tmp_path_factory.mktemp("photonics") / "run"
-    photonics_reg.main(tiny_photonics(out, "--mode", "all", "--splits", "2"))
+    photonics_reg.main(tiny_photonics(out, "--mode", "all"))
     return out
-
-@pytest.mark.parametrize("step, done", ((3, 1), (6, 2), (12, 5)))
-def test_a_photonics_run_goes_on(step, done, four_modes, tmp_path, monkeypatch, capsys):
-    """Stopped in the pre-training and in the first epoch of each split, and continued."""
-    line = tiny_photonics(tmp_path, "--splits", "2", "--save-every", "0")
-    interrupted(photonics_reg, step, line, monkeypatch, capsys)
-    photonics_reg.main(line)
-    assert f"{done} of 8 epochs done" in capsys.readouterr().out
-    assert same_end(four_modes / "essl", tmp_path)
-    one, two = (torch.load(x / "checkpoint.pt", weights_only=True) for x in (four_modes / "essl", tmp_path))
-    assert all(torch.equal(x, two["pretrained"][name]) for name, x in one["pretrained"].items())
 
 def test_a_run_of_all_modes(four_modes, monkeypatch, capsys):
     read = lambda out: json.loads((out / "results.json").read_text())
@@ -3029,59 +2798,53 @@ def test_a_run_of_all_modes(four_modes, monkeypatch, capsys):
         start, *log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert start["epoch"] == 0 and {"command", "torch", "device", "threads"} <= start.keys() & results.keys()
         tuned = [line for line in log if line["split"]]
-        assert [line["epoch"] for line in log] == [*range(1, 7 if mode == "supervised" else 9)]
         for name, choose in (("", lambda part: part[2]),
                              ("_validation_minimum", lambda part: min(part, key=lambda x: x["validation_error"])),
                              ("_test_minimum", lambda part: min(part, key=lambda x: x["test_error"]))):
             chosen = [choose(part)["test_error"] for part in (tuned[:3], tuned[3:])]
             assert results[f"dos_error{name}"] == pytest.approx(np.mean(chosen), rel=1e-3)
             assert results[f"dos_error{name}_std"] == pytest.approx(np.std(chosen), rel=1e-3)
-        assert results["dos_error"] == whole[f"dos_error_{mode}"]
-        assert results["dos_error_std"] == whole[f"dos_error_{mode}_std"]
+        for name in ("dos_error", "dos_error_std"):
+            assert results[name] == whole[name.replace("error", f"error_{mode}")]
         assert results["images_per_second"] > 0 and results["train_seconds"] > 0 and results["peak_memory_gb"] == 0
         saved = torch.load(out / "checkpoint.pt", weights_only=True)
-        config = json.loads((out / "config.json").read_text())
-        assert config == saved["config"] and (config["device"], config["precision"]) == ("cpu", "fp32")
-        assert (saved["script"], saved["log"]) == ("photonics_reg", [start, *log])
-        config = photonics_reg.Config(**config)
+        assert saved["config"] == json.loads((out / "config.json").read_text()) and saved["log"] == [start, *log]
+        config = photonics_reg.Config(**saved["config"])
         data, method = photonics_reg.load_data(config, CPU), photonics_reg.Method(config, 2)
         method.load_state_dict(saved["method"])  # of the last split
         for name, (cells, labels) in zip(("validation_error", "test_error"), data[2][1:]):
             error = 100 * photonics_reg.dos_error(photonics_reg.predict(method, cells), labels)
             assert error == pytest.approx(log[-1][name], rel=1e-5)
-        encoder = torch.load(out / "encoder.pt", weights_only=True)
-        assert all(torch.equal(encoder[name], x) for name, x in method.encoder.state_dict().items())
-        assert (saved["pretrained"] is None) == (mode == "supervised")
-        assert ("transform_top1" in results) == (mode == "essl")
+        assert unchanged(method.encoder, torch.load(out / "encoder.pt", weights_only=True))
         drawn = [name for name in files.split() if mode != "supervised" or name != "views.png"]
         assert sorted(path.name for path in out.iterdir()) == drawn
-    assert results["transform_top1"] == pytest.approx(log[1]["transform_top1"], rel=1e-3)
+    assert results["transform_top1"] == pytest.approx(log[1]["transform_top1"], rel=1e-3)  # of the last, essl
     empty = photonics_reg.dos_error(photonics_reg.empty_lattice(CPU).expand_as(labels), labels)
     assert whole["dos_error_empty_lattice"] == pytest.approx(100 * empty, rel=1e-3)
     assert whole["dos_error"] == whole["dos_error_essl"] and (whole["epochs"], whole["seed"]) == (2, 0)
     times = {path: path.stat().st_mtime_ns for path in four_modes.glob("*/*")}
     monkeypatch.setattr(photonics_reg, "load_data", None)
-    photonics_reg.main(tiny_photonics(four_modes, "--mode", "all", "--splits", "2"))  # finished, at once
-    assert times == {path: path.stat().st_mtime_ns for path in four_modes.glob("*/*")}
+    photonics_reg.main(tiny_photonics(four_modes, "--mode", "all"))  # finished, at once
+    assert times == {path: path.stat().st_mtime_ns for path in four_modes.glob("*/*")} and read(four_modes) == whole
     printed = capsys.readouterr().out
-    assert printed.count("is finished") == 5 and printed.count("compare.py") == 4 and read(four_modes) == whole
+    assert printed.count("is finished") == 5 and printed.count("compare.py") == 4
     assert re.search(rf"dos_error_supervised +{whole['dos_error_supervised']} % ", printed)
 
 def test_results_of_cells_are_written_again_and_are_of_the_run(four_modes, tmp_path, monkeypatch, capsys):
-    """Damaged files that do no harm; results without a checkpoint; another run in the folder."""
+    """Damaged files that do no harm; another run in the folder; results without a checkpoint."""
     whole, out = four_modes / "simclr", tmp_path / "run"
     shutil.copytree(whole, out)
-    line = tiny_photonics(out, "--mode", "simclr", "--splits", "2")
+    line = tiny_photonics(out, "--mode", "simclr")
     (out / "results.json").unlink()
     for name in ("config.json", "encoder.pt", "metrics.jsonl"):
         (out / name).write_bytes(b"\xff{")
     photonics_reg.main(line)
-    assert json.loads((out / "results.json").read_text()) == json.loads((whole / "results.json").read_text())
-    assert unharmed(out, whole) and torch.load(out / "encoder.pt").keys() == torch.load(whole / "encoder.pt").keys()
-    monkeypatch.setattr(photonics_reg, "load_data", None)  # refused before labels are computed
-    message = stopped(capsys, *line, "--alpha", "0", "--cutoff", "2", script=photonics_reg)
+    assert (out / "results.json").read_text() == (whole / "results.json").read_text() and unharmed(out, whole)
+    assert torch.load(out / "encoder.pt").keys() == torch.load(whole / "encoder.pt").keys()
+    with monkeypatch.context() as patch:
+        patch.setattr(photonics_reg, "load_data", None)  # refused before labels are computed
+        message = stopped(capsys, *line, "--alpha", "0", "--cutoff", "2", script=photonics_reg)
     assert "alpha was 5.0, is 0.0" in message and "cutoff was 1, is 2" in message and "--out" in message
-    monkeypatch.undo()
     (out / "checkpoint.pt").unlink()
     interrupted(photonics_reg, 6, [*line, "--save-every", "0"], monkeypatch, capsys)
     assert not (out / "results.json").exists()
@@ -3090,47 +2853,16 @@ def test_views_png_of_cells(tmp_path, monkeypatch):
     """Four cells, each with its views and, where they are predicted, its versions."""
     shown = []
     monkeypatch.setattr(photonics_reg, "frame", lambda image, color: shown.append(image) or torch.zeros(3, 4, 4))
-    for mode, kind, columns in (("essl", "gpm", 7), ("essl", "blob", 7), ("simclr", "gpm", 3)):
+    for mode, columns in (("essl", 7), ("simclr", 3)):
         shown.clear()
-        method, cells, _ = photonics_method(f"--mode {mode} --dataset {kind}")
+        method, cells, _ = photonics_method(f"--mode {mode}")
         torch.manual_seed(1)
         photonics_reg.draw_views(tmp_path / "v.png", method, cells[:4])
         torch.manual_seed(1)
-        versions, _ = photonics_reg.versions(cells[:4], kind)
-        draw = lambda: photonics_reg.apply_symmetries(cells[:4], *photonics_reg.draw_symmetries(4, kind, False, CPU))
-        want = [cells[:4], draw(), draw(), *versions.chunk(4)][:columns]
+        versions, _ = photonics_reg.versions(cells[:4], "gpm")
+        want = [cells[:4], *method.views(cells[:4]), *versions.chunk(4)][:columns]
         want = [(column[row] - 1) / 19 for row in range(4) for column in want]
         assert len(shown) == len(want) and all(torch.equal(a[0], b) for a, b in zip(shown, want))
-
-def test_compile_changes_nothing_for_cells(runs, tmp_path, monkeypatch):
-    """With torch's tracer but no compiler behind it: one graph for each network and shape."""
-    original, traced = torch.compile, []
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", lambda f, **how: traced.append(f.__self__) or original(
-        f, backend="eager", fullgraph=True, **how))
-    photonics_training(tmp_path / "run", "--save-every", "0", "--compile")
-    assert [type(network).__name__ for network in traced] == ["Sequential"] * 5
-    assert same_end(runs(photonics_reg), tmp_path / "run")
-
-@pytest.mark.parametrize("what", ("loss", "weights"))
-def test_what_is_not_finite_is_never_saved_of_cells(what, tmp_path, monkeypatch, capsys):
-    """A loss with a finite gradient, or the reverse, at the second epoch's last step; then Ctrl-C."""
-    forward, calls = photonics_reg.Method.forward, []
-
-    def lost(self, *batch):
-        (loss, terms), p = forward(self, *batch), next(self.parameters())
-        calls.append(1)
-        wrong = math.nan if what == "loss" else (p - p.detach()).abs().sqrt().sum()  # 0, its slope is not
-        return loss + wrong if len(calls) == 4 else loss, terms
-
-    monkeypatch.setattr(photonics_reg.Method, "forward", lost)
-    line = tiny_photonics(tmp_path / "run", "--save-every", "0")
-    message = stopped(capsys, *line, script=photonics_reg)
-    assert "epoch 2" in message and "--lr 0.01" in message
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert saved["log"][-1]["epoch"] == 1
-    assert all(value.isfinite().all() for value in saved["method"].values())
-    interrupted(photonics_reg, 1, line, monkeypatch, capsys)
 
 def test_fine_tuning_starts_from_the_pretrained_encoder(four_modes, tmp_path, monkeypatch):
     """In every split; also from another run's, single or of all modes; frozen, it stays so, but for
@@ -3140,11 +2872,11 @@ def test_fine_tuning_starts_from_the_pretrained_encoder(four_modes, tmp_path, mo
 
     def spied(*args):
         method, optimizer = begin(*args)
-        starts.append(all(torch.equal(method.encoder.state_dict()[name], x) for name, x in saved.items()))
+        starts.append(unchanged(method.encoder, saved))
         return method, optimizer
 
     monkeypatch.setattr(photonics_reg, "begin", spied)
-    line = ["--mode", "simclr", "--splits", "2"]
+    line = ["--mode", "simclr"]
     photonics_reg.main(tiny_photonics(tmp_path / "whole", *line))
     for run in (four_modes, four_modes / "simclr"):
         out = tmp_path / run.name
@@ -3158,19 +2890,15 @@ def test_fine_tuning_starts_from_the_pretrained_encoder(four_modes, tmp_path, mo
 
 PHOTONICS_BAD = [
     ("--epoch 3", "--epoch"), ("gpm", "gpm"), ("--dataset cifar10", "blob"), ("--mode moco", "simclr+transform"),
-    ("--epochs 0", "epochs must be more than 0"), ("--splits 0", "splits must be more than 0"),
-    ("--lr nan", "lr must be"), ("--tune-weight-decay -1", "weight-decay must be 0 or more"),
-    ("--batch-size 1", "2 or more"), ("--limit 5", "6 or more"), ("--device tpu", "tpu"),
-    ("--out /dev/null", "/dev/null"), ("--out /proc/x", "/proc/x"),
-    ("--cutoff 8", "--cutoff must be less than 8"),
-    ("--batch-size 65", "more than the 64 cells"),
-    ("--tune-batch-size 33", "more than the 32 cells"),
-    ("--data-root /dev/null/data", "/dev/null/data"),
-    ("--pretrained nowhere", "nowhere"), ("--mode all --pretrained nowhere", "nowhere/checkpoint.pt: FileNotFoundError"),
+    ("--epochs 0", "epochs must be more than 0"), ("--lr nan", "lr must be"),
+    ("--tune-weight-decay -1", "weight-decay must be 0 or more"), ("--batch-size 1", "2 or more"),
+    ("--limit 5", "6 or more"), ("--device tpu", "tpu"), ("--out /dev/null", "/dev/null"),
+    ("--cutoff 8", "--cutoff must be less than 8"), ("--batch-size 65", "more than the 64 cells"),
+    ("--tune-batch-size 33", "more than the 32 cells"), ("--data-root /dev/null/data", "/dev/null/data"),
+    ("--mode all --pretrained nowhere", "nowhere/checkpoint.pt: FileNotFoundError"),
     ("--pretrained RUN --arch paper", "arch was small, is paper"),
     ("--pretrained RUN/essl --mode simclr", "mode was essl, is simclr"),
-    ("--pretrained RUN/new", "not ended its pre-training"),
-    ("", "start it without torchrun"),
+    ("--pretrained RUN/new", "not ended its pre-training"), ("", "start it without torchrun"),
     ("--mode all --out RUN/essl", "Choose another --out"),
 ]
 
@@ -3187,18 +2915,6 @@ def test_photonics_bad_input(four_modes, tmp_path, monkeypatch, capsys):
     parse = lambda line: photonics_reg.parse_args(line.split())
     assert parse("--frozen --pretrained x/y/").out == "runs/photonics_reg-frozen=True-pretrained=y"
     assert parse("--pretrained=~/x").pretrained == os.path.expanduser("~/x")
-
-def test_full_memory_and_a_full_disk_of_cells_in_one_line(tmp_path, monkeypatch, capsys):
-    for problem, words in ((torch.OutOfMemoryError("CUDA out of memory. Tried ..."), "batch-size"),
-                           (OSError(28, "No space left on device"), "No space left on device")):
-        def train(*args):
-            raise problem
-
-        monkeypatch.setattr(photonics_reg, "train", train)
-        assert words in stopped(capsys, *tiny_photonics(tmp_path / "run"), script=photonics_reg)
-    problem = RuntimeError("size mismatch")
-    with pytest.raises(RuntimeError, match="size"):  # other faults are not hidden
-        photonics_reg.main(tiny_photonics(tmp_path / "run"))
 
 # ----------------------------------------------------------------------------------------- compare
 
@@ -3261,13 +2977,12 @@ def test_geometry_measures_what_it_says(monkeypatch):
     got = measure()  # none moves; 20 rows fit any rotation of 21 dimensions
     assert all(math.isnan(got[name]) for name in ("gamma_f", "wahba_so", "wahba_o"))
 
-@pytest.mark.parametrize("script", (simsiam_essl, care))
+@of_scripts([simsiam_essl, care])
 def test_embeddings_are_of_the_projector_in_eval_mode(script):
     method, images = batch_of(script)
     z = compare.embed(method, images)
-    mean, std = torch.tensor(script.MEAN_STD["patterns"])[..., None, None]
     method.eval()
-    want = F.normalize(method.projector(method.encoder((images / 255 - mean) / std)))
+    want = F.normalize(method.projector(method.encoder(normalised(script, images / 255))))
     assert torch.allclose(z, want, atol=1e-5)
     cosines = compare.positive_cosines(method, images)
     assert cosines.shape == (16,) and cosines.min() < 0.9995
@@ -3305,12 +3020,9 @@ def test_r2_says_how_much_is_known():
         assert compare.r2_score(answers, score) > least and error < 0.03
         error, answers = read(0 * fit, fit, 0 * score)
         assert abs(compare.r2_score(answers, score)) < 0.01 and error == pytest.approx(1, abs=0.2)
-    guess, ratios = t + 0.3 * torch.randn(2000, 3), []
-    for p in range(3):
-        mean = sum(t[:, p].tolist()) / 2000
-        left = sum((a - b) ** 2 for a, b in zip(guess[:, p].tolist(), t[:, p].tolist()))
-        ratios.append(1 - left / sum((a - mean) ** 2 for a in t[:, p].tolist()))
-    assert compare.r2_score(guess, t) == pytest.approx(sum(ratios) / 3, rel=1e-4)
+    guess = t + 0.3 * torch.randn(2000, 3)
+    ratios = [1 - ((guess[:, p] - t[:, p]) ** 2).mean() / t[:, p].var(correction=0) for p in range(3)]
+    assert compare.r2_score(guess, t) == pytest.approx(sum(ratios).item() / 3, rel=1e-4)
     assert math.isnan(compare.r2_score(torch.ones(5, 1), torch.zeros(5, 1)))  # a constant parameter
     assert compare.standardised(torch.ones(13, 2), 9).abs().max() == 0
 
@@ -3334,47 +3046,37 @@ def test_readouts_are_chosen_on_the_held_out_fifth(monkeypatch):
         known = compare.what_is_known("rotation", None, torch.randn(40, 4), data, draw)
         assert known["best"] == known[best] and known["ridge"] != known["mlp"]
 
-def test_transformations_and_what_pixels_know_of_them():
-    """Draws are the same for every run; operations equal torchvision's."""
+def test_transformations():
+    """Draws are the same for every run; operations equal torchvision's; those of colour leave gray images alone."""
     x = simclr_essl.draw_patterns(300, 0)[0] / 255
-    for name in compare.TRANSFORMATIONS:
+    theirs = {"brightness": (-0.4, 0.4, lambda x, v: TF.adjust_brightness(x, 1 + v)),
+              "contrast": (-0.4, 0.4, lambda x, v: TF.adjust_contrast(x, 1 + v)),
+              "saturation": (-0.4, 0.4, lambda x, v: TF.adjust_saturation(x, 1 + v)), "hue": (-0.1, 0.1, TF.adjust_hue),
+              "blur": (0.1, 2, lambda x, v: TF.gaussian_blur(x, 13, v)),
+              "flip": (0, 1, lambda x, v: TF.hflip(x) if v else x),
+              "rotation": (0, 3, lambda x, v: TF.rotate(x, 90 * v)),
+              "crop": (0, 32, lambda x, box: TF.resized_crop(x, *map(int, box), [32, 32], antialias=True))}
+    assert theirs.keys() == set(compare.TRANSFORMATIONS)
+    for name, (low, high, operation) in theirs.items():
         torch.manual_seed(1)
         values, parameters = compare.draw_values(name, 300, 32)
         torch.manual_seed(2)
-        again, _ = compare.draw_values(name, 300, 32)
-        assert torch.equal(values, again) and len(parameters) == 300
-        assert compare.transformed(name, x, values).shape == x.shape
-        gray = compare.transformed(name, x[:, :1], values)
-        assert gray.shape == (300, 1, 32, 32)
-        assert (name in compare.GRAY) != torch.allclose(gray, x[:, :1], atol=1e-3), name
-    ranges = {"brightness": (-0.4, 0.4), "contrast": (-0.4, 0.4), "saturation": (-0.4, 0.4),
-              "hue": (-0.1, 0.1), "blur": (0.1, 2)}
-    theirs = {"brightness": lambda x, v: TF.adjust_brightness(x, 1 + v),
-              "contrast": lambda x, v: TF.adjust_contrast(x, 1 + v),
-              "saturation": lambda x, v: TF.adjust_saturation(x, 1 + v), "hue": TF.adjust_hue,
-              "blur": lambda x, v: TF.gaussian_blur(x, 13, v),
-              "flip": lambda x, v: TF.hflip(x) if v else x}
-    for name, operation in theirs.items():
-        values, parameters = compare.draw_values(name, 300, 32)
-        assert torch.equal(parameters, values.view(300, 1))
-        low, high = ranges.get(name, (0, 1))
+        assert torch.equal(values, compare.draw_values(name, 300, 32)[0]) and len(parameters) == 300
         assert low <= values.min() < low + 0.01 and high - 0.02 < values.max() <= high
-        changed = compare.transformed(name, x, values)
-        for i in range(5):
-            assert torch.allclose(changed[i], operation(x[i], values[i].item()), atol=1e-5), name
+        changed, gray = compare.transformed(name, x, values), compare.transformed(name, x[:, :1], values)
+        for i, value in enumerate(values[:5].squeeze().tolist()):
+            assert torch.allclose(changed[i], operation(x[i], value), atol=1e-5), name
+        assert (name in compare.GRAY) != torch.allclose(gray, x[:, :1], atol=1e-3), name
+        if name == "crop":
+            areas = values[:, 2] * values[:, 3]
+            assert torch.allclose(parameters, torch.cat([values[:, :2] + values[:, 2:] / 2, areas.log()[:, None]], 1))
+            assert 0.18 < areas.min() / 1024 < 0.25 < 0.9 < areas.max() / 1024 <= 1
+        else:
+            want = F.one_hot(values, 4) if name == "rotation" else values.view(300, 1)
+            assert torch.equal(parameters, want.float())
     assert compare.draw_values("flip", 300, 32)[1].mean() == pytest.approx(0.5, abs=0.1)
-    box, parameters = compare.draw_values("crop", 300, 32)
-    assert torch.allclose(parameters[:, 2], (box[:, 2] * box[:, 3]).log())
-    assert 0.18 < parameters[:, 2].exp().min() / 1024 < 0.25 < 0.9 < parameters[:, 2].exp().max() / 1024 <= 1
-    assert (parameters[:, 0] == box[:, 0] + box[:, 2] / 2).all() and (parameters[:, 1] == box[:, 1] + box[:, 3] / 2).all()
-    cut = compare.transformed("crop", x, box)
-    assert torch.allclose(cut[0], TF.resized_crop(x[0], *box[0].int().tolist(), [32, 32], antialias=True), atol=1e-5)
-    turns, parameters = compare.draw_values("rotation", 300, 32)
-    turned = compare.transformed("rotation", x, turns)
-    assert all(torch.equal(turned[i], TF.rotate(x[i], 90 * turns[i].item())) for i in range(9))
-    assert torch.equal(parameters.argmax(1), turns) and len(turns.unique()) == 4
 
-def test_what_features_know(monkeypatch):
+def test_what_features_know():
     method, _ = batch_of(simclr_essl)
     images = simclr_essl.draw_patterns(300, 0)[0]
 
@@ -3407,66 +3109,41 @@ def test_accuracy_of_features(monkeypatch):
     assert compare.accuracy(features, data) == {"knn": 100, "linear": 70, "rate": 0.1}
     assert calls == [*((64, 64, 16, rate, 50, 1) for rate in worse), (80, 80, 20, 0.1, 50, 5)]
 
-def test_means_over_seeds():
-    """Runs that differ in their seed are one row of the table; one that is alone shows no deviation."""
-    geometry = {"width": 8, "wahba_so": math.nan, "wahba_o": 0.5, "gamma_f": 0.25, "moved": 1.0, "overlap_at_5": 10.0}
-    rows = [{"name": f"a-seed={n}-lam=0", "knn": 40.0 + n, "linear": 50.0, "layers": [n, 1.0], "layers_unmoved": [1.0, 1.0],
-             "r2": {"rotation": {"best": 0.25 * n, "mlp": 0.25 * n, "ridge": 0.125}}, "geometry": geometry} for n in (0, 2)]
-    merged = compare.over_seeds(rows)
-    assert merged["name"] == "a-lam=0" and merged["knn"] == (41, 1)
-    assert merged["layers"] == [(1, 1), (1, 0)] and math.isnan(merged["geometry"]["wahba_so"][0])
-    text = compare.tables([merged, compare.over_seeds(rows[:1])]).splitlines()
-    cells = lambda line: [cell.strip() for cell in line.strip("|").split("|")]
-    # what all names share is left out, if anything is left
-    assert cells(text[4]) == ["a-lam=0", "41.0±1.0", "50.0", "-", "0.50", "0.25", "1.00", "10.0", "8"]
-    assert cells(text[5]) == ["seed=0", "40.0", "50.0", "-", "0.50", "0.25", "1.00", "10.0", "8"]
-    assert cells(text[9]) == ["", "rotation", "rotation, linear"]
-    assert cells(text[11]) == ["a-lam=0", "0.25±0.25", "0.12"]
-    assert "error of each layer (if f(x) is left as it is): 1 (1), 1 (1)" in "\n".join(text)
-
-def stand_in(name, images, labels, config=None):
-    """A run whose features are those of 2 x 2 pixels; images and labels to learn from are those to test."""
-
-    class Method(torch.nn.Module):
-        def __init__(self, scale):
-            super().__init__()
-            self.encoder = torch.nn.AdaptiveAvgPool2d(2)
-            self.register_buffer("mean", torch.tensor(scale))
-            self.register_buffer("std", torch.ones(()))
-
-        def features(self, x):
-            assert x.shape[2:] == (8, 8) and x.dtype == torch.float32 and 0 <= x.min() <= x.max() <= 1
-            return self.encoder(self.mean * x).flatten(1)
-
-    config = config or simclr_essl.Config(dataset="folder", size=8, limit=3, batch_size=2)
-    seen = []
-
-    def load_data(config, device):
-        seen.append(config)
-        return (images, labels), (images, labels), (images, labels)
-
-    script = types.SimpleNamespace(load_data=load_data, middle=simclr_essl.middle, FREE=simclr_essl.FREE, SCRIPT="x", seen=seen)
-    return compare.Run(name, script, config, dict(vars(config)), {}, [{"epoch": 0}], Method(1.0), Method(2.0))
-
 def fewer_images(monkeypatch):
     for name, value in dict(FIT=120, SCORE=50, MOVED=50, AUGMENTATIONS=2, QUERIES=20).items():
         monkeypatch.setattr(compare, name, value)
     probe = compare.linear_probe
     monkeypatch.setattr(compare, "linear_probe", lambda *args, **how: probe(*args, **how | {"epochs": 2}))
 
+class Pixels(torch.nn.Module):
+    """A method whose features are those of 2 x 2 pixels."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.encoder = torch.nn.AdaptiveAvgPool2d(2)
+        self.register_buffer("mean", torch.tensor(scale))
+        self.register_buffer("std", torch.ones(()))
+
+    def features(self, x):
+        assert x.shape[2:] == (8, 8) and x.dtype == torch.float32 and 0 <= x.min() <= x.max() <= 1
+        return self.encoder(self.mean * x).flatten(1)
+
 @pytest.mark.parametrize("channels", (1, 3))
-def test_compare_photographs_and_gray_images(channels, tmp_path, monkeypatch, capsys):
+def test_compare_photographs_and_gray_images(channels, tmp_path, monkeypatch):
     """Arrays mapped from the disk, of another size than the network's; of gray ones six transformations."""
     fewer_images(monkeypatch)
     pixels = np.random.default_rng(0).integers(256, size=(200, channels, 16, 24), dtype=np.uint8)
     np.save(tmp_path / "images.npy", pixels)
-    images = torch.from_numpy(np.load(tmp_path / "images.npy", mmap_mode="r+"))
-    run = stand_in("a", images, torch.arange(200) % 4)
+    images, labels = torch.from_numpy(np.load(tmp_path / "images.npy", mmap_mode="r+")), torch.arange(200) % 4
+    config, limits = simclr_essl.Config(dataset="folder", size=8, limit=3, batch_size=2), []
+    script = types.SimpleNamespace(middle=simclr_essl.middle, FREE=simclr_essl.FREE, SCRIPT="x", load_data=(
+        lambda config, device: limits.append(config.limit) or 3 * [(images, labels)]))
+    run = compare.Run("a", script, config, dict(vars(config)), {}, [{"epoch": 0}], Pixels(1.0), Pixels(2.0))
     data = compare.load_images(run, CPU)
-    assert run.script.seen[0].limit == 0 and run.config.limit == 3
+    assert limits == [0] and config.limit == 3
     assert data.images.shape == (170, channels, 8, 8) and data.images.dtype == torch.uint8 and data.fit == 120
     rows = torch.randperm(200, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(data.images[120:], simclr_essl.middle(images[rows[:50]], run.config))
+    assert torch.equal(data.images[120:], simclr_essl.middle(images[rows[:50]], config))
     assert torch.equal(data.labels, torch.cat([rows[:120], rows[:50]]) % 4)
     compare.compare_images([run], CPU, tmp_path)
     saved = json.loads((tmp_path / "compare.json").read_text())
@@ -3485,21 +3162,19 @@ def test_compare_from_end_to_end(runs, tmp_path, monkeypatch, capsys):
     torch.save(saved, tmp_path / "simclr_essl-seed1" / "checkpoint.pt")
     loaded = [compare.load_run(folder, "", CPU) for folder in folders]
     assert loaded[2].method.config.precision == "fp32" and len(compare.group_seeds(loaded)) == 3
+    data = compare.load_images(loaded[0], CPU)
+    compare.say_how_long(loaded, data, {"flip": compare.draw_values("flip", len(data.images), 32)})
+    assert "6 networks, trained and untrained: this takes about 0:" in capsys.readouterr().out
     saved["config"]["precision"] = "fp32"
     torch.save(saved, tmp_path / "simclr_essl-seed1" / "checkpoint.pt")
-    seen, measure = [], compare.measure
-    monkeypatch.setattr(compare, "measure", lambda name, *args: seen.append(name) or measure(name, *args))
     compare.main([*folders, "--out", str(tmp_path / "all")])
-    assert seen == ["simclr_essl", "untrained, as simclr_essl", "care", "untrained, as care", "simclr_essl-seed1",
-                    "untrained, as simclr_essl-seed1"]
     text, protocol = (tmp_path / "all" / "compare.md").read_text().split("\nWhat encoders know")
     assert text in capsys.readouterr().out and "facebookresearch/SIE" in protocol
     saved = json.loads((tmp_path / "all" / "compare.json").read_text(), parse_constant=pytest.fail)  # no NaN
     assert saved["means"][0]["geometry"]["wahba_so"] == [None, None]  # 25 images for 32 dimensions
     means, rows = {mean["name"]: mean for mean in saved["means"]}, saved["runs"]
-    assert [mean["name"] for mean in saved["means"]] == ["simclr_essl", "care", "untrained, as simclr_essl",
-                                                             "untrained, as care"]
-    assert means["simclr_essl"]["r2"]["hue"]["mlp"] == [rows["simclr_essl"][0]["r2"]["hue"]["mlp"], 0]  # the same weights
+    assert [*means] == ["simclr_essl", "care", "untrained, as simclr_essl", "untrained, as care"]
+    assert means["simclr_essl"]["r2"]["hue"]["mlp"] == [rows["simclr_essl"][0]["r2"]["hue"]["mlp"], 0]
     moved = [rows[name][1]["geometry"]["moved"] for name in ("simclr_essl", "simclr_essl-seed1")]
     assert means["untrained, as simclr_essl"]["geometry"]["moved"][1] == pytest.approx(abs(moved[0] - moved[1]) / 2)
     assert moved[0] != moved[1]
@@ -3508,34 +3183,6 @@ def test_compare_from_end_to_end(runs, tmp_path, monkeypatch, capsys):
         assert f"{mean['r2']['rotation']['ridge'][0]:z.2f}" in text and mean["geometry"]["width"] in ([32, 0], [16, 0])
     pictures = ["cosines.png", "curves.png", "r2.png", "retrieval.png"]
     assert sorted(path.name for path in (tmp_path / "all").glob("*.png")) == pictures
-    features = simclr_essl.extract(compare.load_run(folders[0], "", CPU).method, drawn(4000, 1)[0][:120])
-    assert features.shape == (120, 128)
-
-def test_r2_is_drawn_as_a_heatmap(tmp_path, monkeypatch):
-    """A row for each method, the number in each cell, and what training changed as colour and in brackets."""
-    row = lambda name, *values: {"name": name, "r2": {key: {"best": (value, 0.0)} for key, value in zip(("crop", "hue"), values)}}
-    figures = []
-    monkeypatch.setattr(compare.pyplot.Figure, "savefig", lambda self, path: figures.append(self))
-    compare.draw_r2("unused", [row("a-x", 0.5, 0.25), row("a-y", 0.9, math.nan)], [row("u", 0.75, 0.2), row("v", 0.1, 0.0)])
-    axis = figures[0].axes[0]
-    assert [text.get_text() for text in axis.texts] == ["0.50\n(-0.25)", "0.25\n(+0.05)", "0.90\n(+0.80)", "nan\n(+nan)"]
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["x", "y"]
-    assert [label.get_text() for label in axis.get_xticklabels()] == ["crop", "hue"]
-    assert axis.images[0].get_array()[0].tolist() == pytest.approx([-0.25, 0.05])
-
-def test_compare_says_beforehand_how_long_it_takes(monkeypatch, capsys):
-    run = stand_in("a", None, None)
-    other = compare.Run("b", run.script, run.config, {}, {}, [], run.method, run.untrained)
-    data, seen, ticks = compare.Data(torch.zeros(45, 3, 8, 8), torch.zeros(45), 31), [], iter([100.0, 103.0, 110.0, 113.0])
-    draws = {name: compare.draw_values(name, 45, 8) for name in compare.TRANSFORMATIONS}
-    monkeypatch.setattr(compare, "extract", lambda method, images, view: images)
-    monkeypatch.setattr(compare, "what_is_known", lambda *args: seen.append(args))
-    monkeypatch.setattr(compare, "time", types.SimpleNamespace(time=lambda: next(ticks)))
-    compare.say_how_long([run, other], data, draws)
-    _, _, features, tenth, (values, _) = seen[0]
-    assert len(seen) == 2 and len(features) == len(values) == len(tenth.labels) == 5 and tenth.fit == 4
-    # 3 s for a tenth of the images: 30 s for each of 8 + 3 parts of two runs and the network that both began as
-    assert "3 networks, trained and untrained: this takes about 0:16:30" in capsys.readouterr().out
 
 def test_what_cannot_be_compared(runs, tmp_path, monkeypatch, capsys):
     refused = lambda *words: stopped(capsys, *words, "--out", tmp_path / "x", script=compare)
@@ -3554,28 +3201,22 @@ def test_what_cannot_be_compared(runs, tmp_path, monkeypatch, capsys):
     assert "cannot be compared: they differ in dataset" in refused(whole, changed("dataset", dataset="cifar10"))
     few = changed("few", dataset="folder", data_root=str(tmp_path), batch_size=2)
     assert "first run: python prepare.py" in refused(few)
-    for split, n in (("train", 4), ("val", 9)):
-        np.save(tmp_path / f"{split}-images.npy", np.zeros((n, 3, 32, 32), np.uint8))
-        np.save(tmp_path / f"{split}-labels.npy", np.arange(n) % 2)
+    write_arrays(tmp_path, train=4, val=9)
     assert "have 4 images" in refused(few)
-    np.save(tmp_path / "train-labels.npy", np.zeros(4, np.int64))
+    write_arrays(tmp_path, train=4, val=0)
     assert "nothing to evaluate on" in refused(few)
-    for name, content in (("cut", None), ("other", {"script": "numpy", "config": {}}), ("old", {"script": "care", "config": {"x": 1}})):
-        folder = changed(name)
-        if content:
-            torch.save(content, folder / "checkpoint.pt")
-        else:
-            os.truncate(folder / "checkpoint.pt", 1000)
-        assert f"{name} cannot be loaded" in refused(folder)
-    (tmp_path / "cut" / "checkpoint.pt").unlink()
-    assert "it has no checkpoint.pt" in refused(tmp_path / "cut")
+    folder = changed("old", x=1)  # a field that Config has no more
+    assert "old cannot be loaded" in refused(folder)
+    os.truncate(folder / "checkpoint.pt", 1000)
+    assert "old cannot be loaded" in refused(folder)
+    (folder / "checkpoint.pt").unlink()
+    assert "it has no checkpoint.pt" in refused(folder)
     assert "--out" in stopped(capsys, whole, "--out", "/dev/null/x", script=compare)
-    assert "unrecognized arguments" in stopped(capsys, whole, "--outt", "x", script=compare)
-    monkeypatch.setattr(compare, "measure", lambda *args: [0][1 << 70:] + [torch.empty(1 << 60)])
+    monkeypatch.setattr(compare, "measure", lambda *args: torch.empty(1 << 60))
     assert "memory is full" in refused(whole)
 
-def test_clouds_that_turn(tmp_path, monkeypatch, capsys):
-    """A run of care.py on chains, alone."""
+def test_clouds_that_turn(tmp_path, capsys):
+    """A run of care.py on chains, its own measures, and compare.py's."""
     method, cloud = care.Method(care.parse_args(["--dataset", "chains"])), care.draw_chains(1, 0)[0]
     cloud = F.pad(cloud - cloud.mean(0), (0, 1), value=1.0)
     paths = compare.turned_paths(method, cloud)
@@ -3584,9 +3225,14 @@ def test_clouds_that_turn(tmp_path, monkeypatch, capsys):
     still = compare.geometry(method, cloud.expand(40, -1, -1), lambda x, share: x)
     assert still["moved"] == 0 and still["width"] == 16
     run = tmp_path / "run"
-    care.main("--quick --dataset chains --limit 64 --epochs 1 --batch-size 32".split() + ["--out", str(run)])
+    care.main(f"--quick --dataset chains --limit 64 --epochs 1 --batch-size 32 --knn-every 1 --out {run}".split())
+    results = json.loads((run / "results.json").read_text())
+    assert "knn_top1" not in results and not (run / "views.png").exists()
+    for name in ("axis_mse", "axis_angle_degrees"):
+        assert math.isfinite(results[name]) and math.isfinite(results["random_init_" + name])
     compare.main([str(run), "--out", str(tmp_path)])
-    assert f"{tmp_path} has compare.json and paths.png" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "random_init_axis_angle_degrees" in printed and f"{tmp_path} has compare.json and paths.png" in printed
     rows = json.loads((tmp_path / "compare.json").read_text())
     assert [row["name"] for row in rows] == ["run", "untrained, as run"] and rows[0]["moved"] > 0.01
     assert (tmp_path / "paths.png").stat().st_size > 5000
@@ -3606,24 +3252,19 @@ def test_layers_of_a_run(runs, tmp_path, monkeypatch):
 
 def test_layer_errors():
     """Zero for rotation; small for translation; larger for scale; large without structure."""
-    errors = {}
-    for group, structure in (("rotation", "equivariant"), ("translation", "equivariant"),
-                             ("scale", "equivariant"), ("translation", "none"), ("scale", "none")):
+    for group, structure, least, most in (
+        ("rotation", "equivariant", 0, 1e-12), ("translation", "equivariant", 0, 0.1), ("scale", "equivariant", 0, 0.4),
+        ("translation", "none", 0.5, 2), ("scale", "none", 0.5, 2)):
         method, x, images = homo_method("--structure", structure, group=group)
-        errors[group, structure], unmoved = compare.layer_errors(method, images)
-        assert min(unmoved) > 0.1
-    assert max(errors["rotation", "equivariant"]) < 1e-12
-    assert max(errors["translation", "equivariant"]) < 0.1
-    assert max(errors["scale", "equivariant"]) < 0.4
-    assert errors["translation", "none"][-1] > 0.5 and errors["scale", "none"][-1] > 0.5
+        errors, unmoved = compare.layer_errors(method, images)
+        assert errors[-1] >= least and max(errors) < most and min(unmoved) > 0.1
     # the first layer by hand: plane i of the image against plane j of the magnified image
     method, x, images = homo_method(group="scale")
     got, scales, wanted = compare.layer_errors(method, images), homomorphic.SCALES, []
-    mean, std = torch.tensor(homomorphic.MEAN_STD["patterns"])[..., None, None]
     layer, inner = method.eval().encoder.layers[0], slice(8, 24)
     for i in range(5):
         factor = scales[i + 1] / scales[i]
-        z, w = (layer((y - mean) / std) for y in (x, homomorphic.transform(x, factor, "scale")))
+        z, w = (layer(normalised(homomorphic, y)) for y in (x, homomorphic.transform(x, factor, "scale")))
         moved = homomorphic.transform(z[:, :, i], factor, "scale")[..., inner, inner]
         here, plane = z[:, :, i + 1, inner, inner], w[:, :, i + 1, inner, inner]
         wanted.append([((a - plane).norm() / plane.norm()).item() for a in (moved, here)])
@@ -3647,7 +3288,7 @@ def test_benchmark_of_a_script(name, monkeypatch):
         flops = [x["tflops"] * x["step_ms"] for x in (row, alone)]
         assert flops[0] / flops[1] == pytest.approx(2, rel=0.01)
 
-def test_benchmark_of_losses_and_bad_words(capsys):
+def test_benchmark_of_losses_and_photographs(capsys):
     [row] = benchmark.loss_rows(16, (128,))
     assert all(row[f"{name} ms"] > 0 for name in benchmark.LOSSES)
     for name in ("sfrik L=2", "sfrik L=3"):  # without q x q elements
@@ -3658,77 +3299,3 @@ def test_benchmark_of_losses_and_bad_words(capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["simclr"])
     assert "choose a script of" in capsys.readouterr().err
-    benchmark.main(["--help"])
-    assert "python benchmark.py sfrik" in capsys.readouterr().out
-
-# --------------------------------------------------------------------------------- fault campaign
-
-# A short form runs with the other tests. By hand, with its counts:
-# CAMPAIGN=20 python -m pytest -s -k campaign test_all.py
-CAMPAIGN = int(os.environ.get("CAMPAIGN", 1))
-
-ALL = [simclr_essl, simsiam_essl, care, sfrik, homomorphic, photonics_reg]
-campaign = of_scripts(ALL if CAMPAIGN > 1 else [sfrik])
-
-@campaign
-def test_campaign_of_kills(script, arena, runs, tmp_path):
-    """SIGKILL at random moments, until the run has come to its end all the same; and again."""
-    draw, seconds, codes, ends = random.Random(0), 3, [], 0
-    while len(codes) - ends < CAMPAIGN:
-        out = tmp_path / f"killed{ends}"
-        code, passed, _ = arena(script, out, blow=draw.uniform(0, seconds))
-        codes.append(code)
-        if code == 0:
-            ends, seconds = ends + 1, passed
-            assert unharmed(out, runs(script))
-    assert arena(script, out)[0] == 0 and unharmed(out, runs(script))
-    print(f"\n{script.__name__}: {len(codes) - ends} kills, {ends + 1} runs, all ended as the undisturbed one")
-
-@campaign
-def test_campaign_of_full_disks(script, arena, runs, tmp_path):
-    """No file can grow over a size, first that of config.json, then random; then there is room again."""
-    largest, draw, codes = (runs(script) / "checkpoint.pt").stat().st_size, random.Random(0), []
-    for i in range(CAMPAIGN):
-        out, size = tmp_path / f"full{i}", int(largest ** draw.uniform(0.3, 1.02)) if i else 30_000
-        codes.append(arena(script, out, size=size)[0])
-        assert codes[-1] in (0, 1) and (i or codes == [1] and not [*out.glob("checkpoint*")])
-        assert arena(script, out)[0] == 0 and unharmed(out, runs(script))
-    print(f"\n{script.__name__}: {sum(codes)} of {len(codes)} runs stopped by a full disk, none lost")
-
-def children(pid):
-    """Processes that the process has started."""
-    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat")]
-    stats = [(int(stat.split()[0]), int(stat.rpartition(")")[2].split()[1])) for stat in stats]
-    return [child for child, parent in stats if parent == pid]
-
-@of_scripts(ALL[:5] if CAMPAIGN > 1 else [sfrik])
-def test_campaign_of_lost_processes(script, tmp_path):
-    """torchrun trains and writes once; one of two is killed: the other ends, too; then the run goes on."""
-    draw, name = random.Random(script.__name__), f"{script.__name__}.py"
-
-    def launch(out):
-        line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-        line += [name, *tiny(script, out, "--save-every", "0")]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(line, cwd=HERE, stdout=pipe, stderr=pipe, text=True)
-
-    undisturbed, whole = launch(tmp_path / "whole"), tmp_path / "whole"  # at the same time
-    for i in range(max(1, CAMPAIGN // 10)):
-        out = tmp_path / f"lost{i}"
-        run = launch(out)
-        while not (out / "checkpoint.pt").exists():
-            assert run.poll() is None, run.stderr.read()
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.5))
-        both = children(run.pid)
-        if len(both) == 2:
-            os.kill(both[draw.randrange(2)], signal.SIGKILL)
-        _, problem = run.communicate(timeout=120)
-        assert run.returncode == (len(both) == 2), problem
-        assert not any(Path(f"/proc/{pid}").exists() for pid in both)
-        again = launch(out)
-        _, problem = again.communicate(timeout=120)
-        assert undisturbed.wait(120) == 0 and again.returncode == 0 and unharmed(out, whole), problem
-    assert undisturbed.stdout.read().count("epoch 3/3") == 1
-    assert json.loads((whole / "results.json").read_text())["processes"] == 2
-    print(f"\n{script.__name__}: {i + 1} times one of two processes was lost, and the run continued")
