@@ -72,7 +72,7 @@ MAY_DIFFER = {
     "SCRIPT": (6, "the name of the script"),
     "Config": (6, "the method's flags"),
     "PRESETS": (6, "the paper's values"),
-    "QUICK": (3, "the method's epochs; CARE's is for clouds, too"),
+    "QUICK": (4, "the method's epochs; CARE's is for clouds, too"),
     "FREE": (2, "photonics_reg evaluates errors, not kNN"),
     "PHOTOS": (4, "the paper's datasets"),
     "Method": (6, "the method"),
@@ -3269,6 +3269,21 @@ def test_layer_errors():
         here, plane = z[:, :, i + 1, inner, inner], w[:, :, i + 1, inner, inner]
         wanted.append([((a - plane).norm() / plane.norm()).item() for a in (moved, here)])
     assert [got[0][0], got[1][0]] == pytest.approx(np.mean(wanted, axis=0), rel=1e-4)
+
+def test_r2_is_drawn_as_a_heatmap(tmp_path, monkeypatch):
+    """A row for each method, the number in each cell, and what training changed as colour and in brackets."""
+    def row(name, *values):
+        return {"name": name, "r2": {key: {"best": (value, 0.0)} for key, value in zip(("crop", "hue"), values)}}
+
+    figures = []
+    monkeypatch.setattr(compare.pyplot.Figure, "savefig", lambda self, path: figures.append(self))
+    trained, untrained = [row("a-x", 0.5, 0.25), row("a-y", 0.9, math.nan)], [row("u", 0.75, 0.2), row("v", 0.1, 0.0)]
+    compare.draw_r2("unused", trained, untrained)
+    axis = figures[0].axes[0]
+    assert [text.get_text() for text in axis.texts] == ["0.50\n(-0.25)", "0.25\n(+0.05)", "0.90\n(+0.80)", "nan\n(+nan)"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["x", "y"]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["crop", "hue"]
+    assert axis.images[0].get_array()[0].tolist() == pytest.approx([-0.25, 0.05])
 
 # --------------------------------------------------------------------------------------- benchmark
 
