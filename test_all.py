@@ -3271,14 +3271,14 @@ def test_layer_errors():
     assert [got[0][0], got[1][0]] == pytest.approx(np.mean(wanted, axis=0), rel=1e-4)
 
 def test_r2_is_drawn_as_a_heatmap(tmp_path, monkeypatch):
-    """A row for each method, the number in each cell, and what training changed as colour and in brackets."""
+    """A row for each method; numbers in the cells, and what training changed as colour and in brackets."""
     def row(name, *values):
         return {"name": name, "r2": {key: {"best": (value, 0.0)} for key, value in zip(("crop", "hue"), values)}}
 
     figures = []
     monkeypatch.setattr(compare.pyplot.Figure, "savefig", lambda self, path: figures.append(self))
-    trained, untrained = [row("a-x", 0.5, 0.25), row("a-y", 0.9, math.nan)], [row("u", 0.75, 0.2), row("v", 0.1, 0.0)]
-    compare.draw_r2("unused", trained, untrained)
+    trained = [row("a-x", 0.5, 0.25), row("a-y", 0.9, math.nan)]
+    compare.draw_r2("unused", trained, [row("u", 0.75, 0.2), row("v", 0.1, 0.0)])
     axis = figures[0].axes[0]
     assert [text.get_text() for text in axis.texts] == ["0.50\n(-0.25)", "0.25\n(+0.05)", "0.90\n(+0.80)", "nan\n(+nan)"]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["x", "y"]
