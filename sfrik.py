@@ -829,11 +829,12 @@ def write(path, content):
     os.replace(beside, path)
 
 def draw_views(path, method, images):
-    """A row for each image: the image and its two views."""
+    """A row for each image: the image, and the views of it that Method.views shows."""
+    columns = [images, *method.views(images)]
     tiles = []
-    for row in zip(images, *method.views(images)):
+    for row in zip(*columns):
         tiles += [frame(image, "white") for image in row]
-    save_image(tiles, path, nrow=3)
+    save_image(tiles, path, nrow=len(columns))
 
 def frame(image, color):
     """An image (C, H, W) as a tile of the pictures: 3 channels, 96 pixels wide, with a border."""

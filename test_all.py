@@ -89,7 +89,7 @@ MAY_DIFFER = {
     "batches": (4, "CARE's processes draw the same views, as chunks may span them; cells and H-SSL have labels"),
     "train_epoch": (4, "SimSiam's h keeps its rate, as cells' fine-tuning does; that and H-SSL need labels"),
     "train": (3, "H-SSL's classifier needs labels; cells have stages, each with a method and an optimizer"),
-    "draw_views": (5, "the method's views"),
+    "draw_views": (4, "the method's views"),
     "middle": (3, "SFRIK evaluates STL-10 at 96 pixels; H-SSL trains on whole images, so it is evaluated on them"),
     "knn_accuracy": (3, "the temperature of the paper's protocol"),
     "linear_probe": (4, "the paper's protocol"),
