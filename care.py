@@ -1150,12 +1150,14 @@ def parse_args(argv=None):
 
 def check(config, parser):
     """Ends the program if a setting has an impossible value; nan is neither > 0 nor >= 0."""
-    positive = ("size", "temperature", "epochs", "batch_size", "lr", "chunks", "queue")
+    positive = ("temperature", "epochs", "batch_size", "lr", "chunks", "queue")
     for name, value in asdict(config).items():
         if name in positive and not value > 0:
             parser.error(f"--{name.replace('_', '-')} must be more than 0")
         if not isinstance(value, str) and not value >= 0:
             parser.error(f"--{name.replace('_', '-')} must be 0 or more")
+    if config.size < 8:
+        parser.error("--size must be 8 or more")
     if not all(width.isdecimal() and int(width) > 0 for width in config.projector.split("-")):
         parser.error(f"widths look like 512-128, not like {config.projector}")
     if config.batch_size % WORLD > 0 or config.batch_size < 2 * WORLD:

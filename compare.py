@@ -117,7 +117,7 @@ def load_run(folder, data_root, device):
 def check_alike(runs):
     """Ends the program unless all runs have their own name and the same kind of images."""
     if len({run.name for run in runs}) < len(runs):
-        stop("two runs have the same folder name, by which the table tells them apart")
+        stop("two runs have the same folder name, by which the table tells them apart: rename one")
     for run in runs:
         for what, value in run.kind.items():
             if value != runs[0].kind[what]:
@@ -137,7 +137,7 @@ def load_images(run, device):
         config.validate = False  # which would test on a part of the training images
     _, bank, test = run.script.load_data(config, device)
     if bank is None:
-        stop(f"the data of {run.name} have nothing to evaluate on")
+        stop(f"the data of {run.name} have nothing to evaluate on: test images and two classes")
     images, labels = [], []
     for (all_images, all_labels), count in ((bank, FIT), (test, SCORE)):
         if len(all_labels) < 5:
@@ -345,7 +345,7 @@ def geometry(method, images, augmentation):
     augmentation(x, share) augments images or clouds, `share` consecutive ones alike.
     """
     z, draws = embed(method, images), []
-    for seed in range(AUGMENTATIONS):
+    for seed in with_progress(range(AUGMENTATIONS), AUGMENTATIONS, "geometry: augmentation"):
         def alike(x):
             torch.manual_seed(seed)  # the same augmentation for every part, and every network
             return augmentation(x, len(x))
@@ -669,7 +669,8 @@ def draw_pictures(out, names, groups, data):
     for name, group in zip(names, groups):
         curves[name] = [knn_curve(run) for run in group]
         cosines[name] = [histogram(positive_cosines(group[0].method, score[:MOVED]))]
-    draw_lines(out / "curves.png", curves, "epoch", "kNN accuracy by the script, percent")
+    if any(epochs for lines in curves.values() for epochs, _ in lines):  # if a script logged kNN
+        draw_lines(out / "curves.png", curves, "epoch", "kNN accuracy by the script, percent")
     draw_lines(out / "cosines.png", cosines, "cosine of the embeddings of two views of an image",
                "percent of the test images, per 0.05")
     if fit.shape[1] == 3:

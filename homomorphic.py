@@ -327,8 +327,8 @@ def fiber_pairs(config, shape):
     largest = config.distance if config.distance > 0 else math.inf
     pairs = fibers[(apart <= largest).nonzero()]
     if len(pairs) <= len(fibers):  # only those of a fiber with itself
-        stop(f"--base-size {config.base_size} and --distance {config.distance:g} leave no two "
-             f"different fibers of {height} x {width}")
+        stop(f"--base-size and --distance leave no two different fibers of {height} x {width}: "
+             "make --base-size smaller or --distance larger (0: any)")
     return pairs
 
 def spread(z):

@@ -882,6 +882,8 @@ def run_all_modes(config, device):
 def run(config, device):
     """Trains and evaluates one mode, or what is left to do of it."""
     out = Path(config.out)
+    if any((out / mode).exists() for mode in MODES):
+        stop(f"{out} holds a run of --mode all. Choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     saved = open_run(config, {})  # {}: the cells follow from the flags
     if saved is None or not (out / "results.json").exists():
