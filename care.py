@@ -25,12 +25,15 @@ Usage
 
 Differences between the paper, the authors' code and this file (more: results/README.md):
   - The code draws one pair of augmentations for all chunks. So does --share-pair, for all GPUs.
-  - L_equi is as in the code: 2 / m times the sum over a chunk of m images, which the published lam
-    fit. CIFAR-10's lam is the paper's 0.01 (code: 0.03).
-  - ImageNet100: L_equi sees crops, as in the paper (code: whole images). SimCLR's negatives come
-    from all GPUs (code: from its own). The probe's rate is 10 (the code's README; paper: 30).
-  - Probes use BatchNorm in eval mode and crops and flips only (code, CIFAR: neither). A batch has
-    one order of the colour operations; on a GPU the backbone is in bfloat16, products in TF32.
+  - L_equi is as in the code: 2 / m times the sum over a chunk of m images. The paper writes a mean;
+    its lam is taken for the code's form. CIFAR-10's lam is the paper's 0.01 (code: 0.03).
+  - ImageNet100: L_equi sees crops, as in the paper (code: the middle of the image). SimCLR's
+    negatives come from all GPUs (code: each GPU's own). The probe's rate is 10 (the code's README;
+    paper: 30).
+  - Probes use BatchNorm in eval mode, and of the augmentations crops and flips alone (code, CIFAR
+    and STL-10: train mode, all augmentations).
+  - A batch shares one order of the colour operations. On a GPU the backbone runs in bfloat16 and
+    matrix products in TF32.
   - Photographs are decoded once, to a middle square, and the views are cropped from that.
 """
 import io

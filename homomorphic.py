@@ -29,12 +29,11 @@ Usage
 
 Differences from the paper that change numbers, and choices of ours (more: results/README.md):
   - For rotation, images get a black row and column: a stride of 2 on maps of even size would break
-    the equivariance. With matching draws H-SSL and A-SSL then have the same loss, to rounding, but
-    for --base-size 1 only: a run of neighbouring planes ends at the last one ("contiguous elements"
-    in the paper), though rotations go round.
-  - Ours: orientations do not mix; the rate ignores the batch size; LARS's momentum and its 0.001.
-  - A-SSL's classifier sees x untransformed, in a third pass; MNIST's classifier has a stride of 1.
-  - On a GPU the encoder runs in bfloat16 and matrix products in TF32.
+    the equivariance. With matching draws H-SSL and A-SSL then have the same loss, up to rounding,
+    if --base-size is 1. With more they differ: a run of planes ends at the last one.
+  - Ours: orientations do not mix; the rate ignores the batch size; LARS's momentum and its 0.001;
+    A-SSL's classifier sees x untransformed, in a third pass; MNIST's classifier has a stride of 1.
+  - On a GPU the encoder runs in bfloat16, the rest in TF32. The paper trains in half precision.
 """
 import io
 import json

@@ -30,15 +30,15 @@ Usage
   python photonics_reg.py --mode all --frozen --pretrained "runs/photonics_reg-mode=all"
 
 Differences from paper [P] and authors' code [C] that change numbers (more: results/README.md):
-  - Cells and labels are our own ([C]: files made with MPB and MATLAB). The law of blob's cells is
-    not published: ours have one centered smooth inclusion.
-  - The DOS counts 6 bands, not 10. Its states are shared out over bins exactly ([C] samples them),
-    and smoothed by a Gaussian whose width is fixed in x ([C]: in frequency).
+  - Cells and labels are our own ([C]: files made with MPB and MATLAB). The shape of blob's centered
+    inclusion is ours: its generator is not published. Our cells are symmetric about the mirror.
+  - The states of the DOS are shared out over bins exactly ([C]'s data: sampled) and smoothed by a
+    Gaussian whose width is fixed in x ([C]'s data: it follows the cell's highest frequency).
   - gpm has two classes, turned by +-90 degrees or not, as in [P]; [C] has four.
-  - As in [C], the loss is a squared error ([P], --absolute: an absolute one), and the test error
-    leaves out x below 0.24 ([P]: nothing).
+  - As in [C], the fine-tuning's loss is a squared error ([P], --absolute: an absolute one), and the
+    test error leaves out x below 0.24 ([P]: nothing).
   - The last epoch counts; [C] takes the lowest test error of all epochs and of two encoders.
-  - A split is a random 6/7 of one pool, so two splits share most of their cells.
+  - A split is a random 6/7 of one pool; the rest are validation cells, which [C] has not.
   - On a GPU the encoder runs in bfloat16 and matrix products in TF32.
 """
 import io

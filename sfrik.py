@@ -30,13 +30,14 @@ Differences from the authors' slides and code that change numbers (more: results
 body of the paper was not at hand:
   - The loss is the code's: that of step 4 divided by lam, L_inv / lam + L_reg. The code's weight of
     L_inv / q, which is q / lam here, is 4000 for q = 8192 and 40000 for q = 32768.
-  - The code has weights b_l for L = 3 alone, and baselines for 20 % of ImageNet alone. Of AUH lam
-    is kept, so that its weight of L_inv / q, 3000 there, follows q. CIFAR, patterns and folders,
-    their settings, and one rate and lam for all losses on ImageNet and patterns are ours.
+  - Published are weights b_l for L = 3 alone, and settings of the baselines for 20 % of ImageNet
+    alone. Of AUH lam is kept, so that its weight of L_inv / q, 3000 there, follows q. Ours: CIFAR,
+    patterns and folders; one rate and lam for all losses on all of ImageNet and on patterns.
   - Views are bilinear (code: bicubic) and computed in floating point; a batch shares one order of
     the colour operations. On a GPU the networks run in bfloat16 and matrix products in TF32.
-  - The probe's last epoch counts, in the code its best. Of 1 and 10 % of the labels a probe is
-    trained, too, where the slides fine-tune. The SVM is of the run's data, the slides' of VOC07.
+  - The probe's last epoch counts, in the code its best. For 1 and 10 % of the labels the code
+    fine-tunes the network; here a probe is trained. The SVM is of the run's data (up to 100,000
+    images), the slides' of VOC07.
   - Photographs are decoded once, to a middle square, and the views are cropped from that.
 """
 import io

@@ -17,15 +17,15 @@ Algorithm 1 of the paper, for a batch of N images, backbone f, projector p1, pre
   5. step f, p1, h and p2 on loss_invariance + lam * loss_equivariance. lam = 0 is SimSiam.
 
 Usage
-  python simsiam_essl.py --quick                            built-in data, two minutes on a CPU
-  python simsiam_essl.py                                    the paper's CIFAR-10 run, on one GPU
-  python simsiam_essl.py --lam 0 --lr 0.03                  its SimSiam baseline
-  python simsiam_essl.py --dataset folder --data-root PATH  your images, decoded by prepare.py
+  python simsiam_essl.py --quick                              built-in data, two minutes on a CPU
+  python simsiam_essl.py                                      the paper's CIFAR-10 run, on one GPU
+  python simsiam_essl.py --lam 0 --lr 0.03 --batch-size 1024  its SimSiam baseline
+  python simsiam_essl.py --dataset folder --data-root PATH    your images, decoded by prepare.py
   torchrun --nproc_per_node=8 simsiam_essl.py --dataset imagenet --data-root PATH
 
 Differences from the paper and the authors' code that change numbers (more: results/README.md):
   - SimSiam and E-SimSiam share the default rate 0.06 and batch 512; the paper trains SimSiam at
-    0.03 and 1024.
+    0.03 and 1024, which has the same peak, 0.12.
   - Views are computed in floating point, and a batch shares one order of the colour operations.
   - On a GPU the backbone runs in bfloat16 and matrix products in TF32.
   - Photographs are decoded once, to a middle square, and the views are cropped from that.
