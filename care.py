@@ -487,12 +487,13 @@ def load_data(config, device):
         rows = random_rows(len(train[1]), config.limit)
         train = train[0][rows], train[1][rows]
     if len(train[1]) < config.batch_size:
-        stop(f"--batch-size {config.batch_size} is more than the {len(train[1])} images")
+        stop(f"--batch-size {config.batch_size} is more than the {len(train[1])} images: a quarter "
+             "of them is a good start")
     train = place(train, device)
     if config.dataset in CLOUDS:
         return train, None, place(test, device)
     if len(test[1]) == 0 or int(train[1].max()) == 0:
-        print("no evaluation: it needs test images, and two or more classes")
+        print("no evaluation: it needs test images (val/), and two or more classes")
         return train, None, None
     bank = place(bank, device) if bank else train
     return train, bank, place(test, device)
@@ -1181,12 +1182,12 @@ def main(argv=None):
     config = parse_args(argv)
     try:
         device = start(config)
-        Path(config.out).mkdir(parents=True, exist_ok=True)
         if RANK > 0:
             dist.barrier()  # the first process downloads
         data = load_data(config, device)
         if WORLD > 1 and RANK == 0:
             dist.barrier()
+        Path(config.out).mkdir(parents=True, exist_ok=True)
         method, log = train(config, data, device)
         if WORLD > 1:
             dist.barrier()

@@ -499,21 +499,21 @@ def tables(rows):
     return "\n\n".join(blocks + layers) + "\n"
 
 # %% PICTURES --------------------------------------------------------------------------------------
-def draw_r2(path, rows, untrained):
+def draw_r2(path, names, rows, untrained):
     """R^2 of every method (row) and transformation, coloured by how training changed it."""
     known, gained = [], []
     for row, before in zip(rows, untrained):
         r2 = {name: row["r2"][name]["best"][0] for name in row["r2"]}  # [0]: the mean over seeds
         known.append([*r2.values()])
         gained.append([r2[name] - before["r2"][name]["best"][0] for name in r2])
-    figure, axis = pyplot.subplots(figsize=(10, 2 + 0.6 * len(rows)))
+    figure, axis = pyplot.subplots(figsize=(10, 2.5 + 0.6 * len(rows)))
     image = axis.imshow(gained, cmap="PuOr", vmin=-0.6, vmax=0.6, aspect="auto")
     for i in range(len(rows)):
         for j, (r2, gain) in enumerate(zip(known[i], gained[i])):
             axis.text(j, i, f"{r2:z.2f}\n({gain:+z.2f})", ha="center", va="center",
                       color="white" if abs(gain) > 0.4 else "black")
     axis.set_xticks(range(len(known[0])), rows[0]["r2"], fontsize=10)
-    axis.set_yticks(range(len(rows)), short_names(rows), fontsize=10)
+    axis.set_yticks(range(len(rows)), names, fontsize=10)
     axis.set_title("R^2 of the parameters of each transformation, read from features\n"
                    "(in brackets and as colour: the change by training)", fontsize=12)
     figure.colorbar(image, label="change of R^2")
@@ -637,7 +637,7 @@ def compare_images(runs, device, out):
     """Measures runs on images and writes the table, the numbers and the pictures."""
     began, data = time.time(), load_images(runs[0], device)
     fit, score = data.images[:data.fit], data.images[data.fit:]
-    print(f"{len(runs)} runs, {len(fit)} images to learn from, {len(score)} to test", flush=True)
+    print(f"runs: {len(runs)}. Images to learn from: {len(fit)}, to test: {len(score)}", flush=True)
     names = TRANSFORMATIONS if fit.shape[1] == 3 else GRAY
     draws = {name: draw_values(name, len(data.images), fit.shape[3]) for name in names}
     if len(fit) >= 1000:
@@ -658,8 +658,9 @@ def compare_images(runs, device, out):
                "runs": {run.name: [run.row, run.untrained_row] for run in runs}}
     write(out / "compare.json", json.dumps(numbers, indent=1).replace("NaN", "null"))
 
-    draw_r2(out / "r2.png", trained, untrained)
-    draw_pictures(out, short_names(trained), groups, data)
+    names = short_names(rows)[:len(trained)]  # as in the tables
+    draw_r2(out / "r2.png", names, trained, untrained)
+    draw_pictures(out, names, groups, data)
     print(f"{text}\n{out} has compare.md, compare.json and pictures")
 
 def draw_pictures(out, names, groups, data):

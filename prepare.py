@@ -170,6 +170,8 @@ def choose(config):
         wanted = {line.strip() for line in lines if line.strip()}
         if not wanted:
             stop(f"{config.classes} names no classes")
+    if not config.path.is_dir():
+        stop(f"there is no folder {config.path}")
     if not train.is_dir():
         stop(f"{train} is missing: put the images there, in folders of classes if there are any")
     splits = {"train": list_pictures(train, wanted, config.per_class), "val": {}}

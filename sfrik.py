@@ -488,9 +488,10 @@ def load_data(config, device):
             unlabelled = choose(unlabelled, random_rows(len(unlabelled[1]), config.limit))
         train = place(unlabelled, device)
     if len(train[1]) < config.batch_size:
-        stop(f"--batch-size {config.batch_size} is more than the {len(train[1])} images")
+        stop(f"--batch-size {config.batch_size} is more than the {len(train[1])} images: a quarter "
+             "of them is a good start")
     if len(test[1]) == 0 or int(bank[1].max()) == 0:
-        print("no evaluation: it needs test images, and two or more classes")
+        print("no evaluation: it needs test images (val/), and two or more classes")
         return train, None, None
     return train, bank, place(test, device)
 
@@ -1080,12 +1081,12 @@ def main(argv=None):
     config = parse_args(argv)
     try:
         device = start(config)
-        Path(config.out).mkdir(parents=True, exist_ok=True)
         if RANK > 0:
             dist.barrier()  # the first process downloads
         data = load_data(config, device)
         if WORLD > 1 and RANK == 0:
             dist.barrier()
+        Path(config.out).mkdir(parents=True, exist_ok=True)
         method, log = train(config, data, device)
         if WORLD > 1:
             dist.barrier()

@@ -1308,7 +1308,8 @@ def test_prepare_knows_classes_by_name(tmp_path):
     (tmp_path / "train" / "phone" / "IMG_1.HEIC").write_bytes(b"heic")
     message = prepared(tmp_path, "--out", tmp_path / "x")
     assert "train/phone has no image" in message and ".heic 1" in message and "convert to JPEG first" in message
-    assert "train is missing" in prepared(tmp_path / "nowhere", "--out", tmp_path / "x")
+    for path, words in (("nowhere", "there is no folder"), ("val", "val/train is missing")):
+        assert words in prepared(tmp_path / path, "--out", tmp_path / "x")
     assert prepared(tmp_path, "--out", tmp_path / "x", "--size", 0) == 2 and not (tmp_path / "x").exists()
 
 def test_prepare_names_all_damaged_files_or_leaves_them_out(tmp_path, capsys):
@@ -3281,8 +3282,8 @@ def test_r2_is_drawn_as_a_heatmap(tmp_path, monkeypatch):
 
     figures = []
     monkeypatch.setattr(compare.pyplot.Figure, "savefig", lambda self, path: figures.append(self))
-    trained = [row("a-x", 0.5, 0.25), row("a-y", 0.9, math.nan)]
-    compare.draw_r2("unused", trained, [row("u", 0.75, 0.2), row("v", 0.1, 0.0)])
+    trained = [row("x", 0.5, 0.25), row("y", 0.9, math.nan)]
+    compare.draw_r2("unused", ["x", "y"], trained, [row("u", 0.75, 0.2), row("v", 0.1, 0.0)])
     axis = figures[0].axes[0]
     assert [text.get_text() for text in axis.texts] == ["0.50\n(-0.25)", "0.25\n(+0.05)", "0.90\n(+0.80)", "nan\n(+nan)"]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["x", "y"]
