@@ -129,9 +129,10 @@ PRESETS = {  # what datasets change
     "proteins": dict(lam=1.0, epochs=100, projector="128-16"),  # R^16: paper; others: ours
 }
 PRESETS["chains"] = PRESETS["proteins"]
-# what --base moco changes besides: on CIFAR to FAIR's demo, else the paper's temperature alone
+# What --base moco also changes: here, or for other datasets the temperature, to 0.1 (paper).
 MOCO_CIFAR = dict(temperature=0.1, optimizer="sgd", lr=0.03, final_lr=0.0, weight_decay=5e-4)
-MOCO = {"cifar10": MOCO_CIFAR, "cifar100": MOCO_CIFAR, "imagenet100": {}}
+MOCO = {"cifar10": MOCO_CIFAR, "cifar100": MOCO_CIFAR,  # as in FAIR's demo
+        "imagenet100": {}}  # nothing
 QUICK = dict(dataset="patterns", arch="small", epochs=12, knn_every=2, limit=4000)
 # what may change when a run is continued
 FREE = ("data_root", "out", "device", "compile", "save_every", "knn_every")
@@ -154,19 +155,19 @@ def nt_xent(z1, z2, temperature):
     similarity = z @ z.T / temperature  # (2N, 2N)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     similarity = similarity.masked_fill(itself, -torch.inf)
-    other_view = torch.arange(len(z), device=z.device).roll(len(z1))
+    other_view = torch.arange(len(z), device=z.device).roll(len(z1))  # N, ..., 2N-1, 0, ..., N-1
     return F.cross_entropy(similarity, other_view)
 
 def equivariance_loss(z1, z2, chunks):
     """L_equi of embeddings (N, D) under two augmentations that all rows of a chunk share.
 
-    Of a chunk of m rows, 2 / m times the sum of the squared differences of the two Gram matrices
-    (authors' code); the mean over the chunks. It is 0 if z2 = z1 R in every chunk.
+    Of a chunk of m rows, 2 / m times the sum of the squared differences of its two Gram matrices
+    (authors' code); then the mean over the chunks. 0 if z2 = z1 R with an orthogonal R.
     """
     z1 = F.normalize(z1).unflatten(0, (chunks, -1))  # (K, m, D)
     z2 = F.normalize(z2).unflatten(0, (chunks, -1))
     difference = z1 @ z1.mT - z2 @ z2.mT  # (K, m, m), 0 on the diagonals
-    return 2 * difference.square().sum(2).mean()
+    return 2 * difference.square().sum(2).mean()  # a mean over K chunks and m rows, hence 1 / m
 
 def invariance_loss(z1, z2):
     """L_inv: the mean distance of the two embeddings of an image, both (N, D), on the sphere."""
@@ -180,9 +181,10 @@ def uniformity_loss(z1, z2):
 def moco_loss(queries, keys, queue, temperature):
     """InfoNCE of MoCo: a query (N, D) must find its key (N, D) among those of the queue (Q, D)."""
     queries, keys = F.normalize(queries), F.normalize(keys)
-    own = (queries * keys).sum(1, keepdim=True)  # (N, 1)
-    similarity = torch.cat([own, queries @ queue.T], dim=1) / temperature  # (N, 1 + Q)
-    return F.cross_entropy(similarity, torch.zeros_like(own[:, 0], dtype=torch.int64))
+    positive = (queries * keys).sum(1)  # (N,)
+    similarity = torch.cat([positive[:, None], queries @ queue.T], dim=1) / temperature  # (N, 1+Q)
+    first_column = torch.zeros_like(positive, dtype=torch.int64)  # where the right key stands
+    return F.cross_entropy(similarity, first_column)
 
 class Method(nn.Module):
     """CARE: uint8 images (N, 3, H, W) to the loss of Algorithm 1 and terms for the log.
@@ -203,7 +205,7 @@ class Method(nn.Module):
             self.key_projector = deepcopy(self.projector).requires_grad_(False)
             random_keys = torch.randn(config.queue, self.projector[-1].out_features)
             self.register_buffer("queue", F.normalize(random_keys))
-            self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))  # row of the queue
+            self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))  # row of this key
         mean, std = MEAN_STD[config.dataset]  # constants: they need not be saved
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
@@ -215,16 +217,17 @@ class Method(nn.Module):
         if config.base == "moco":
             self.update_key_networks()
             keys = gather(self.embed_keys(x2_inv))
-            loss_inv = moco_loss(z1_inv, keys, self.queue.clone(), config.temperature)
+            queue = self.queue.clone()  # for the gradient, since update_queue overwrites it
+            loss_inv = moco_loss(z1_inv, keys, queue, config.temperature)
             self.update_queue(keys)
         else:
             z2_inv = gather(f(x2_inv))
-            loss_inv = self.contrast(z1_inv, z2_inv)
+            loss_inv = self.contrastive_loss(z1_inv, z2_inv)
         terms = {"contrast": loss_inv, "std": spread(z1_inv)}
         if config.lam == 0:
             return loss_inv, terms
 
-        z1_eq = gather(f(x1_eq))  # (N, D)
+        z1_eq = gather(f(x1_eq))  # (N, D), or fewer rows by --equivariance-batch
         z2_eq = gather(f(x2_eq))
         loss_equi = equivariance_loss(z1_eq, z2_eq, config.chunks)
         terms["equivariance"] = loss_equi
@@ -233,15 +236,16 @@ class Method(nn.Module):
     def views(self, images):
         """x1_inv and x2_inv: two views of each image, each by an augmentation of its own.
 
-        x1_eq and x2_eq: two views by augmentations that a chunk shares. SimCLR and MoCo have none.
+        x1_eq and x2_eq: two views by augmentations that a chunk shares; None if lam is 0.
         """
-        config, n = self.config, self.config.equivariance_batch
+        config = self.config
         x1_inv = self.augmented(images)
         x2_inv = self.augmented(images)
         if config.lam == 0:
             return x1_inv, x2_inv, None, None
+        n = config.equivariance_batch  # images that L_equi sees, of all processes
         images = images[:n // WORLD]
-        share = n if config.share_pair else n // config.chunks  # so many have one augmentation
+        share = n if config.share_pair else n // config.chunks  # images with the same augmentation
         x1_eq = self.augmented(images, share)
         x2_eq = self.augmented(images, share)
         return x1_inv, x2_inv, x1_eq, x2_eq
@@ -252,7 +256,7 @@ class Method(nn.Module):
             return rotate_randomly(images, share)
         return augment(images, **view_arguments(self.config), share=share)
 
-    def contrast(self, z1, z2):
+    def contrastive_loss(self, z1, z2):
         """InfoNCE of two views, or what --contrast puts in its place for the ablation."""
         if self.config.contrast == "infonce":
             return nt_xent(z1, z2, self.config.temperature)
@@ -278,8 +282,8 @@ class Method(nn.Module):
     @torch.no_grad()
     def update_queue(self, keys):
         """Puts the keys (N, D) of all processes in the place of the oldest ones of the queue."""
-        places = self.oldest + torch.arange(len(keys), device=keys.device)
-        self.queue[places % len(self.queue)] = F.normalize(keys)
+        rows = self.oldest + torch.arange(len(keys), device=keys.device)
+        self.queue[rows % len(self.queue)] = F.normalize(keys)  # after the last row the first
         self.oldest.add_(len(keys)).remainder_(len(self.queue))
 
     def encode(self, encoder, x):
@@ -297,7 +301,10 @@ class Method(nn.Module):
         return self.projector(self.features(x))
 
 def spread(z):
-    """Standard deviation of the normalised embeddings (N, D) times sqrt(D): 0 if they collapse."""
+    """Standard deviation of the normalised embeddings (N, D) times sqrt(D).
+
+    1 if they are spread evenly over the sphere, 0 if they collapse.
+    """
     return F.normalize(z.detach()).std(0).mean() * z.shape[1] ** 0.5
 
 # %% AUGMENT ---------------------------------------------------------------------------------------
@@ -313,16 +320,18 @@ def augment(images, size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1
     """Random views (N, 3, size, size) in [0, 1] of images (N, 3, H, W), uint8 or in [0, 1].
 
     scale: smallest and largest share of the area that a crop keeps. jitter: by how much at most
-    brightness, contrast, saturation and hue (in turns) change, in 80 % of the images. flip, gray,
-    blur and solarize are probabilities. radius: of the blur, in pixels. share: so many consecutive
-    images of the batch get the same augmentation.
+    brightness, contrast, saturation and hue (1: a full turn) change, in 80 % of the images. flip,
+    gray, blur and solarize are probabilities. radius: of the blur, in pixels. share: so many
+    consecutive images of the batch get the same augmentation.
     """
     n, _, height, width = images.shape
     x = TF.convert_image_dtype(images)  # uint8 to [0, 1]
 
     def uniform(low, high, draws=1):
-        # every process draws for the images of all, since several may have a part of one chunk
-        drawn = x.new_empty(math.ceil(WORLD * n / share), draws, 1, 1).uniform_(low, high)
+        # Images that share an augmentation may lie in several processes. So each process draws the
+        # same numbers for the images of all, one row for each augmentation, and keeps its own.
+        augmentations = math.ceil(WORLD * n / share)
+        drawn = x.new_empty(augmentations, draws, 1, 1).uniform_(low, high)
         return drawn.repeat_interleave(share, dim=0)[RANK * n:RANK * n + n]
 
     def chosen(probability):
@@ -347,7 +356,8 @@ def augment(images, size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1
 def draw_boxes(uniform, height, width, scale):
     """Boxes (N, 4), top, left, height, width, drawn as by torchvision's RandomResizedCrop.
 
-    Of ten random boxes the first that fits into the image is taken. uniform(low, high, draws)
+    Of ten random boxes the first that fits into the image is taken (if none fits, which hardly ever
+    happens, the first, cut to the image; torchvision: the middle). uniform(low, high, draws)
     returns random numbers (N, draws, 1, 1).
     """
     area = height * width * uniform(*scale, 10)  # (N, 10, 1, 1)
@@ -355,7 +365,7 @@ def draw_boxes(uniform, height, width, scale):
     h = (area / ratio).sqrt().round()
     w = (area * ratio).sqrt().round()
     fits = (h <= height) & (w <= width)
-    first = fits.byte().argmax(1, keepdim=True)  # (N, 1, 1, 1): if none fits, box 0
+    first = fits.byte().argmax(1, keepdim=True)  # (N, 1, 1, 1): index of the first 1, 0 if none
     h = h.gather(1, first).clamp(max=height)
     w = w.gather(1, first).clamp(max=width)
     top = (uniform(0, 1) * (height - h + 1)).floor()
@@ -365,13 +375,13 @@ def draw_boxes(uniform, height, width, scale):
 def crop(x, boxes, size):
     """The boxes (N, 4) cut out of x and resized, bilinear and antialiased: (N, 3, size, size).
 
-    A new pixel is a weighted mean of old ones, first along rows, then along columns. Both means
-    are products with a small matrix of weights.
+    A new pixel is a weighted mean of old ones. First the width becomes `size`, then the height,
+    each by a product with a small matrix of weights.
     """
     top, left, height, width = boxes[:, :, None, None, None].unbind(1)  # (N, 1, 1, 1)
-    rows = resizing_matrix(top, height, x.shape[2], size)  # (N, 1, size, H)
-    columns = resizing_matrix(left, width, x.shape[3], size)  # (N, 1, size, W)
-    return rows @ (x @ columns.mT)
+    vertical = resizing_matrix(top, height, x.shape[2], size)  # (N, 1, size, H)
+    horizontal = resizing_matrix(left, width, x.shape[3], size)  # (N, 1, size, W)
+    return vertical @ (x @ horizontal.mT)
 
 def resizing_matrix(start, length, source, size):
     """Weights (N, 1, size, source) of the `source` old pixels of a line in its `size` new ones.
@@ -379,11 +389,13 @@ def resizing_matrix(start, length, source, size):
     Bilinear, antialiased: a weight falls linearly with the distance from the new pixel's centre,
     to 0 at a distance of one pixel, old or new, whichever is larger.
     """
-    center = (torch.arange(size, device=start.device)[:, None] + 0.5) * length / size
-    pixel = torch.arange(source, device=start.device) + 0.5 - start  # (N, 1, 1, source)
+    # centres of the new (N, 1, size, 1) and old (N, 1, 1, source) pixels, in old pixels from the
+    # edge of the box
+    new = (torch.arange(size, device=start.device)[:, None] + 0.5) * length / size
+    old = torch.arange(source, device=start.device) + 0.5 - start
     reach = (length / size).clamp(min=1)
-    weight = (1 - (pixel - center).abs() / reach).clamp(min=0)
-    weight = weight * ((pixel > 0) & (pixel < length))  # nothing from outside of the box
+    weight = (1 - (old - new).abs() / reach).clamp(min=0)
+    weight = weight * ((old > 0) & (old < length))  # nothing from outside of the box
     return weight / weight.sum(3, keepdim=True)
 
 def brightness(x, change):
@@ -408,7 +420,8 @@ def shift_hue(x, turns):
     # hue in sixths of a turn: 0 is red, 2 green, 4 blue
     hue = torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
     hue = torch.where(value == red, (green - blue) / safe, hue)
-    # the usual formula from HSV to RGB, with an offset of 5 for red, 3 for green, 1 for blue
+    # from HSV to RGB: a channel is value - chroma * max(0, min(k, 4 - k, 1)), where k is the hue,
+    # counted from an offset of 5 for red, 3 for green, 1 for blue
     offset = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)
     k = (hue + 6 * turns + offset).remainder_(6)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
@@ -418,7 +431,8 @@ def gaussian_blur(x, sigma, radius=6):
     distance = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.exp(-0.5 * (distance / sigma) ** 2)  # (N, 1, 1, 2 radius + 1)
     kernel = kernel / kernel.sum(3, keepdim=True)
-    kernel = kernel.repeat_interleave(3, dim=0)  # one kernel and one group for each channel
+    kernel = kernel.repeat_interleave(3, dim=0)  # (3N, 1, 1, 2 radius + 1)
+    # to conv2d, one image of 3N channels; by groups, each channel is blurred by its own kernel
     x = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1)  # (3N, H + 2 radius, ...)
     x = F.conv2d(x, kernel, groups=len(kernel))
     x = F.conv2d(x, kernel.mT, groups=len(kernel))
@@ -552,7 +566,7 @@ def take(images, rows, device):
     batch = images[rows]
     if batch.device.type == device.type:
         return batch
-    return batch.pin_memory().to(device, non_blocking=True)  # nobody waits for a pinned copy
+    return batch.pin_memory().to(device, non_blocking=True)  # the CPU does not wait for the copy
 
 def random_rows(n, count):
     """The first `count` of n indices in a random order that is always the same."""
@@ -563,8 +577,9 @@ def draw_patterns(n, seed):
 
     A class is a periodic pattern, a sum of waves, seen at a random zoom, tilt, place and light.
     """
-    # frequencies; half of them are enough, since (-i, -j) is the same wave as (i, j)
+    # a wave (i, j) has i periods across and j down; (-i, -j) would be the same wave
     waves = [(i, j) for i in range(-2, 3) for j in range(3) if j > 0 or i > 0]
+    # the phases of its waves are all that a class is: (waves, classes)
     phases = math.tau * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (n,), generator=generator)
@@ -574,14 +589,15 @@ def draw_patterns(n, seed):
     light = math.tau * light
     x = (torch.arange(32) - 15.5) / 32
     y = x[:, None]
-    u = zoom * (tilt.cos() * x - tilt.sin() * y) + shift_x  # (n, 32, 32)
+    # (u, v) is the point of the pattern that the pixel (x, y) shows: (n, 32, 32) each
+    u = zoom * (tilt.cos() * x - tilt.sin() * y) + shift_x
     v = zoom * (tilt.sin() * x + tilt.cos() * y) + shift_y
     pattern = 0
     for (i, j), phase in zip(waves, phases):
         wave = torch.cos(math.tau * (i * u + j * v) + phase[labels, None, None])
-        pattern = pattern + wave / (i * i + j * j)
+        pattern = pattern + wave / (i * i + j * j)  # finer waves are weaker
     tone = 0.1 + 0.6 * torch.sigmoid(6 * pattern / pattern.std())
-    lit = tone * (1 + 0.6 * (light.cos() * x + light.sin() * y))
+    lit = tone * (1 + 0.6 * (light.cos() * x + light.sin() * y))  # brighter towards the light
     tint = 0.98 + 0.04 * torch.rand(n, 3, 1, 1, generator=generator)
     noise = 0.02 * torch.randn(n, 3, 32, 32, generator=generator)
     images = (lit[:, None] * tint + noise).clamp(0, 1)
@@ -703,8 +719,8 @@ class DeepSets(nn.Module):
         self.phi = nn.Sequential(*layers)
 
     def forward(self, clouds):
-        points, there = clouds.split((3, 1), dim=2)
-        return (self.phi(points) * there).sum(1) / there.sum(1)
+        points, is_point = clouds.split((3, 1), dim=2)
+        return (self.phi(points) * is_point).sum(1) / is_point.sum(1)
 
 def haar_rotations(n, device):
     """n rotations of space (n, 3, 3), uniform: rows that are orthogonal, of random directions."""
@@ -739,31 +755,32 @@ def axis_probes(method, data):
     """
     train, _, test = data
     torch.manual_seed(0)
-    embeddings, axes = [], []
+    pairs = []
     method.eval()
     for clouds, _ in (train, test):
         clouds = clouds.repeat(4, 1, 1)
         clouds = rotate(clouds, haar_rotations(len(clouds), clouds.device))
         with torch.no_grad():
             z = torch.cat([F.normalize(method.embed(part)) for part in clouds.split(256)])
-        embeddings.append(z.double())
-        axes.append(principal_axis(clouds).double())
+        pairs.append((z.double(), principal_axis(clouds).double()))
     method.train()
-    mean, std = embeddings[0].mean(0), embeddings[0].std(0).clamp(min=1e-6)
-    z, test_z = [F.pad((z - mean) / std, (0, 1), value=1.0) for z in embeddings]  # 1: the intercept
+    (z, axes), (test_z, test_axes) = pairs
+    mean, std = z.mean(0), z.std(0).clamp(min=1e-6)
+    z = F.pad((z - mean) / std, (0, 1), value=1.0)  # a column of ones, for the intercept
+    test_z = F.pad((test_z - mean) / std, (0, 1), value=1.0)
     width = z.shape[1]
-    ridge = torch.linalg.solve(z.T @ z + torch.eye(width).to(z), z.T @ axes[0])
+    ridge = torch.linalg.solve(z.T @ z + torch.eye(width).to(z), z.T @ axes)
     mlp = nn.Sequential(nn.Linear(width, 128), nn.ReLU(), nn.Linear(128, 3)).to(z)
     optimizer = torch.optim.Adam(mlp.parameters(), 1e-2)
     for _ in range(300):
-        loss = (mlp(z) - axes[0]).square().sum(1).mean()
+        loss = (mlp(z) - axes).square().sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     results = {}
     for name, guess in (("axis", mlp(test_z).detach()), ("ridge_axis", test_z @ ridge)):
-        cosine = F.cosine_similarity(guess, axes[1]).clamp(-1, 1)
-        results[f"{name}_mse"] = (guess - axes[1]).square().sum(1).mean().item()
+        cosine = F.cosine_similarity(guess, test_axes).clamp(-1, 1)
+        results[f"{name}_mse"] = (guess - test_axes).square().sum(1).mean().item()
         results[f"{name}_angle_degrees"] = cosine.acos().rad2deg().mean().item()
     return results
 
@@ -774,8 +791,8 @@ def gather(z):
         return z
     parts = [torch.empty_like(z) for _ in range(WORLD)]
     dist.all_gather(parts, z.detach())
-    # all_gather passes no gradient on, so one's own part is replaced: by the value of z with WORLD
-    # times its gradient, since DistributedDataParallel divides the sum of gradients by WORLD
+    # all_gather passes no gradient on, so this process's own part is put back. z - z.detach() is 0,
+    # but its gradient counts WORLD times, since DistributedDataParallel takes the mean of gradients
     parts[RANK] = z.detach() + WORLD * (z - z.detach())
     return torch.cat(parts)
 
@@ -834,14 +851,14 @@ def join_processes(device):
 
 def with_progress(items, total, name):
     """Yields the items; says after ten seconds, and then every now and then, how far they are."""
-    began, pause, terminal = time.time(), 10, sys.stdout.isatty()
+    began, due, terminal = time.time(), 10, sys.stdout.isatty()
     for done, item in enumerate(items):
         passed = time.time() - began
-        if done > 0 and passed > pause:
+        if done > 0 and passed > due:
             left = timedelta(seconds=round(passed / done * (total - done)))
             end = "\r" if terminal else "\n"  # on a terminal the same line, every second
             print(f" {name} {done} of {total}, {left} left", end=end, flush=True)
-            pause = passed + 1 if terminal else 2 * passed
+            due = passed + 1 if terminal else 2 * passed
         yield item
 
 def batches(images, config, device, epoch):
@@ -881,7 +898,7 @@ def train(config, data, device):
     out = Path(config.out)
     (images, _), bank, test = data
     torch.manual_seed(config.seed)
-    # channels_last: in this order of the numbers of an image convolutions are fastest on a GPU
+    # channels_last: the order in memory in which convolutions are fastest on a GPU
     method = Method(config).to(device, memory_format=torch.channels_last)
     if WORLD > 1 and device.type == "cuda":
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
@@ -924,7 +941,7 @@ def train(config, data, device):
         lines = [json.dumps(line) + "\n" for line in log]
         (out / "metrics.jsonl").write_text("".join(lines))
         if epoch == config.epochs or time.time() - saved_at > 60 * config.save_every:
-            (out / "results.json").unlink(missing_ok=True)  # of a run whose checkpoint is gone
+            (out / "results.json").unlink(missing_ok=True)  # if an earlier run left one here
             write(out / "checkpoint.pt", {
                 "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
                 "method": method.state_dict(), "optimizer": optimizer.state_dict()})
@@ -1021,7 +1038,7 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=200, temperature=0.
 
     A row votes for its own class with the weight exp(cosine / temperature).
     """
-    lengths = bank.norm(dim=1).clamp(min=1e-12)  # saves the memory of a normalised copy
+    lengths = bank.norm(dim=1).clamp(min=1e-12)  # a normalised copy would double the memory
     queries = F.normalize(queries)
     classes = int(bank_labels.max()) + 1
     k, right = min(k, len(bank)), 0
@@ -1119,7 +1136,7 @@ def draw_neighbours(path, data, bank, test):
 
 # %% MAIN ------------------------------------------------------------------------------------------
 def parse_args(argv=None):
-    """The Config of a command line: defaults < preset of the dataset < --quick < flags given."""
+    """The Config: defaults < preset of the dataset < MOCO < --quick < flags given."""
     parser = ArgumentParser(
         prog=f"{SCRIPT}.py", usage="%(prog)s [flags]", description=__doc__.split("\n")[0],
         epilog="--dataset, --base and --quick change some of these defaults: see PRESETS and MOCO "
@@ -1167,9 +1184,9 @@ def check(config, parser):
     if config.batch_size % WORLD > 0 or config.batch_size < 2 * WORLD:
         parser.error(f"--batch-size must be a multiple of {WORLD} and at least {2 * WORLD}")
     n, chunks = config.equivariance_batch, config.chunks
-    if n > config.batch_size or n % WORLD > 0:
-        parser.error(f"equivariance-batch {n} must be a part of a batch of {config.batch_size}, "
-                     f"of {WORLD} processes alike")
+    if config.lam > 0 and (n > config.batch_size or n % WORLD > 0):
+        parser.error(f"--equivariance-batch {n} must be at most {config.batch_size} and a multiple "
+                     f"of {WORLD}")
     if config.lam > 0 and (n % chunks > 0 or n == chunks):
         parser.error(f"{chunks} chunks must cut {n} images into equal parts of 2 or more")
     if config.base == "moco" and config.contrast != "infonce":

@@ -30,9 +30,9 @@ geometry    of the projector's outputs (homomorphic.py: of the features) at unit
             images to fit, as with projectors 2,048 wide. gamma_f of CARE, of 1,000 images: 0 for
             rotations. moved: mean distance of an image's embeddings before and after. overlap:
             percent of the five nearest training images that stay when the hue of a test image is
-            shifted, of 200.
+            shifted, for 200 of them. Wahba's error is a root mean square, moved a plain mean.
 layers      of homomorphic.py: relative error of act(f(x), g) as f(T_g x); then that of f(x) itself.
-R^2 cannot rank features of different width, nor geometry embeddings of different width D.
+Do not rank features of different width by R^2, nor embeddings of different width D by geometry.
 """
 import json
 import math
@@ -41,8 +41,6 @@ import time
 from argparse import ArgumentParser
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -62,8 +60,8 @@ import simsiam_essl
 from care import (augment, brightness, contrast, crop, draw_boxes, gaussian_blur, saturation,
                   shift_hue)
 from homomorphic import PLANES, SCALES, GroupEncoder, act, transform
-from simclr_essl import (extract, frame, knn_accuracy, linear_probe, random_rows, rotate4, start,
-                         stop, take, with_progress, write)
+from simclr_essl import (extract, frame, knn_accuracy, linear_probe, random_rows, start, stop, take,
+                         with_progress, write)
 
 SCRIPTS = {"simclr_essl": simclr_essl, "simsiam_essl": simsiam_essl, "care": care, "sfrik": sfrik,
            "homomorphic": homomorphic, "photonics_reg": photonics_reg}
@@ -165,7 +163,7 @@ def embed(method, images, view=unchanged):
 def standardised(x, fit):
     """Rows less the mean of the first `fit` rows, over their deviation; constant columns are 0."""
     mean, std = x[:fit].mean(0), x[:fit].std(0)
-    return torch.where(std > 1e-6, (x - mean) / std.clamp(min=1e-6), 0)
+    return torch.where(std > 1e-6, (x - mean) / std, 0)
 
 def accuracy(features, data):
     """kNN and linear accuracy, in percent, of features (N, D), and the probe's rate."""
@@ -226,42 +224,45 @@ def transformed(name, x, values):
     elif name == "flip":
         x = torch.where(values == 1, x.flip(3), x)
     elif name == "rotation":
-        versions = rotate4(x).unflatten(0, (4, -1))  # (4, N, 3, S, S)
-        x = versions[values, torch.arange(len(x), device=x.device)]
+        x = transform(x, values, "rotation")
     else:
         operation, _, _ = OPERATIONS[name]
         x = operation(x, values)
     return x[:, :channels]
 
 def r2_score(prediction, target):
-    """1 - squares left / squares about the mean, a mean over parameters; NaN if one is constant."""
-    left = (prediction - target).square().sum(0)
+    """1 - sum of squared errors / sum of squares about the mean: the mean over all parameters.
+
+    NaN if a parameter does not vary.
+    """
+    errors = (prediction - target).square().sum(0)
     total = (target - target.mean(0)).square().sum(0)
-    varies = (target != target[0]).any(0)
-    return (1 - left / torch.where(varies, total, math.nan)).mean().item()
+    total[(target == target[0]).all(0)] = math.nan
+    return (1 - errors / total).mean().item()
 
 def read_by_ridge(x, t, queries):
     """Ridge regression from rows (N, D) to parameters (N, P), both standardised.
 
-    Returns the mean squared error on the held-out first fifth, and the parameters of the queries.
+    Returns the mean squared error on the held-out first fifth, and what is read of the queries, by
+    weights that are then fitted to all rows.
     """
     x, t, queries = x.double(), t.double(), queries.double()
     held = len(x) // 5
     ridge = torch.eye(x.shape[1]).to(x)
-    gram, product, errors = x[held:].T @ x[held:], x[held:].T @ t[held:], {}
+    gram, product = x[held:].T @ x[held:], x[held:].T @ t[held:]
+    errors = {}  # of each penalty, on the held-out fifth
     for penalty in (1, 10, 100, 1000, 10_000):
         weights = torch.linalg.solve(gram + penalty * ridge, product)  # (D, P)
         errors[penalty] = F.mse_loss(x[:held] @ weights, t[:held]).item()
     best = min(errors, key=errors.get)
-    weights = torch.linalg.solve(x.T @ x + best * ridge, x.T @ t)  # fitted to all rows
+    weights = torch.linalg.solve(x.T @ x + best * ridge, x.T @ t)
     return errors[best], queries @ weights
 
 def read_by_mlp(x, t, queries):
     """The same two by an MLP, of the epoch with the least error on the held-out fifth."""
     torch.manual_seed(0)
     held = len(x) // 5
-    layers = [nn.Linear(x.shape[1], 512), nn.ReLU(), nn.Linear(512, t.shape[1])]
-    mlp = nn.Sequential(*layers).to(x)
+    mlp = nn.Sequential(nn.Linear(x.shape[1], 512), nn.ReLU(), nn.Linear(512, t.shape[1])).to(x)
     optimizer = torch.optim.AdamW(mlp.parameters(), 1e-3, weight_decay=1e-2)
     least, answers = math.inf, None
     for _ in range(40):
@@ -283,12 +284,14 @@ def what_is_known(name, method, features, data, draw):
     features: of the images as they are. draw: what draw_values returned. "best" is the R^2 of the
     readout with the smaller error on held-out training images.
     """
-    values, parameters = draw
-    parts = iter(values.to(features.device).split(256))  # extract takes 256 images at a time, too
-    after = extract(method, data.images, lambda x: transformed(name, x, next(parts)))
+    values, parameters = [part.to(features.device) for part in draw]
+    after = []  # features of the transformed images
+    for images, image_values in zip(data.images.split(256), values.split(256)):
+        x = transformed(name, TF.convert_image_dtype(images), image_values)
+        after.append(extract(method, x, unchanged))
     n = data.fit
-    pairs = standardised(torch.cat([features, after], dim=1), n)
-    t = standardised(parameters.to(features.device), n)
+    pairs = standardised(torch.cat([features, torch.cat(after)], dim=1), n)
+    t = standardised(parameters, n)
     ridge_error, by_ridge = read_by_ridge(pairs[:n], t[:n], pairs[n:])
     mlp_error, by_mlp = read_by_mlp(pairs[:n], t[:n], pairs[n:])
     known = {"ridge": r2_score(by_ridge, t[n:]), "mlp": r2_score(by_mlp, t[n:])}
@@ -297,7 +300,7 @@ def what_is_known(name, method, features, data, draw):
 
 # %% GEOMETRY --------------------------------------------------------------------------------------
 def wahba_rotation(f, f_a, reflections=False):
-    """The rotation R (D, D), float64, with f_a nearest to f R^T, both (N, D): Wahba's problem.
+    """Wahba's problem: the rotation R (D, D), float64, that brings f R^T nearest to f_a (N, D).
 
     Section 4 of CARE, by the singular value decomposition; with reflections, R in O(D).
     """
@@ -312,9 +315,9 @@ def wahba_error(f, f_a, reflections=False):
     return torch.linalg.norm(f.double() @ rotation.T - f_a.double()).item()
 
 def held_out_wahba_error(f, f_a, reflections):
-    """The same per row, on the second half of the rows, with R fitted to the first half."""
+    """Root mean square of the distances of R f_i and f_a_i of the second half, R from the first."""
     half = len(f) // 2
-    if f.shape[1] > half:  # these rows leave R open in some dimensions
+    if f.shape[1] > half:  # too few rows to determine R
         return math.nan
     rotation = wahba_rotation(f[:half], f_a[:half], reflections)
     left = f[half:].double() @ rotation.T - f_a[half:].double()
@@ -346,11 +349,11 @@ def geometry(method, images, augmentation):
     """
     z, draws = embed(method, images), []
     for seed in with_progress(range(AUGMENTATIONS), AUGMENTATIONS, "geometry: augmentation"):
-        def alike(x):
-            torch.manual_seed(seed)  # the same augmentation for every part, and every network
-            return augmentation(x, len(x))
+        def augment_alike(part):
+            torch.manual_seed(seed)  # one augmentation for all parts, and for all networks
+            return augmentation(part, len(part))
 
-        z_a = embed(method, images, alike)
+        z_a = embed(method, images, augment_alike)
         draws.append({"wahba_so": held_out_wahba_error(z, z_a, reflections=False),
                       "wahba_o": held_out_wahba_error(z, z_a, reflections=True),
                       "gamma_f": relative_equivariance(z[:1000], z_a[:1000]),
@@ -365,7 +368,7 @@ def retrieve(method, bank, queries):
     hue is shifted by 0.1 to 0.5 turns either way, the rows of the bank (M, 5) that are nearest
     before and after, and the recoloured queries.
     """
-    # turns; 0.9 are -0.1
+    # in turns: 0.1 to 0.5 one way, then 0.5 to 0.1 the other way
     shift = torch.linspace(0.1, 0.9, len(queries), device=queries.device)[:, None, None, None]
     recoloured = shift_hue(queries.float() / 255, shift)
     z_bank = embed(method, bank)
@@ -385,22 +388,21 @@ def layer_errors(method, images):
     """For every layer of a GroupEncoder |act(f(x), g) - f(T_g x)| / |f(T_g x)|, Frobenius norms.
 
     rotation: a quarter turn, on the whole map. translation: down and right by the product of all
-    strides; scale: the mean over neighbouring planes. Both in the inner half of the map. Returned
-    are also the errors of f(x) itself in place of act(f(x), g). In eval mode and float64: on a GPU,
-    TF32 would hide that rotation is exact.
+    strides; scale: the mean over neighbouring planes; both without the outer quarters of the map.
+    Also returns the errors of f(x) itself in place of act(f(x), g). In eval mode and float64: on a
+    GPU, TF32 would hide that rotation is exact.
     """
     group, strides = method.config.group, method.encoder.strides
     layers = deepcopy(method.encoder.layers).double().eval()
     x = method.canvas(images.double() / 255)
-    if group == "rotation":
-        elements = [(1, 1)]  # pairs: g for transform, g for act
+    if group == "rotation":  # elements: pairs of g for transform and g for act
+        elements = [(1, 1)]
     elif group == "translation":
-        shift = torch.full((len(x), 2), math.prod(strides), device=x.device)
-        elements = [(shift, None)]  # act's g differs between layers: see below
+        pixels = torch.full((len(x), 2), math.prod(strides), device=x.device)
+        elements = [(pixels, pixels)]
     else:
-        planes = pairwise(range(len(SCALES)))  # neighbouring ones
-        elements = [(SCALES[j] / SCALES[i], (i, j)) for i, j in planes]
-    errors, unmoved = torch.zeros(2, len(layers))
+        elements = [(SCALES[i + 1] / SCALES[i], (i, i + 1)) for i in range(len(SCALES) - 1)]
+    errors, unmoved = torch.zeros(len(layers)), torch.zeros(len(layers))
     for g_x, g in elements:
         both = torch.cat([x, transform(x, g_x, group)])
         maps = (both - method.mean.double()) / method.std.double()
@@ -411,8 +413,8 @@ def layer_errors(method, images):
             if group == "rotation":
                 moved = act(z, g, group)
             else:
-                if group == "translation":
-                    g = shift // math.prod(strides[:depth + 1])  # in places of this layer's maps
+                if group == "translation":  # in places of the map, each of many pixels
+                    g = pixels // math.prod(strides[:depth + 1])
                 moved, known = act(z, g, group)
                 rows, columns = [slice(side // 4, side - side // 4) for side in z.shape[3:]]
                 z, z_g, moved = [(y * known)[..., rows, columns] for y in (z, z_g, moved)]
@@ -437,7 +439,7 @@ def turned_paths(method, cloud):
 
 # %% TABLE -----------------------------------------------------------------------------------------
 def over_seeds(values):
-    """Rows of measure as one: a pair of mean and standard deviation in place of each number."""
+    """Results of one form as a single one, with pairs (mean, standard deviation) for numbers."""
     first = values[0]
     if isinstance(first, dict):
         return {key: over_seeds([value[key] for value in values]) for key in first}
@@ -467,12 +469,8 @@ def short_names(rows):
 
 def markdown(heads, lines):
     """A table: the head of each column, and lines of as many cells."""
-    widths = [max(map(len, column)) for column in zip(heads, *lines)]
-    rows = []
-    for line in [heads, ["-" * width for width in widths], *lines]:
-        cells = [cell.rjust(width) for cell, width in zip(line, widths)]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 # the first table: the head of a column, the name of its numbers, and how many digits are shown
 COLUMNS = [("kNN", "knn", 1), ("linear", "linear", 1), ("Wahba SO", "wahba_so", 2),
@@ -483,13 +481,13 @@ def tables(rows):
     """Text of all that is shown of rows, as over_seeds returns them."""
     accuracies, known, layers = [], [], []
     for name, row in zip(short_names(rows), rows):
-        numbers = {"overlap_at_5": (math.nan, 0), **row, **row["geometry"]}
+        numbers = row | row["geometry"]
         accuracies.append([name] + [number(numbers[key], digits) for _, key, digits in COLUMNS])
         best = [number(r2["best"]) for r2 in row["r2"].values()]
         known.append([name, *best, number(row["r2"]["rotation"]["ridge"])])
         if "layers" in row:
-            pairs = zip(row["layers"], row["layers_unmoved"])
-            errors = [f"{error:.2g} ({unmoved:.2g})" for (error, _), (unmoved, _) in pairs]
+            pairs = zip(row["layers"], row["layers_unmoved"])  # [0]: the mean over seeds
+            errors = [f"{error[0]:.2g} ({unmoved[0]:.2g})" for error, unmoved in pairs]
             layers.append(f"{name}, error of each layer (if f(x) is left as it is): "
                           + ", ".join(errors))
     blocks = ["Accuracy in percent, and geometry:",
@@ -501,16 +499,16 @@ def tables(rows):
 # %% PICTURES --------------------------------------------------------------------------------------
 def draw_r2(path, names, rows, untrained):
     """R^2 of every method (row) and transformation, coloured by how training changed it."""
-    known, gained = [], []
-    for row, before in zip(rows, untrained):
-        r2 = {name: row["r2"][name]["best"][0] for name in row["r2"]}  # [0]: the mean over seeds
-        known.append([*r2.values()])
-        gained.append([r2[name] - before["r2"][name]["best"][0] for name in r2])
+    def means(row):
+        return [r2["best"][0] for r2 in row["r2"].values()]  # [0]: the mean over seeds
+
+    known = torch.tensor([means(row) for row in rows])
+    gained = known - torch.tensor([means(row) for row in untrained])
     figure, axis = pyplot.subplots(figsize=(10, 2.5 + 0.6 * len(rows)))
-    image = axis.imshow(gained, cmap="PuOr", vmin=-0.6, vmax=0.6, aspect="auto")
+    image = axis.imshow(gained.numpy(), cmap="PuOr", vmin=-0.6, vmax=0.6, aspect="auto")
     for i in range(len(rows)):
-        for j, (r2, gain) in enumerate(zip(known[i], gained[i])):
-            axis.text(j, i, f"{r2:z.2f}\n({gain:+z.2f})", ha="center", va="center",
+        for j, gain in enumerate(gained[i]):
+            axis.text(j, i, f"{known[i, j]:z.2f}\n({gain:+z.2f})", ha="center", va="center",
                       color="white" if abs(gain) > 0.4 else "black")
     axis.set_xticks(range(len(known[0])), rows[0]["r2"], fontsize=10)
     axis.set_yticks(range(len(rows)), names, fontsize=10)
@@ -519,18 +517,13 @@ def draw_r2(path, names, rows, untrained):
     figure.colorbar(image, label="change of R^2")
     figure.savefig(path)
 
-def knn_curve(run):
-    """Epochs, and the kNN accuracies that the script logged."""
-    lines = [line for line in run.log if "knn_top1" in line]
-    return [line["epoch"] for line in lines], [line["knn_top1"] for line in lines]
-
 def histogram(cosines):
     """The middles of 40 bins from -1 to 1, and the percent of the cosines in each."""
     counts, edges = torch.histogram(cosines.cpu().clamp(-1, 1), 40, range=(-1.0, 1.0))
     return (edges[1:] - 0.025).tolist(), (100 * counts / len(cosines)).tolist()
 
 def draw_lines(path, groups, horizontal, vertical, aspect="auto"):
-    """Lines, {name: [(x, y), ...]}, of a style for each name, and the names of the axes."""
+    """Lines in groups, {name: [(x, y), ...]}, each name in its own style; titles of the axes."""
     figure, axis = pyplot.subplots(figsize=(8, 5))
     for i, (name, lines) in enumerate(groups.items()):
         style = f"C{i % 10}" + ("-", "--", ":", "-.")[i % 4]  # dashes: to be told without colours
@@ -587,38 +580,19 @@ def measure(name, method, data, draws):
         r2[transformation] = what_is_known(transformation, method, features, data, draw)
     row = {"name": name, "r2": r2, "geometry": geometry(method, score[:MOVED], augmented)}
     row |= accuracy(features, data)
+    row["geometry"]["overlap_at_5"] = math.nan  # gray images have no hue
     if fit.shape[1] == 3:
         row["geometry"]["overlap_at_5"], *_ = retrieve(method, fit, score[:QUERIES])
     if isinstance(method.encoder, GroupEncoder):
         row["layers"], row["layers_unmoved"] = layer_errors(method, score[:64])
     return row
 
-def weights_key(method, data):
-    """The same for networks that start from the same weights: their embeddings of four images."""
-    return str(embed(method, data.images[:4]).tolist())
-
-def say_how_long(runs, data, draws):
-    """Prints how long measuring will take, by one transformation of every tenth image."""
-    values, parameters = draws["flip"]
-    tenth = Data(data.images[::10], data.labels[::10], len(range(0, data.fit, 10)))
-    seconds = 0
-    for run in runs:
-        features = extract(run.method, tenth.images, unchanged)
-        began = time.time()
-        what_is_known("flip", run.method, features, tenth, (values[::10], parameters[::10]))
-        seconds += time.time() - began
-    networks = len(runs) + len({weights_key(run.untrained, data) for run in runs})
-    parts = len(draws) + 3  # all else takes about as long as three transformations
-    seconds = 10 * seconds / len(runs) * networks * parts
-    print(f"{networks} networks, trained and untrained: this takes about "
-          f"{timedelta(seconds=round(seconds))}", flush=True)
-
 def measure_all(runs, data, draws):
-    """Measures all runs, trained and untrained."""
-    rows = {}  # of untrained networks
+    """Measures all runs. Untrained networks with the same weights are measured once."""
+    rows = {}  # of untrained networks, by their embeddings of four images
     for run in with_progress(runs, len(runs), "run"):
         run.row = measure(run.name, run.method, data, draws)
-        key = weights_key(run.untrained, data)
+        key = str(embed(run.untrained, data.images[:4]).tolist())
         if key not in rows:
             rows[key] = measure(f"untrained, as {run.name}", run.untrained, data, draws)
         run.untrained_row = rows[key]
@@ -630,7 +604,10 @@ def group_seeds(runs):
         settings = {"script": run.script.SCRIPT, **run.settings}
         for name in ("seed", *run.script.FREE):
             del settings[name]
-        groups.setdefault(str(settings), []).append(run)
+        group = groups.setdefault(str(settings), [])
+        if run.config.seed in [other.config.seed for other in group]:
+            stop(f"{run.name} has the settings and the seed of another of these runs")
+        group.append(run)
     return list(groups.values())
 
 def compare_images(runs, device, out):
@@ -640,16 +617,15 @@ def compare_images(runs, device, out):
     print(f"runs: {len(runs)}. Images to learn from: {len(fit)}, to test: {len(score)}", flush=True)
     names = TRANSFORMATIONS if fit.shape[1] == 3 else GRAY
     draws = {name: draw_values(name, len(data.images), fit.shape[3]) for name in names}
-    if len(fit) >= 1000:
-        say_how_long(runs, data, draws)
-    measure_all(runs, data, draws)
     groups = group_seeds(runs)
+    measure_all(runs, data, draws)
     trained = [over_seeds([run.row for run in group]) for group in groups]
     untrained = [over_seeds([run.untrained_row for run in group]) for group in groups]
     rows = list(trained)
-    for row in untrained:  # methods may have started from the same weights
-        if row["name"] not in [other["name"] for other in rows]:
-            rows.append(row)
+    for row, before in zip(trained, untrained):
+        before["name"] = f"untrained, as {row['name']}"
+        if before["r2"] not in [other["r2"] for other in rows]:  # as of the same weights above
+            rows.append(before)
     text = tables(rows)
     write(out / "compare.md", f"{text}\n{__doc__}")
     numbers = {"protocol": __doc__, "fit": len(fit), "score": len(score), "device": str(device),
@@ -668,9 +644,11 @@ def draw_pictures(out, names, groups, data):
     fit, score = data.images[:data.fit], data.images[data.fit:]
     curves, cosines = {}, {}
     for name, group in zip(names, groups):
-        curves[name] = [knn_curve(run) for run in group]
+        logs = [[line for line in run.log if "knn_top1" in line] for run in group]
+        curves[name] = [([line["epoch"] for line in log], [line["knn_top1"] for line in log])
+                        for log in logs if log]
         cosines[name] = [histogram(positive_cosines(group[0].method, score[:MOVED]))]
-    if any(epochs for lines in curves.values() for epochs, _ in lines):  # if a script logged kNN
+    if any(curves.values()):  # if a script logged kNN
         draw_lines(out / "curves.png", curves, "epoch", "kNN accuracy by the script, percent")
     draw_lines(out / "cosines.png", cosines, "cosine of the embeddings of two views of an image",
                "percent of the test images, per 0.05")

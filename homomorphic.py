@@ -149,13 +149,13 @@ def nce_loss(v1, v2, temperature):
     be below 0.
     """
     n = len(v1)
-    v = F.normalize(torch.cat([v1, v2]))  # (2N, D)
+    v = F.normalize(torch.cat([v1, v2]))  # (2N, D): rows i and N + i are of image i
     similarity = v @ v.T / temperature  # (2N, 2N)
-    positive = similarity.diagonal(n)  # (N,): the entries (i, N + i), v1 and v2 of image i
-    same_image = torch.eye(n, dtype=torch.bool, device=v.device).repeat(2, 2)
-    negatives = similarity.masked_fill(same_image, -torch.inf)
-    from_v1, from_v2 = negatives.logsumexp(1).chunk(2)  # (N,) each, of the rows of v1 and of v2
-    return (torch.logaddexp(from_v1, from_v2) - positive).mean()
+    positive = similarity.diagonal(n)  # (N,): row i, column N + i
+    same_image = torch.eye(n, dtype=torch.bool, device=v.device).repeat(2, 2)  # (2N, 2N)
+    negatives = similarity.masked_fill(same_image, -torch.inf)  # exp(-inf) is 0
+    log_sum1, log_sum2 = negatives.logsumexp(1).chunk(2)  # (N,) each: over k and b, for a = 1, 2
+    return (torch.logaddexp(log_sum1, log_sum2) - positive).mean()
 
 def act(z, g, group):
     """Gamma_g z: what f(T_g x) is for features z = f(x), (B, C, L, H, W), if f is equivariant.
@@ -170,7 +170,7 @@ def act(z, g, group):
     """
     if group == "rotation":
         versions = torch.stack([z.rot90(k, (3, 4)).roll(k, 2) for k in range(4)])
-        return versions[g % 4, torch.arange(len(z), device=z.device)]  # of each image its own
+        return versions[g % 4, torch.arange(len(z), device=z.device)]  # version g[n] of image n
     if group == "translation":
         maps = z.flatten(1, 2)  # (B, C L, H, W)
         moved = transform(maps, g, group)
@@ -198,7 +198,8 @@ class Method(nn.Module):
         self.encoder = GroupEncoder(config.group, len(mean), config.arch, config.width,
                                     config.structure, config.size)
         self.shape = self.feature_shape()  # L, H', W'
-        side = min(7, *self.shape[1:])  # of the kernel of MNIST's classifier
+        # of the kernel of MNIST's classifier: an odd number, at most 7
+        side = (min(7, *self.shape[1:]) - 1) // 2 * 2 + 1
         self.classifier = Classifier(config, self.encoder.channels, side)
         self.h = None
         if config.ssl in ("homomorphic", "augmented"):
@@ -211,7 +212,7 @@ class Method(nn.Module):
         config, f, h, read = self.config, self.f, self.h, self.read
         x = self.canvas(TF.convert_image_dtype(images))  # (N, I, H, W) in [0, 1]
         if config.ssl == "augmented":  # A-SSL: one fiber of two transformed images
-            x1, x2 = self.views(images)
+            x1, x2 = self.views(images)  # T_g1 x and T_g2 x, for random g1 and g2
             g0, _ = self.draw_fibers(len(x))  # (N,)
             v1 = h(read(f(x1), g0))  # (N, D)
             v2 = h(read(f(x2), g0))
@@ -241,7 +242,7 @@ class Method(nn.Module):
             return self.encoder((x - self.mean) / self.std).float()
 
     def read(self, z, g):
-        """The part of z that h sees: fiber g (N,) of each image, and b - 1 after it, (N, b C).
+        """What h sees: of each image its fiber, g (N,), and the b - 1 after it, (N, b C).
 
         b is --base-size. Fibers are numbered: the places row by row, or the planes.
         """
@@ -249,8 +250,9 @@ class Method(nn.Module):
             fibers = z.flatten(2)  # (N, C, H' W')
         else:
             fibers = z.mean((3, 4))  # (N, C, L)
-        image = torch.arange(len(z), device=z.device)
-        return torch.cat([fibers[image, :, g + i] for i in range(self.config.base_size)], dim=1)
+        rows = torch.arange(len(z), device=z.device)
+        parts = [fibers[rows, :, g + i] for i in range(self.config.base_size)]  # (N, C) each
+        return torch.cat(parts, dim=1)
 
     def draw_fibers(self, n):
         """Random fibers g1 and g2 of n images, (n,) each, at most --distance apart."""
@@ -280,9 +282,9 @@ class Method(nn.Module):
     def views(self, images):
         """T_g1 x and T_g2 x in [0, 1], (N, I, H, W) each; x alone for frozen and supervised.
 
-        A-SSL computes the features of these. For H-SSL they only show what is compared: if f is
-        equivariant, each of the two fibers of x is the central place, or the first plane, of the
-        features of one of these images.
+        A-SSL computes the features of these. For H-SSL they are for views.png alone: if f is
+        equivariant, fiber g1 of x is the central place, or the first plane, of the features of
+        T_g1 x; so is g2 of T_g2 x.
         """
         x, group = self.canvas(TF.convert_image_dtype(images)), self.config.group
         if self.config.ssl == "augmented":
@@ -300,8 +302,8 @@ class Method(nn.Module):
         if self.config.group == "scale":
             return SCALES[0] / torch.tensor(SCALES, device=g.device)[g]
         _, height, width = self.shape
-        places = torch.stack([height // 2 - g // width, width // 2 - g % width], dim=1)
-        return places * math.prod(self.encoder.strides)  # in pixels down and right
+        down, right = height // 2 - g // width, width // 2 - g % width  # in places
+        return torch.stack([down, right], dim=1) * math.prod(self.encoder.strides)  # in pixels
 
     def classify(self, x):
         """Logits (N, classes) of images in [0, 1]."""
@@ -319,19 +321,22 @@ def fiber_pairs(config, shape):
     planes, height, width = shape
     if config.group != "translation":
         height, width = 1, planes  # the planes are one row
-    place = torch.cartesian_prod(torch.arange(height), torch.arange(width))  # row and column
-    fibers = (place[:, 1] + config.base_size <= width).nonzero().flatten()  # their numbers
-    place = place[fibers].float()
-    apart = (place[:, None] - place).norm(dim=2)  # (E, E), of E fibers
+    places = torch.cartesian_prod(torch.arange(height), torch.arange(width))  # (row, column) each
+    fibers = (places[:, 1] + config.base_size <= width).nonzero().flatten()  # (E,): their numbers
+    starts = places[fibers].float()
+    distances = (starts[:, None] - starts).norm(dim=2)  # (E, E)
     largest = config.distance if config.distance > 0 else math.inf
-    pairs = fibers[(apart <= largest).nonzero()]
+    pairs = fibers[(distances <= largest).nonzero()]
     if len(pairs) <= len(fibers):  # only those of a fiber with itself
         stop(f"--base-size and --distance leave no two different fibers of {height} x {width}: "
              "make --base-size smaller or --distance larger (0: any)")
     return pairs
 
 def spread(z):
-    """Standard deviation of the normalised embeddings (N, D) times sqrt(D): 0 if they collapse."""
+    """Standard deviation of the normalised embeddings (N, D) times sqrt(D).
+
+    1 if they are spread evenly over the sphere, 0 if they collapse.
+    """
     return F.normalize(z.detach()).std(0).mean() * z.shape[1] ** 0.5
 
 # %% AUGMENT ---------------------------------------------------------------------------------------
@@ -345,14 +350,15 @@ def transform(x, g, group):
     if group == "rotation":
         versions = torch.stack([x.rot90(k, (2, 3)) for k in range(4)])  # (4, B, C, H, W)
         return versions[g % 4, torch.arange(n, device=x.device)]
-    # The matrix theta of an image tells from which point of x a pixel comes. Coordinates, first to
-    # the right, then down, go from -1 to 1, so that a pixel is 2 / width wide.
+    # The matrix theta of an image tells which point of x a pixel of the result shows: hence -2 and
+    # 1 / g. Coordinates, first to the right, then down, go from -1 to 1: a pixel is 2 / width wide.
     theta = x.new_zeros(n, 2, 3)
     if group == "translation":
         mode = "nearest"
+        down, right = g.unbind(1)
         theta[:, 0, 0] = theta[:, 1, 1] = 1
-        theta[:, 0, 2] = -2 * g[:, 1] / width
-        theta[:, 1, 2] = -2 * g[:, 0] / height
+        theta[:, 0, 2] = -2 * right / width
+        theta[:, 1, 2] = -2 * down / height
     else:
         mode = "bilinear"
         theta[:, 0, 0] = theta[:, 1, 1] = 1 / g
@@ -380,8 +386,8 @@ def hermite_gaussians(size, orders, scale):
     """
     x = (torch.arange(size, dtype=torch.float64) - size // 2) / scale
     hermite = torch.special.hermite_polynomial_he(x, torch.arange(orders)[:, None])
-    f = hermite * (-x * x / 2).exp() / scale  # (orders, size)
-    products = f[:, None, :, None] * f[None, :, None, :]  # (orders, orders, size, size)
+    line = hermite * (-x * x / 2).exp() / scale  # (orders, size): along one axis
+    products = line[:, None, :, None] * line[None, :, None, :]  # (orders, orders, size, size)
     return products.flatten(0, 1)
 
 def make_basis(group, size, orders):
@@ -390,14 +396,14 @@ def make_basis(group, size, orders):
     Smaller scales have smaller grids, with zeros around (basis A of SESN). Every function is
     divided by its norm at the smallest scale.
     """
-    scales = SCALES if group == "scale" else SCALES[:1]
+    scales = SCALES if group == "scale" else [1.0]
     bases = []
     for scale in scales:
-        grid = int(size * scale / scales[-1]) // 2 * 2 + 1  # an odd number, at most size
+        grid = int(size * scale / scales[-1]) // 2 * 2 + 1  # odd; of the largest scale, size
         margin = (size - grid) // 2
         bases.append(F.pad(hermite_gaussians(grid, orders, scale), [margin] * 4))
     basis = torch.stack(bases)
-    basis = basis / basis[0].norm(dim=(1, 2), keepdim=True)
+    basis = basis / basis[0].norm(dim=(1, 2), keepdim=True)  # 0: the smallest scale
     if group == "rotation":
         basis = torch.cat([basis.rot90(k, (2, 3)) for k in range(4)])
     return basis.float()
@@ -417,13 +423,14 @@ class GroupConv(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def forward(self, x):
+        # kernel of plane l: the sum over f of weight f times function f of the basis of plane l
         kernel = torch.einsum("oif,lfyx->loiyx", self.weight, self.basis)
         kernel = kernel.flatten(0, 1)  # (L O, I, size, size)
-        if x.is_cuda:  # as train wants it; on a CPU a step would take half as long again
+        if x.is_cuda:  # the order in memory that train asks for; it is slower on a CPU
             kernel = kernel.contiguous(memory_format=torch.channels_last)
-        groups = 1
-        if x.ndim == 5:
-            groups = self.planes  # plane l of x meets part l of the kernels only
+        groups = 1  # x is an image, which all kernels see
+        if x.ndim == 5:  # x is planes: plane l meets the kernels of plane l alone
+            groups = self.planes
             x = x.transpose(1, 2).flatten(1, 2)  # (B, L I, H, W)
         maps = F.conv2d(x, kernel, None, self.stride, self.padding, groups=groups)
         return maps.unflatten(1, (self.planes, -1)).transpose(1, 2)  # from (B, L O, H', W')
@@ -440,7 +447,8 @@ class Block(nn.Module):
         self.conv1 = conv(inputs, outputs, 7, 3, stride)
         self.norm2 = norm(outputs)
         self.conv2 = conv(outputs, outputs, 7, 3, 1)
-        self.stride, self.widen = stride, None  # None: the skip connection is the identity
+        self.stride = stride
+        self.widen = None  # the skip connection is the identity
         if inputs != outputs or stride > 1:
             self.widen = nn.Linear(inputs, outputs, bias=False)  # a 1 x 1 convolution of each plane
 
@@ -448,8 +456,8 @@ class Block(nn.Module):
         y = F.relu(self.norm1(x))
         skip = x
         if self.widen is not None:
-            kept = y[..., ::self.stride, ::self.stride]
-            skip = self.widen(kept.movedim(1, -1)).movedim(-1, 1)
+            skip = y[..., ::self.stride, ::self.stride].movedim(1, -1)  # channels last, for Linear
+            skip = self.widen(skip).movedim(-1, 1)
         return skip + self.conv2(F.relu(self.norm2(self.conv1(y))))
 
 # of every layer: channels, side of the kernel, orders of its basis, stride
@@ -470,16 +478,16 @@ class GroupEncoder(nn.Module):
                  image_size=28):
         super().__init__()
         self.group = group
-        free = structure == "none"
-        copies = PLANES[group] if free else 1
-        norm = nn.BatchNorm2d if free else nn.BatchNorm3d  # the planes share their statistics
+        plain = structure == "none"
+        copies = PLANES[group] if plain else 1  # a plain convolution has the L planes as channels
+        norm = nn.BatchNorm2d if plain else nn.BatchNorm3d  # the planes share their statistics
 
         def scaled(channels):
             return max(1, round(channels * width)) * copies
 
         # side: of the kernel; orders: number of Hermite polynomials in each direction
         def conv(inputs, outputs, side, orders, stride):
-            if free:
+            if plain:
                 return nn.Conv2d(inputs, outputs, side, stride, side // 2, bias=False)
             return GroupConv(group, inputs, outputs, side, orders, stride, side // 2)
 
@@ -487,32 +495,32 @@ class GroupEncoder(nn.Module):
             return nn.Sequential(conv(inputs, outputs, side, orders, stride), norm(outputs),
                                  nn.ReLU())
 
-        if free and group == "translation":
-            outputs = scaled(128)
+        if plain and group == "translation":
+            last = scaled(128)  # channels of the last layer so far
             self.strides = [1]
-            widths = [in_channels * image_size**2, scaled(784), scaled(1024), 16 * outputs]
+            widths = [in_channels * image_size**2, scaled(784), scaled(1024), 16 * last]
             layers = [nn.Sequential(nn.Flatten(), *linear_layers(widths, bias=False),
-                                    nn.Unflatten(1, (outputs, 1, 4, 4)))]
+                                    nn.Unflatten(1, (last, 1, 4, 4)))]
         elif arch in CONVOLUTIONS:
-            outputs = in_channels
+            last = in_channels
             layers, self.strides = [], []
             for channels, side, orders, stride in CONVOLUTIONS[arch]:
-                inputs, outputs = outputs, scaled(channels)
-                layers.append(layer(inputs, outputs, side, orders, stride))
+                layers.append(layer(last, scaled(channels), side, orders, stride))
+                last = scaled(channels)
                 self.strides.append(stride)
         else:
-            outputs = scaled(64)
-            layers = [conv(in_channels, scaled(9), 7, 7, 1), layer(scaled(9), outputs, 7, 3, 1)]
+            last = scaled(64)
+            layers = [conv(in_channels, scaled(9), 7, 7, 1), layer(scaled(9), last, 7, 3, 1)]
             self.strides = [1, 1]
             stages, blocks = STAGES[arch]
             for channels in stages:
                 for block in range(blocks):
                     stride = 2 if block == 0 and channels != stages[0] else 1
-                    inputs, outputs = outputs, scaled(channels)
-                    layers.append(Block(conv, norm, inputs, outputs, stride))
+                    layers.append(Block(conv, norm, last, scaled(channels), stride))
+                    last = scaled(channels)
                     self.strides.append(stride)
         self.layers = nn.Sequential(*layers)
-        self.channels = outputs // copies  # C
+        self.channels = last // copies  # C
 
     def forward(self, x):
         for layer, stride in zip(self.layers, self.strides):
@@ -520,7 +528,7 @@ class GroupEncoder(nn.Module):
             if self.group == "rotation" and stride > 1 and (height % 2 == 0 or height != width):
                 raise ValueError(f"a stride on {height} x {width}: rotation needs odd, square maps")
             x = layer(x)
-        if x.ndim == 4:  # free kernels: (B, C L, H', W')
+        if x.ndim == 4:  # plain convolutions: (B, C L, H', W')
             x = x.unflatten(1, (-1, PLANES[self.group]))
         return x
 
@@ -540,7 +548,7 @@ def make_projector(config, channels):
     return nn.Sequential(*layers)
 
 class Classifier(nn.Module):
-    """Logits (N, K) of features (N, C, L, H, W): the maximum over planes, and a linear layer.
+    """Logits (N, classes) of features (N, C, L, H, W): the maximum over planes, and a linear layer.
 
     For --arch mnist, one more convolution, with a kernel of side x side, and the mean over space
     come before the maximum; for others, BatchNorm, ReLU and the mean over space come after it.
@@ -554,13 +562,14 @@ class Classifier(nn.Module):
         elif config.structure == "equivariant":
             self.conv = GroupConv(config.group, channels, channels, side, 3, 1, 0)
         else:
-            every = channels * PLANES[config.group]
-            self.conv = nn.Sequential(nn.Flatten(1, 2), nn.Conv2d(every, every, side, bias=False),
+            all_planes = channels * PLANES[config.group]  # C L
+            self.conv = nn.Sequential(nn.Flatten(1, 2),
+                                      nn.Conv2d(all_planes, all_planes, side, bias=False),
                                       nn.Unflatten(1, (channels, -1)))
         self.linear = nn.Linear(channels, config.classes)
 
     def forward(self, z):
-        if self.norm is None:
+        if self.norm is None:  # --arch mnist
             return self.linear(self.conv(z).mean((3, 4)).amax(2))
         return self.linear(F.relu(self.norm(z.amax(2))).mean((2, 3)))
 
@@ -644,7 +653,7 @@ def take(images, rows, device):
     batch = images[rows]
     if batch.device.type == device.type:
         return batch
-    return batch.pin_memory().to(device, non_blocking=True)  # nobody waits for a pinned copy
+    return batch.pin_memory().to(device, non_blocking=True)  # the CPU does not wait for the copy
 
 def random_rows(n, count):
     """The first `count` of n indices in a random order that is always the same."""
@@ -655,8 +664,9 @@ def draw_patterns(n, seed):
 
     A class is a periodic pattern, a sum of waves, seen at a random zoom, tilt, place and light.
     """
-    # frequencies; half of them are enough, since (-i, -j) is the same wave as (i, j)
+    # a wave (i, j) has i periods across and j down; (-i, -j) would be the same wave
     waves = [(i, j) for i in range(-2, 3) for j in range(3) if j > 0 or i > 0]
+    # the phases of its waves are all that a class is: (waves, classes)
     phases = math.tau * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (n,), generator=generator)
@@ -666,14 +676,15 @@ def draw_patterns(n, seed):
     light = math.tau * light
     x = (torch.arange(32) - 15.5) / 32
     y = x[:, None]
-    u = zoom * (tilt.cos() * x - tilt.sin() * y) + shift_x  # (n, 32, 32)
+    # (u, v) is the point of the pattern that the pixel (x, y) shows: (n, 32, 32) each
+    u = zoom * (tilt.cos() * x - tilt.sin() * y) + shift_x
     v = zoom * (tilt.sin() * x + tilt.cos() * y) + shift_y
     pattern = 0
     for (i, j), phase in zip(waves, phases):
         wave = torch.cos(math.tau * (i * u + j * v) + phase[labels, None, None])
-        pattern = pattern + wave / (i * i + j * j)
+        pattern = pattern + wave / (i * i + j * j)  # finer waves are weaker
     tone = 0.1 + 0.6 * torch.sigmoid(6 * pattern / pattern.std())
-    lit = tone * (1 + 0.6 * (light.cos() * x + light.sin() * y))
+    lit = tone * (1 + 0.6 * (light.cos() * x + light.sin() * y))  # brighter towards the light
     tint = 0.98 + 0.04 * torch.rand(n, 3, 1, 1, generator=generator)
     noise = 0.02 * torch.randn(n, 3, 32, 32, generator=generator)
     images = (lit[:, None] * tint + noise).clamp(0, 1)
@@ -686,8 +697,8 @@ def gather(z):
         return z
     parts = [torch.empty_like(z) for _ in range(WORLD)]
     dist.all_gather(parts, z.detach())
-    # all_gather passes no gradient on, so one's own part is replaced: by the value of z with WORLD
-    # times its gradient, since DistributedDataParallel divides the sum of gradients by WORLD
+    # all_gather passes no gradient on, so this process's own part is put back. z - z.detach() is 0,
+    # but its gradient counts WORLD times, since DistributedDataParallel takes the mean of gradients
     parts[RANK] = z.detach() + WORLD * (z - z.detach())
     return torch.cat(parts)
 
@@ -762,14 +773,14 @@ def join_processes(device):
 
 def with_progress(items, total, name):
     """Yields the items; says after ten seconds, and then every now and then, how far they are."""
-    began, pause, terminal = time.time(), 10, sys.stdout.isatty()
+    began, due, terminal = time.time(), 10, sys.stdout.isatty()
     for done, item in enumerate(items):
         passed = time.time() - began
-        if done > 0 and passed > pause:
+        if done > 0 and passed > due:
             left = timedelta(seconds=round(passed / done * (total - done)))
             end = "\r" if terminal else "\n"  # on a terminal the same line, every second
             print(f" {name} {done} of {total}, {left} left", end=end, flush=True)
-            pause = passed + 1 if terminal else 2 * passed
+            due = passed + 1 if terminal else 2 * passed
         yield item
 
 def batches(images, labels, config, device, epoch):
@@ -811,7 +822,7 @@ def train(config, data, device):
     out = Path(config.out)
     (images, labels), bank, test = data
     torch.manual_seed(config.seed)
-    # channels_last: in this order of the numbers of an image convolutions are fastest on a GPU
+    # channels_last: the order in memory in which convolutions are fastest on a GPU
     method = Method(config).to(device, memory_format=torch.channels_last)
     if WORLD > 1 and device.type == "cuda":
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
@@ -854,7 +865,7 @@ def train(config, data, device):
         lines = [json.dumps(line) + "\n" for line in log]
         (out / "metrics.jsonl").write_text("".join(lines))
         if epoch == config.epochs or time.time() - saved_at > 60 * config.save_every:
-            (out / "results.json").unlink(missing_ok=True)  # of a run whose checkpoint is gone
+            (out / "results.json").unlink(missing_ok=True)  # if an earlier run left one here
             write(out / "checkpoint.pt", {
                 "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
                 "method": method.state_dict(), "optimizer": optimizer.state_dict()})
@@ -946,7 +957,7 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=200, temperature=0.
 
     A row votes for its own class with the weight exp(cosine / temperature).
     """
-    lengths = bank.norm(dim=1).clamp(min=1e-12)  # saves the memory of a normalised copy
+    lengths = bank.norm(dim=1).clamp(min=1e-12)  # a normalised copy would double the memory
     queries = F.normalize(queries)
     classes = int(bank_labels.max()) + 1
     k, right = min(k, len(bank)), 0

@@ -134,7 +134,7 @@ def nt_xent(z1, z2, temperature):
     similarity = z @ z.T / temperature  # (2N, 2N)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     similarity = similarity.masked_fill(itself, -torch.inf)
-    other_view = torch.arange(len(z), device=z.device).roll(len(z1))
+    other_view = torch.arange(len(z), device=z.device).roll(len(z1))  # N, ..., 2N-1, 0, ..., N-1
     return F.cross_entropy(similarity, other_view)
 
 def empty_lattice(device):
@@ -211,7 +211,10 @@ def to_images(cells):
     return (cells[:, None] - 1) / 19
 
 def spread(z):
-    """Standard deviation of the normalised embeddings (N, D) times sqrt(D): 0 if they collapse."""
+    """Standard deviation of the normalised embeddings (N, D) times sqrt(D).
+
+    1 if they are spread evenly over the sphere, 0 if they collapse.
+    """
     return F.normalize(z.detach()).std(0).mean() * z.shape[1] ** 0.5
 
 # %% AUGMENT ---------------------------------------------------------------------------------------
@@ -555,14 +558,14 @@ def start(config):
 
 def with_progress(items, total, name):
     """Yields the items; says after ten seconds, and then every now and then, how far they are."""
-    began, pause, terminal = time.time(), 10, sys.stdout.isatty()
+    began, due, terminal = time.time(), 10, sys.stdout.isatty()
     for done, item in enumerate(items):
         passed = time.time() - began
-        if done > 0 and passed > pause:
+        if done > 0 and passed > due:
             left = timedelta(seconds=round(passed / done * (total - done)))
             end = "\r" if terminal else "\n"  # on a terminal the same line, every second
             print(f" {name} {done} of {total}, {left} left", end=end, flush=True)
-            pause = passed + 1 if terminal else 2 * passed
+            due = passed + 1 if terminal else 2 * passed
         yield item
 
 def stages(config):
@@ -578,7 +581,7 @@ def stages(config):
 def begin(config, split, pretrained, device):
     """Method and optimizer at the start of a stage; pretrained: weights of the encoder, or None."""
     torch.manual_seed(hash((config.seed, split)))
-    # channels_last: in this order of the numbers of an image convolutions are fastest on a GPU
+    # channels_last: the order in memory in which convolutions are fastest on a GPU
     method = Method(config, split).to(device, memory_format=torch.channels_last)
     if pretrained:
         method.encoder.load_state_dict(pretrained)
@@ -676,7 +679,7 @@ def train(config, data, device, saved, pretrained):
         lines = [json.dumps(line) + "\n" for line in log]
         (out / "metrics.jsonl").write_text("".join(lines))
         if epoch == len(plan) or time.time() - saved_at > 60 * config.save_every:
-            (out / "results.json").unlink(missing_ok=True)  # of a run whose checkpoint is gone
+            (out / "results.json").unlink(missing_ok=True)  # if an earlier run left one here
             write(out / "checkpoint.pt", {
                 "script": SCRIPT, "config": asdict(config), "data": {}, "log": log,
                 "method": method.state_dict(), "optimizer": optimizer.state_dict(),

@@ -40,14 +40,14 @@ def stop(message):
 
 def with_progress(items, total, name):
     """Yields the items; says after ten seconds, and then every now and then, how far they are."""
-    began, pause, terminal = time.time(), 10, sys.stdout.isatty()
+    began, due, terminal = time.time(), 10, sys.stdout.isatty()
     for done, item in enumerate(items):
         passed = time.time() - began
-        if done > 0 and passed > pause:
+        if done > 0 and passed > due:
             left = timedelta(seconds=round(passed / done * (total - done)))
             end = "\r" if terminal else "\n"  # on a terminal the same line, every second
             print(f" {name} {done} of {total}, {left} left", end=end, flush=True)
-            pause = passed + 1 if terminal else 2 * passed
+            due = passed + 1 if terminal else 2 * passed
         yield item
 
 # %% FILES -----------------------------------------------------------------------------------------

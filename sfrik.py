@@ -218,7 +218,7 @@ def nt_xent(z1, z2, temperature):
     similarity = z @ z.T / temperature  # (2N, 2N)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     similarity = similarity.masked_fill(itself, -torch.inf)
-    other_view = torch.arange(len(z), device=z.device).roll(len(z1))
+    other_view = torch.arange(len(z), device=z.device).roll(len(z1))  # N, ..., 2N-1, 0, ..., N-1
     return F.cross_entropy(similarity, other_view)
 
 class Method(nn.Module):
@@ -288,7 +288,10 @@ def log_terms(z1, z2, weights):
     return {"distance": distance, "mmd": mmd, "std": spread(z1)}
 
 def spread(z):
-    """Standard deviation of the normalised embeddings (N, D) times sqrt(D): 0 if they collapse."""
+    """Standard deviation of the normalised embeddings (N, D) times sqrt(D).
+
+    1 if they are spread evenly over the sphere, 0 if they collapse.
+    """
     return F.normalize(z.detach()).std(0).mean() * z.shape[1] ** 0.5
 
 # %% AUGMENT ---------------------------------------------------------------------------------------
@@ -313,8 +316,8 @@ def augment(images, size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1
     """Random views (N, 3, size, size) in [0, 1] of images (N, 3, H, W), uint8 or in [0, 1].
 
     scale: smallest and largest share of the area that a crop keeps. jitter: by how much at most
-    brightness, contrast, saturation and hue (in turns) change, with the probability jitter_p. flip,
-    gray, blur and solarize are probabilities, too.
+    brightness, contrast, saturation and hue (1: a full turn) change, with the probability jitter_p.
+    flip, gray, blur and solarize are probabilities, too.
     """
     n, _, height, width = images.shape
     x = TF.convert_image_dtype(images)  # uint8 to [0, 1]
@@ -344,7 +347,8 @@ def augment(images, size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1
 def draw_boxes(uniform, height, width, scale):
     """Boxes (N, 4), top, left, height, width, drawn as by torchvision's RandomResizedCrop.
 
-    Of ten random boxes the first that fits into the image is taken. uniform(low, high, draws)
+    Of ten random boxes the first that fits into the image is taken (if none fits, which hardly ever
+    happens, the first, cut to the image; torchvision: the middle). uniform(low, high, draws)
     returns random numbers (N, draws, 1, 1).
     """
     area = height * width * uniform(*scale, 10)  # (N, 10, 1, 1)
@@ -352,7 +356,7 @@ def draw_boxes(uniform, height, width, scale):
     h = (area / ratio).sqrt().round()
     w = (area * ratio).sqrt().round()
     fits = (h <= height) & (w <= width)
-    first = fits.byte().argmax(1, keepdim=True)  # (N, 1, 1, 1): if none fits, box 0
+    first = fits.byte().argmax(1, keepdim=True)  # (N, 1, 1, 1): index of the first 1, 0 if none
     h = h.gather(1, first).clamp(max=height)
     w = w.gather(1, first).clamp(max=width)
     top = (uniform(0, 1) * (height - h + 1)).floor()
@@ -362,13 +366,13 @@ def draw_boxes(uniform, height, width, scale):
 def crop(x, boxes, size):
     """The boxes (N, 4) cut out of x and resized, bilinear and antialiased: (N, 3, size, size).
 
-    A new pixel is a weighted mean of old ones, first along rows, then along columns. Both means
-    are products with a small matrix of weights.
+    A new pixel is a weighted mean of old ones. First the width becomes `size`, then the height,
+    each by a product with a small matrix of weights.
     """
     top, left, height, width = boxes[:, :, None, None, None].unbind(1)  # (N, 1, 1, 1)
-    rows = resizing_matrix(top, height, x.shape[2], size)  # (N, 1, size, H)
-    columns = resizing_matrix(left, width, x.shape[3], size)  # (N, 1, size, W)
-    return rows @ (x @ columns.mT)
+    vertical = resizing_matrix(top, height, x.shape[2], size)  # (N, 1, size, H)
+    horizontal = resizing_matrix(left, width, x.shape[3], size)  # (N, 1, size, W)
+    return vertical @ (x @ horizontal.mT)
 
 def resizing_matrix(start, length, source, size):
     """Weights (N, 1, size, source) of the `source` old pixels of a line in its `size` new ones.
@@ -376,11 +380,13 @@ def resizing_matrix(start, length, source, size):
     Bilinear, antialiased: a weight falls linearly with the distance from the new pixel's centre,
     to 0 at a distance of one pixel, old or new, whichever is larger.
     """
-    center = (torch.arange(size, device=start.device)[:, None] + 0.5) * length / size
-    pixel = torch.arange(source, device=start.device) + 0.5 - start  # (N, 1, 1, source)
+    # centres of the new (N, 1, size, 1) and old (N, 1, 1, source) pixels, in old pixels from the
+    # edge of the box
+    new = (torch.arange(size, device=start.device)[:, None] + 0.5) * length / size
+    old = torch.arange(source, device=start.device) + 0.5 - start
     reach = (length / size).clamp(min=1)
-    weight = (1 - (pixel - center).abs() / reach).clamp(min=0)
-    weight = weight * ((pixel > 0) & (pixel < length))  # nothing from outside of the box
+    weight = (1 - (old - new).abs() / reach).clamp(min=0)
+    weight = weight * ((old > 0) & (old < length))  # nothing from outside of the box
     return weight / weight.sum(3, keepdim=True)
 
 def brightness(x, change):
@@ -405,7 +411,8 @@ def shift_hue(x, turns):
     # hue in sixths of a turn: 0 is red, 2 green, 4 blue
     hue = torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
     hue = torch.where(value == red, (green - blue) / safe, hue)
-    # the usual formula from HSV to RGB, with an offset of 5 for red, 3 for green, 1 for blue
+    # from HSV to RGB: a channel is value - chroma * max(0, min(k, 4 - k, 1)), where k is the hue,
+    # counted from an offset of 5 for red, 3 for green, 1 for blue
     offset = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)
     k = (hue + 6 * turns + offset).remainder_(6)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
@@ -415,7 +422,8 @@ def gaussian_blur(x, sigma, radius=6):
     distance = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.exp(-0.5 * (distance / sigma) ** 2)  # (N, 1, 1, 2 radius + 1)
     kernel = kernel / kernel.sum(3, keepdim=True)
-    kernel = kernel.repeat_interleave(3, dim=0)  # one kernel and one group for each channel
+    kernel = kernel.repeat_interleave(3, dim=0)  # (3N, 1, 1, 2 radius + 1)
+    # to conv2d, one image of 3N channels; by groups, each channel is blurred by its own kernel
     x = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1)  # (3N, H + 2 radius, ...)
     x = F.conv2d(x, kernel, groups=len(kernel))
     x = F.conv2d(x, kernel.mT, groups=len(kernel))
@@ -574,7 +582,7 @@ def take(images, rows, device):
     batch = images[rows]
     if batch.device.type == device.type:
         return batch
-    return batch.pin_memory().to(device, non_blocking=True)  # nobody waits for a pinned copy
+    return batch.pin_memory().to(device, non_blocking=True)  # the CPU does not wait for the copy
 
 def random_rows(n, count):
     """The first `count` of n indices in a random order that is always the same."""
@@ -585,8 +593,9 @@ def draw_patterns(n, seed):
 
     A class is a periodic pattern, a sum of waves, seen at a random zoom, tilt, place and light.
     """
-    # frequencies; half of them are enough, since (-i, -j) is the same wave as (i, j)
+    # a wave (i, j) has i periods across and j down; (-i, -j) would be the same wave
     waves = [(i, j) for i in range(-2, 3) for j in range(3) if j > 0 or i > 0]
+    # the phases of its waves are all that a class is: (waves, classes)
     phases = math.tau * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (n,), generator=generator)
@@ -596,14 +605,15 @@ def draw_patterns(n, seed):
     light = math.tau * light
     x = (torch.arange(32) - 15.5) / 32
     y = x[:, None]
-    u = zoom * (tilt.cos() * x - tilt.sin() * y) + shift_x  # (n, 32, 32)
+    # (u, v) is the point of the pattern that the pixel (x, y) shows: (n, 32, 32) each
+    u = zoom * (tilt.cos() * x - tilt.sin() * y) + shift_x
     v = zoom * (tilt.sin() * x + tilt.cos() * y) + shift_y
     pattern = 0
     for (i, j), phase in zip(waves, phases):
         wave = torch.cos(math.tau * (i * u + j * v) + phase[labels, None, None])
-        pattern = pattern + wave / (i * i + j * j)
+        pattern = pattern + wave / (i * i + j * j)  # finer waves are weaker
     tone = 0.1 + 0.6 * torch.sigmoid(6 * pattern / pattern.std())
-    lit = tone * (1 + 0.6 * (light.cos() * x + light.sin() * y))
+    lit = tone * (1 + 0.6 * (light.cos() * x + light.sin() * y))  # brighter towards the light
     tint = 0.98 + 0.04 * torch.rand(n, 3, 1, 1, generator=generator)
     noise = 0.02 * torch.randn(n, 3, 32, 32, generator=generator)
     images = (lit[:, None] * tint + noise).clamp(0, 1)
@@ -616,8 +626,8 @@ def gather(z):
         return z
     parts = [torch.empty_like(z) for _ in range(WORLD)]
     dist.all_gather(parts, z.detach())
-    # all_gather passes no gradient on, so one's own part is replaced: by the value of z with WORLD
-    # times its gradient, since DistributedDataParallel divides the sum of gradients by WORLD
+    # all_gather passes no gradient on, so this process's own part is put back. z - z.detach() is 0,
+    # but its gradient counts WORLD times, since DistributedDataParallel takes the mean of gradients
     parts[RANK] = z.detach() + WORLD * (z - z.detach())
     return torch.cat(parts)
 
@@ -692,14 +702,14 @@ def join_processes(device):
 
 def with_progress(items, total, name):
     """Yields the items; says after ten seconds, and then every now and then, how far they are."""
-    began, pause, terminal = time.time(), 10, sys.stdout.isatty()
+    began, due, terminal = time.time(), 10, sys.stdout.isatty()
     for done, item in enumerate(items):
         passed = time.time() - began
-        if done > 0 and passed > pause:
+        if done > 0 and passed > due:
             left = timedelta(seconds=round(passed / done * (total - done)))
             end = "\r" if terminal else "\n"  # on a terminal the same line, every second
             print(f" {name} {done} of {total}, {left} left", end=end, flush=True)
-            pause = passed + 1 if terminal else 2 * passed
+            due = passed + 1 if terminal else 2 * passed
         yield item
 
 def batches(images, config, device, epoch):
@@ -740,7 +750,7 @@ def train(config, data, device):
     out = Path(config.out)
     (images, _), bank, test = data
     torch.manual_seed(config.seed)
-    # channels_last: in this order of the numbers of an image convolutions are fastest on a GPU
+    # channels_last: the order in memory in which convolutions are fastest on a GPU
     method = Method(config).to(device, memory_format=torch.channels_last)
     if WORLD > 1 and device.type == "cuda":
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
@@ -783,7 +793,7 @@ def train(config, data, device):
         lines = [json.dumps(line) + "\n" for line in log]
         (out / "metrics.jsonl").write_text("".join(lines))
         if epoch == config.epochs or time.time() - saved_at > 60 * config.save_every:
-            (out / "results.json").unlink(missing_ok=True)  # of a run whose checkpoint is gone
+            (out / "results.json").unlink(missing_ok=True)  # if an earlier run left one here
             write(out / "checkpoint.pt", {
                 "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
                 "method": method.state_dict(), "optimizer": optimizer.state_dict()})
@@ -880,7 +890,7 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=200, temperature=0.
 
     A row votes for its own class with the weight exp(cosine / temperature).
     """
-    lengths = bank.norm(dim=1).clamp(min=1e-12)  # saves the memory of a normalised copy
+    lengths = bank.norm(dim=1).clamp(min=1e-12)  # a normalised copy would double the memory
     queries = F.normalize(queries)
     classes = int(bank_labels.max()) + 1
     k, right = min(k, len(bank)), 0
