@@ -84,7 +84,7 @@ class Config:
     dataset: str = option("cifar10", "what to train on (folder: your own images)",
                           "cifar10 cifar100 stl10 folder imagenet100 patterns proteins chains")
     data_root: str = option("data", "folder that holds the dataset, or to download it to")
-    limit: int = option(0, "train on this many images, always the same (0: all)")
+    limit: int = option(0, "train on this many images, the same every time (0: all)")
     size: int = option(32, "side of the views, in pixels")
     lam: float = option(0.01, "weight of the equivariance loss (0: the baseline)")
     chunks: int = option(16, "parts of a batch, each with augmentations that its images share")
@@ -103,11 +103,11 @@ class Config:
     optimizer: str = option("adam", "optimizer", "adam sgd")
     lr: float = option(1e-3, "peak learning rate, whatever the size of the batch")
     final_lr: float = option(1.0, "learning rate at the end, as a share of the peak")
-    warmup_epochs: int = option(0, "epochs of linear warm-up (of short runs, a quarter)")
+    warmup_epochs: int = option(0, "epochs of linear warm-up (not given: at most a quarter)")
     weight_decay: float = option(1e-6, "weight decay")
     seed: int = option(0, "random seed of the weights, the batches and the views")
     knn_every: int = option(10, "epochs between kNN evaluations (0: only at the end)")
-    save_every: float = option(5.0, "minutes between checkpoints")
+    save_every: float = option(5.0, "minutes between checkpoints, written when an epoch ends")
     device: str = option("auto", "cpu, cuda or cuda:1 (auto: cuda if there is one)")
     precision: str = option("auto", "precision of the backbone (auto: bf16 if the GPU has it)",
                             "auto bf16 fp32")
@@ -343,7 +343,7 @@ def augment(images, size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1
         operations = [brightness, contrast, saturation, shift_hue]
         jittered = chosen(0.8)
         for i in torch.randperm(4).tolist():  # one order for the batch
-            change = jittered * uniform(-jitter[i], jitter[i])
+            change = jittered * uniform(-jitter[i], jitter[i])  # 0 if not jittered
             x = operations[i](x, change)
     if gray:
         x = torch.where(chosen(gray), TF.rgb_to_grayscale(x, 3), x)
@@ -356,8 +356,8 @@ def augment(images, size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1
 def draw_boxes(uniform, height, width, scale):
     """Boxes (N, 4), top, left, height, width, drawn as by torchvision's RandomResizedCrop.
 
-    Of ten random boxes the first that fits into the image is taken (if none fits, which hardly ever
-    happens, the first, cut to the image; torchvision: the middle). uniform(low, high, draws)
+    Of ten random boxes the first that fits into the image is taken. If none fits, which is rare,
+    the first is cut to the image (torchvision: the middle of the image). uniform(low, high, draws)
     returns random numbers (N, draws, 1, 1).
     """
     area = height * width * uniform(*scale, 10)  # (N, 10, 1, 1)
@@ -378,22 +378,23 @@ def crop(x, boxes, size):
     A new pixel is a weighted mean of old ones. First the width becomes `size`, then the height,
     each by a product with a small matrix of weights.
     """
-    top, left, height, width = boxes[:, :, None, None, None].unbind(1)  # (N, 1, 1, 1)
+    top, left, height, width = boxes[..., None, None].split(1, dim=1)  # (N, 1, 1, 1) each
     vertical = resizing_matrix(top, height, x.shape[2], size)  # (N, 1, size, H)
     horizontal = resizing_matrix(left, width, x.shape[3], size)  # (N, 1, size, W)
-    return vertical @ (x @ horizontal.mT)
+    x = x @ horizontal.mT  # (N, 3, H, size)
+    return vertical @ x  # (N, 3, size, size)
 
 def resizing_matrix(start, length, source, size):
-    """Weights (N, 1, size, source) of the `source` old pixels of a line in its `size` new ones.
+    """Weights (N, 1, size, source): row i says how much each old pixel counts in new pixel i.
 
-    Bilinear, antialiased: a weight falls linearly with the distance from the new pixel's centre,
-    to 0 at a distance of one pixel, old or new, whichever is larger.
+    The box begins at `start` and has `length` old pixels, (N, 1, 1, 1) each. Bilinear, antialiased:
+    a weight falls linearly with the distance of the two centres, to 0 at a distance of one pixel,
+    old or new, whichever is larger.
     """
-    # centres of the new (N, 1, size, 1) and old (N, 1, 1, source) pixels, in old pixels from the
-    # edge of the box
+    # the centres, in old pixels from the start of the box: (N, 1, size, 1) and (N, 1, 1, source)
     new = (torch.arange(size, device=start.device)[:, None] + 0.5) * length / size
     old = torch.arange(source, device=start.device) + 0.5 - start
-    reach = (length / size).clamp(min=1)
+    reach = (length / size).clamp(min=1)  # the distance at which a weight becomes 0
     weight = (1 - (old - new).abs() / reach).clamp(min=0)
     weight = weight * ((old > 0) & (old < length))  # nothing from outside of the box
     return weight / weight.sum(3, keepdim=True)
@@ -416,12 +417,13 @@ def shift_hue(x, turns):
     red, green, blue = x.split(1, dim=1)
     value = x.amax(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
-    safe = torch.where(chroma > 0, chroma, 1.0)
-    # hue in sixths of a turn: 0 is red, 2 green, 4 blue
-    hue = torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
+    safe = torch.where(chroma > 0, chroma, 1.0)  # of gray pixels not 0, to divide by
+    # hue in sixths of a turn, 0 red, 2 green, 4 blue, by the channel that is largest
+    hue = (red - green) / safe + 4
+    hue = torch.where(value == green, (blue - red) / safe + 2, hue)
     hue = torch.where(value == red, (green - blue) / safe, hue)
-    # from HSV to RGB: a channel is value - chroma * max(0, min(k, 4 - k, 1)), where k is the hue,
-    # counted from an offset of 5 for red, 3 for green, 1 for blue
+    # from HSV to RGB: k is hue + 5 for red, + 3 for green, + 1 for blue, modulo 6, and the channel
+    # value - chroma * min(k, 4 - k), where the minimum is cut to [0, 1]
     offset = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)
     k = (hue + 6 * turns + offset).remainder_(6)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
@@ -432,7 +434,8 @@ def gaussian_blur(x, sigma, radius=6):
     kernel = torch.exp(-0.5 * (distance / sigma) ** 2)  # (N, 1, 1, 2 radius + 1)
     kernel = kernel / kernel.sum(3, keepdim=True)
     kernel = kernel.repeat_interleave(3, dim=0)  # (3N, 1, 1, 2 radius + 1)
-    # to conv2d, one image of 3N channels; by groups, each channel is blurred by its own kernel
+    # conv2d takes the batch as one image of 3N channels; with as many groups, each channel is
+    # blurred by its own kernel, first along the rows, then along the columns
     x = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1)  # (3N, H + 2 radius, ...)
     x = F.conv2d(x, kernel, groups=len(kernel))
     x = F.conv2d(x, kernel.mT, groups=len(kernel))
@@ -501,8 +504,8 @@ def load_data(config, device):
         rows = random_rows(len(train[1]), config.limit)
         train = train[0][rows], train[1][rows]
     if len(train[1]) < config.batch_size:
-        stop(f"--batch-size {config.batch_size} is more than the {len(train[1])} images: a quarter "
-             "of them is a good start")
+        stop(f"--batch-size {config.batch_size} is more than the {len(train[1])} images: try a "
+             "quarter of that")
     train = place(train, device)
     if config.dataset in CLOUDS:
         return train, None, place(test, device)
@@ -577,23 +580,24 @@ def draw_patterns(n, seed):
 
     A class is a periodic pattern, a sum of waves, seen at a random zoom, tilt, place and light.
     """
-    # a wave (i, j) has i periods across and j down; (-i, -j) would be the same wave
+    # a wave (i, j) has i periods across the image and j down; (-i, -j) would be the same wave
     waves = [(i, j) for i in range(-2, 3) for j in range(3) if j > 0 or i > 0]
-    # the phases of its waves are all that a class is: (waves, classes)
+    # a class is one random phase for every wave: (waves, classes)
     phases = math.tau * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (n,), generator=generator)
-    zoom, tilt, light, shift_x, shift_y = torch.rand(5, n, 1, 1, generator=generator)
-    zoom = 1.2 + zoom  # (n, 1, 1)
+    zoom, tilt, light, shift_x, shift_y = torch.rand(5, n, 1, 1, generator=generator)  # (n, 1, 1)
+    zoom = 1.2 + zoom
     tilt = (2 * tilt - 1) * math.radians(20)
-    light = math.tau * light
-    x = (torch.arange(32) - 15.5) / 32
-    y = x[:, None]
+    light = math.tau * light  # the direction it comes from
+    x = (torch.arange(32) - 15.5) / 32  # of the columns (32,)
+    y = x[:, None]  # of the rows (32, 1)
     # (u, v) is the point of the pattern that the pixel (x, y) shows: (n, 32, 32) each
     u = zoom * (tilt.cos() * x - tilt.sin() * y) + shift_x
     v = zoom * (tilt.sin() * x + tilt.cos() * y) + shift_y
     pattern = 0
     for (i, j), phase in zip(waves, phases):
+        # phase[labels, None, None]: of this wave in the class of each image, (n, 1, 1)
         wave = torch.cos(math.tau * (i * u + j * v) + phase[labels, None, None])
         pattern = pattern + wave / (i * i + j * j)  # finer waves are weaker
     tone = 0.1 + 0.6 * torch.sigmoid(6 * pattern / pattern.std())
@@ -786,14 +790,15 @@ def axis_probes(method, data):
 
 # %% TRAIN -----------------------------------------------------------------------------------------
 def gather(z):
-    """Embeddings (N, D) of all processes in the order of the batch; one's own have a gradient."""
+    """Embeddings (N, D) of all processes: (WORLD N, D). This process's own have a gradient."""
     if WORLD == 1:
         return z
+    values = z.detach()
     parts = [torch.empty_like(z) for _ in range(WORLD)]
-    dist.all_gather(parts, z.detach())
-    # all_gather passes no gradient on, so this process's own part is put back. z - z.detach() is 0,
-    # but its gradient counts WORLD times, since DistributedDataParallel takes the mean of gradients
-    parts[RANK] = z.detach() + WORLD * (z - z.detach())
+    dist.all_gather(parts, values)
+    # all_gather passes no gradient on, so this process's own part is put back. Its gradient is
+    # multiplied by WORLD, since DistributedDataParallel divides the sum of gradients by WORLD.
+    parts[RANK] = values + WORLD * (z - values)  # z - values is 0
     return torch.cat(parts)
 
 def learning_rate(step, total_steps, warmup_steps, peak, final=0.0):
@@ -845,8 +850,8 @@ def join_processes(device):
     print(f"waiting for {WORLD} processes", flush=True)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # lets Ctrl-C end the wait
     backend, own_gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    long = timedelta(hours=2)  # the others may have to wait for an evaluation by the first
-    dist.init_process_group(backend, timeout=long, device_id=own_gpu)
+    timeout = timedelta(hours=2)  # the others wait while the first process measures kNN
+    dist.init_process_group(backend, timeout=timeout, device_id=own_gpu)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def with_progress(items, total, name):
@@ -1041,11 +1046,12 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=200, temperature=0.
     lengths = bank.norm(dim=1).clamp(min=1e-12)  # a normalised copy would double the memory
     queries = F.normalize(queries)
     classes = int(bank_labels.max()) + 1
-    k, right = min(k, len(bank)), 0
+    k = min(k, len(bank))
+    right = 0
     for part, labels in zip(queries.split(250), query_labels.split(250)):
         cosines, nearest = (part @ bank.T / lengths).topk(k)  # (m, k)
         votes = torch.zeros(len(part), classes, device=part.device)
-        # votes[i, class of nearest[i, j]] += exp(cosines[i, j] / T)
+        # votes[i, class of nearest[i, j]] += exp(cosines[i, j] / temperature)
         votes.scatter_add_(1, bank_labels[nearest], (cosines / temperature).exp())
         right += (votes.argmax(1) == labels).sum().item()
     return 100 * right / len(queries)
@@ -1067,18 +1073,18 @@ def linear_probe(draw_features, labels, test, test_labels, sgd=False, lr=1e-3, w
     steps = max(1, n // batch_size)  # an incomplete last batch is left out
     for _ in with_progress(range(epochs), epochs, "linear probe: epoch"):
         features = draw_features()
-        orders = [torch.randperm(n, device=test.device).split(batch_size) for _ in heads]
+        shuffled = [torch.randperm(n, device=test.device).split(batch_size) for _ in heads]
         for step in range(steps):
-            loss = 0
-            for head, order in zip(heads, orders):
-                rows = order[step]
+            loss = 0  # a sum, of which each head learns from its own term
+            for head, parts in zip(heads, shuffled):
+                rows = parts[step]
                 loss += F.cross_entropy(head(features[rows]), labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         schedule.step()
-    right = [(head(test).argmax(1) == test_labels).float().mean() for head in heads]
-    accuracies = 100 * torch.stack(right)
+    correct = [(head(test).argmax(1) == test_labels).float().mean() for head in heads]
+    accuracies = 100 * torch.stack(correct)
     return accuracies.mean().item(), accuracies.std(correction=0).item()
 
 def probe(method, data, config, bank, test):
@@ -1200,10 +1206,10 @@ def main(argv=None):
     try:
         device = start(config)
         if RANK > 0:
-            dist.barrier()  # the first process downloads
+            dist.barrier()  # waits until the first process has the data
         data = load_data(config, device)
         if WORLD > 1 and RANK == 0:
-            dist.barrier()
+            dist.barrier()  # now the others load them, too
         Path(config.out).mkdir(parents=True, exist_ok=True)
         method, log = train(config, data, device)
         if WORLD > 1:

@@ -82,7 +82,7 @@ class Config:
     dataset: str = option("mnist", "what to train on (folder: your own images)",
                           "mnist cifar10 tinyimagenet folder patterns")
     data_root: str = option("data", "folder that holds the dataset, or to download it to")
-    limit: int = option(0, "train on this many images, always the same (0: all)")
+    limit: int = option(0, "train on this many images, the same every time (0: all)")
     size: int = option(28, "side of the images, in pixels")
     classes: int = option(10, "outputs of the classifier: at least the number of classes")
     group: str = option("translation", "transformations that the encoder is equivariant to",
@@ -106,11 +106,11 @@ class Config:
     optimizer: str = option("lars", "optimizer", "lars sgd")
     lr: float = option(0.1, "peak learning rate, whatever the batch size")
     final_lr: float = option(0.0, "learning rate at the end, as a share of the peak")
-    warmup_epochs: int = option(10, "epochs of linear warm-up (of short runs, a quarter)")
+    warmup_epochs: int = option(10, "epochs of linear warm-up (not given: at most a quarter)")
     weight_decay: float = option(1e-4, "weight decay")
     seed: int = option(0, "random seed of the weights, the batches and the draws")
     knn_every: int = option(10, "epochs between kNN evaluations (0: only at the end)")
-    save_every: float = option(5.0, "minutes between checkpoints")
+    save_every: float = option(5.0, "minutes between checkpoints, written when an epoch ends")
     device: str = option("auto", "cpu, cuda or cuda:1 (auto: cuda if there is one)")
     precision: str = option("auto", "precision of the encoder (auto: bf16 if the GPU has it)",
                             "auto bf16 fp32")
@@ -597,8 +597,8 @@ def load_data(config, device):
         rows = random_rows(len(train[1]), config.limit)
         train = train[0][rows], train[1][rows]
     if len(train[1]) < config.batch_size:
-        stop(f"--batch-size {config.batch_size} is more than the {len(train[1])} images: a quarter "
-             "of them is a good start")
+        stop(f"--batch-size {config.batch_size} is more than the {len(train[1])} images: try a "
+             "quarter of that")
     classes = int(train[1].max()) + 1
     if classes > config.classes:
         stop(f"the images have {classes} classes, not {config.classes}: add --classes {classes}")
@@ -664,23 +664,24 @@ def draw_patterns(n, seed):
 
     A class is a periodic pattern, a sum of waves, seen at a random zoom, tilt, place and light.
     """
-    # a wave (i, j) has i periods across and j down; (-i, -j) would be the same wave
+    # a wave (i, j) has i periods across the image and j down; (-i, -j) would be the same wave
     waves = [(i, j) for i in range(-2, 3) for j in range(3) if j > 0 or i > 0]
-    # the phases of its waves are all that a class is: (waves, classes)
+    # a class is one random phase for every wave: (waves, classes)
     phases = math.tau * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (n,), generator=generator)
-    zoom, tilt, light, shift_x, shift_y = torch.rand(5, n, 1, 1, generator=generator)
-    zoom = 1.2 + zoom  # (n, 1, 1)
+    zoom, tilt, light, shift_x, shift_y = torch.rand(5, n, 1, 1, generator=generator)  # (n, 1, 1)
+    zoom = 1.2 + zoom
     tilt = (2 * tilt - 1) * math.radians(20)
-    light = math.tau * light
-    x = (torch.arange(32) - 15.5) / 32
-    y = x[:, None]
+    light = math.tau * light  # the direction it comes from
+    x = (torch.arange(32) - 15.5) / 32  # of the columns (32,)
+    y = x[:, None]  # of the rows (32, 1)
     # (u, v) is the point of the pattern that the pixel (x, y) shows: (n, 32, 32) each
     u = zoom * (tilt.cos() * x - tilt.sin() * y) + shift_x
     v = zoom * (tilt.sin() * x + tilt.cos() * y) + shift_y
     pattern = 0
     for (i, j), phase in zip(waves, phases):
+        # phase[labels, None, None]: of this wave in the class of each image, (n, 1, 1)
         wave = torch.cos(math.tau * (i * u + j * v) + phase[labels, None, None])
         pattern = pattern + wave / (i * i + j * j)  # finer waves are weaker
     tone = 0.1 + 0.6 * torch.sigmoid(6 * pattern / pattern.std())
@@ -692,14 +693,15 @@ def draw_patterns(n, seed):
 
 # %% TRAIN -----------------------------------------------------------------------------------------
 def gather(z):
-    """Embeddings (N, D) of all processes in the order of the batch; one's own have a gradient."""
+    """Embeddings (N, D) of all processes: (WORLD N, D). This process's own have a gradient."""
     if WORLD == 1:
         return z
+    values = z.detach()
     parts = [torch.empty_like(z) for _ in range(WORLD)]
-    dist.all_gather(parts, z.detach())
-    # all_gather passes no gradient on, so this process's own part is put back. z - z.detach() is 0,
-    # but its gradient counts WORLD times, since DistributedDataParallel takes the mean of gradients
-    parts[RANK] = z.detach() + WORLD * (z - z.detach())
+    dist.all_gather(parts, values)
+    # all_gather passes no gradient on, so this process's own part is put back. Its gradient is
+    # multiplied by WORLD, since DistributedDataParallel divides the sum of gradients by WORLD.
+    parts[RANK] = values + WORLD * (z - values)  # z - values is 0
     return torch.cat(parts)
 
 def learning_rate(step, total_steps, warmup_steps, peak, final=0.0):
@@ -767,8 +769,8 @@ def join_processes(device):
     print(f"waiting for {WORLD} processes", flush=True)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # lets Ctrl-C end the wait
     backend, own_gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    long = timedelta(hours=2)  # the others may have to wait for an evaluation by the first
-    dist.init_process_group(backend, timeout=long, device_id=own_gpu)
+    timeout = timedelta(hours=2)  # the others wait while the first process measures kNN
+    dist.init_process_group(backend, timeout=timeout, device_id=own_gpu)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def with_progress(items, total, name):
@@ -960,11 +962,12 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=200, temperature=0.
     lengths = bank.norm(dim=1).clamp(min=1e-12)  # a normalised copy would double the memory
     queries = F.normalize(queries)
     classes = int(bank_labels.max()) + 1
-    k, right = min(k, len(bank)), 0
+    k = min(k, len(bank))
+    right = 0
     for part, labels in zip(queries.split(250), query_labels.split(250)):
         cosines, nearest = (part @ bank.T / lengths).topk(k)  # (m, k)
         votes = torch.zeros(len(part), classes, device=part.device)
-        # votes[i, class of nearest[i, j]] += exp(cosines[i, j] / T)
+        # votes[i, class of nearest[i, j]] += exp(cosines[i, j] / temperature)
         votes.scatter_add_(1, bank_labels[nearest], (cosines / temperature).exp())
         right += (votes.argmax(1) == labels).sum().item()
     return 100 * right / len(queries)
@@ -982,19 +985,19 @@ def linear_probe(draw_features, labels, test, test_labels, lr=30.0, final_lr=0.0
     steps = max(1, n // 256)  # an incomplete last batch is left out
     for epoch in with_progress(range(epochs), epochs, "linear probe: epoch"):
         features = draw_features()
-        orders = [torch.randperm(n, device=test.device).split(256) for _ in heads]
+        shuffled = [torch.randperm(n, device=test.device).split(256) for _ in heads]
         for step in range(steps):
             now = epoch * steps + step
             optimizer.param_groups[0]["lr"] = learning_rate(now, epochs * steps, 0, lr, final_lr)
-            loss = 0
-            for head, order in zip(heads, orders):
-                rows = order[step]
+            loss = 0  # a sum, of which each head learns from its own term
+            for head, parts in zip(heads, shuffled):
+                rows = parts[step]
                 loss += F.cross_entropy(head(features[rows]), labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    right = [(head(test).argmax(1) == test_labels).float().mean() for head in heads]
-    accuracies = 100 * torch.stack(right)
+    correct = [(head(test).argmax(1) == test_labels).float().mean() for head in heads]
+    accuracies = 100 * torch.stack(correct)
     return accuracies.mean().item(), accuracies.std(correction=0).item()
 
 @torch.no_grad()
@@ -1098,10 +1101,10 @@ def main(argv=None):
     try:
         device = start(config)
         if RANK > 0:
-            dist.barrier()  # the first process downloads
+            dist.barrier()  # waits until the first process has the data
         data = load_data(config, device)
         if WORLD > 1 and RANK == 0:
-            dist.barrier()
+            dist.barrier()  # now the others load them, too
         Path(config.out).mkdir(parents=True, exist_ok=True)
         method, log = train(config, data, device)
         if WORLD > 1:

@@ -3,41 +3,41 @@
 R. Dangovski, L. Jing, C. Loh, S. Han, A. Srivastava, B. Cheung, P. Agrawal, M. Soljacic,
 "Equivariant Contrastive Learning" (E-SSL), ICLR 2022, arXiv:2111.00899, photonics experiment.
 
-A photonic crystal repeats a unit cell of two materials. Its density of states (DOS), the number of
+A photonic crystal, here in two dimensions, repeats a unit cell of two materials, with a mirror axis
+(--dataset gpm) or one inclusion in its center (blob). Its density of states (DOS), the number of
 light modes near each frequency, takes hundreds of eigenvalue problems; an image of a cell costs
 nothing. So an encoder is first trained on images alone. SimCLR makes it invariant to changes that
-leave the DOS as it is (gpm: shifts and mirrors; blob: mirrors and turns). E-SimCLR adds a head that
-predicts another such change (gpm: turns; blob: shifts), which keeps the features sensitive to it.
-Then a few labelled cells teach the encoder the DOS. Cells of gpm have a mirror axis, those of blob
-one inclusion in the center.
+leave the DOS as it is (gpm: shifts and mirrors; blob: mirrors and turns). E-SimCLR, --mode essl,
+adds a head that predicts another such change (gpm: turns; blob: shifts): the features stay
+sensitive to it, though the DOS is not. Then a few labelled cells teach the encoder the DOS.
 
 Algorithm for a batch of N cells, encoder f, projector p1, predictor p2, regressor h:
   1. draw two views of every cell; loss_invariance = NT-Xent between the two p1(f(view));
   2. v = every cell itself, not a view of it, in four versions: turned by 0, 90, 180 and 270 degrees
      (gpm), or shifted by half a cell along no axis, y, x and both (blob);
-  3. loss_equivariance = cross-entropy of p2(f(v)) against the class of the version;
+  3. loss_equivariance = cross-entropy of p2(f(v)) against the class of the version: which shift
+     (blob), or was the mirror axis moved, by 90 or 270 degrees, or not (gpm; [C]: which turn);
   4. step f, p1 and p2 on loss_invariance + alpha * loss_equivariance.
   5. Afterwards, for a view of each of a batch of labelled cells: step f and h, or with --frozen h
-     alone, on the squared difference of h(f(view)) + 2 pi x and the DOS. x is the frequency times
-     the root of the mean permittivity, and 2 pi x is the DOS of a homogeneous cell.
+     alone. The prediction is h(f(view)) + 2 pi x, the loss its squared difference from the DOS; x
+     is the frequency times the root of the mean permittivity, 2 pi x the DOS of homogeneous cells.
   --mode supervised is step 5 alone. simclr leaves steps 2 and 3 out; so does simclr+transform, but
   each of its views, in step 5 too, is in a random version.
 
 Usage
   python photonics_reg.py --quick                the four modes, two minutes on a CPU
-  python photonics_reg.py --mode all             the four modes at full scale, on one GPU; before,
+  python photonics_reg.py --mode all             the four modes at full scale, on one GPU; first the
                                                  labels, once: half an hour of one CPU core
   python photonics_reg.py --mode all --frozen --pretrained "runs/photonics_reg-mode=all"
 
 Differences from paper [P] and authors' code [C] that change numbers (more: results/README.md):
   - Cells and labels are our own ([C]: files made with MPB and MATLAB). The shape of blob's centered
-    inclusion is ours: its generator is not published. Our cells are symmetric about the mirror.
+    inclusion is ours: its generator is not published. Our mirror axis lies between pixels.
   - The states of the DOS are shared out over bins exactly ([C]'s data: sampled) and smoothed by a
     Gaussian whose width is fixed in x ([C]'s data: it follows the cell's highest frequency).
-  - gpm has two classes, turned by +-90 degrees or not, as in [P]; [C] has four.
   - As in [C], the fine-tuning's loss is a squared error ([P], --absolute: an absolute one), and the
     test error leaves out x below 0.24 ([P]: nothing).
-  - The last epoch counts; [C] takes the lowest test error of all epochs and of two encoders.
+  - The last epoch counts; [C]: the lowest test error of all, with the encoders of two epochs.
   - A split is a random 6/7 of one pool; the rest are validation cells, which [C] has not.
   - On a GPU the encoder runs in bfloat16 and matrix products in TF32.
 """
@@ -102,7 +102,7 @@ class Config:
     tune_weight_decay: float = option(1e-5, "weight decay of the fine-tuning")
     seed: int = option(0, "random seed of the weights, the batches and the views, not of the cells")
     eval_every: int = option(1, "epochs of fine-tuning between tests (the last is always tested)")
-    save_every: float = option(5.0, "minutes between checkpoints")
+    save_every: float = option(5.0, "minutes between checkpoints, written when an epoch ends")
     device: str = option("auto", "cpu, cuda or cuda:1 (auto: cuda if there is one)")
     precision: str = option("auto", "precision of the encoder (auto: bf16 if the GPU has it)",
                             "auto bf16 fp32")
@@ -117,7 +117,7 @@ QUICK = dict(mode="all", arch="small", epochs=10, batch_size=64, lr=0.01, tune_e
 FREE = ("data_root", "out", "device", "compile", "save_every", "eval_every")
 MODES = ("supervised", "simclr", "simclr+transform", "essl")
 SIDE = 32  # pixels of a cell's side
-POINTS, STEP = 400, 1.2 / 499  # labels: the DOS at x = 0, STEP, ..., 399 STEP = 0.96; [C] has 500
+POINTS, STEP = 400, 1.2 / 499  # labels: the DOS at x = 0, STEP, 2 STEP, ..., 399 STEP = 0.96
 
 def stop(message):
     """Ends the program with one line."""
@@ -158,9 +158,9 @@ class Method(nn.Module):
             self.encoder.requires_grad_(not config.frozen)
         else:
             self.projector = make_head(widths, widths["embedding"])
-        if split == 0 and config.mode == "essl":
-            classes = 2 if config.dataset == "gpm" else 4
-            self.predictor = make_head(widths, classes)
+            if config.mode == "essl":
+                classes = 2 if config.dataset == "gpm" else 4
+                self.predictor = make_head(widths, classes)
 
     def forward(self, cells, labels=None):
         if self.split > 0:
@@ -234,25 +234,26 @@ def draw_symmetries(n, kind, transformed, device):
     turn = torch.randint(4, (n,), device=device)
     shift = torch.randint(SIDE, (n, 2), device=device)
     if kind == "gpm":
-        return mirror, turn * transformed, shift
+        return mirror, turn * transformed, shift  # times False: 0
     half = SIDE // 2
-    return mirror, turn, shift // half * half * transformed
+    half_cells = shift // half  # 0 or 1
+    return mirror, turn, half * half_cells * transformed
 
 def apply_symmetries(cells, mirror, turn, shift):
     """Cells (N, 32, 32) mirrored (0: no, 1: x -> -x, 2: y -> -y), then turned, then shifted.
 
     turn (N,) counts turns by 90 degrees, shift (N, 2) pixels along x and y.
     """
-    n = torch.arange(len(cells), device=cells.device)
+    i = torch.arange(len(cells), device=cells.device)
     mirrored = torch.stack([cells, cells.flip(1), cells.flip(2)])  # (3, N, 32, 32)
-    cells = mirrored[mirror, n]
+    cells = mirrored[mirror, i]  # (N, 32, 32): of cell i the version mirror[i]
     turned = torch.stack([cells.rot90(k, (1, 2)) for k in range(4)])  # (4, N, 32, 32)
-    cells = turned[turn, n]
-    # pixel i of the shifted cell is pixel i - shift of the cell, which repeats after 32
-    line = torch.arange(SIDE, device=cells.device)
-    rows = (line - shift[:, :1]) % SIDE  # (N, 32)
-    columns = (line - shift[:, 1:]) % SIDE
-    return cells[n[:, None, None], rows[:, :, None], columns[:, None, :]]
+    cells = turned[turn, i]
+    # pixel p of the shifted cell is pixel p - shift of the cell, which repeats after 32
+    p = torch.arange(SIDE, device=cells.device)
+    rows = (p - shift[:, :1]) % SIDE  # (N, 32)
+    columns = (p - shift[:, 1:]) % SIDE
+    return cells[i[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 def versions(cells, kind):
     """All cells in the first version, all in the second, ...: (4N, 32, 32), and classes (4N,).
@@ -404,11 +405,10 @@ def fourier_sum(drawn, line):
     phi = 2 * math.pi * drawn[:, 6:12].view(-1, 2, 3, 1)
     angle = 2 * math.pi * line
     g2 = torch.tensor([-1, 0, 1])[:, None]
-    along_y = (r * torch.cos(g2 * angle + phi)).sum(2)  # (n, 2, X)
-    constant = along_y[:, 0, None, :]  # g1 = 0: (n, 1, X)
-    wave = along_y[:, 1, None, :]
+    along_y = (r * torch.cos(g2 * angle + phi)).sum(2)  # of g1 = 0 and 1: (n, 2, X)
+    g1_is_0, g1_is_1 = along_y[:, :, None].unbind(1)  # (n, 1, X) each
     # g1 = 1 and -1 together: exp(2 pi i x) + exp(-2 pi i x) = 2 cos(2 pi x)
-    return constant + 2 * angle.cos()[:, None] * wave
+    return g1_is_0 + 2 * angle.cos()[:, None] * g1_is_1
 
 def star(drawn):
     """blob: the points (n, 96, 96) of a star-shaped inclusion about the center; drawn is (n, 16).
@@ -440,14 +440,14 @@ def photonic_bands(eps, k, bands, cutoff=4):
     w if for every g
         |k + g|^2 E_g = w^2 sum_g' eps_(g - g') E_g',
     where eps_g are the Fourier coefficients of eps. Their matrix is L L^+ (Cholesky; L^+ is the
-    conjugate transpose). With A = L^-1 and v = L^+ E this is A |k + g|^2 A^+ v = w^2 v, a Hermitian
-    eigenvalue problem. As |v| = 1, the group velocity dw/dk is sum_g (k + g) |E_g|^2 / w. All in
-    float64.
+    conjugate transpose). With A = L^-1 and u = L^+ E this is A |k + g|^2 A^+ u = w^2 u, a Hermitian
+    eigenvalue problem with |u| = 1. E^+ times the equation, differentiated by k, gives the group
+    velocity dw/dk = sum_g (k + g) |E_g|^2 / w. All in float64.
     """
     n = eps.shape[-1]
     eps = eps.cpu().double()  # eigh of matrices larger than 32 is slow on GPUs
     line = torch.arange(-cutoff, cutoff + 1)
-    g = torch.cartesian_prod(line, line)  # (M, 2)
+    g = torch.cartesian_prod(line, line)  # (M, 2): M = (2 cutoff + 1)^2 plane waves
     coefficients = torch.fft.fft2(eps) / n**2  # about pixel 0; another origin changes no frequency
     difference = (g[:, None] - g) % n  # g - g': (M, M, 2); coefficient -1 is stored at n - 1
     L = torch.linalg.cholesky(coefficients[:, difference[..., 0], difference[..., 1]])  # (N, M, M)
@@ -455,12 +455,12 @@ def photonic_bands(eps, k, bands, cutoff=4):
     q = k.double()[:, None] + g  # k + g: (K, M, 2)
     q_squared = q.square().sum(2)  # (K, M)
     H = (A[:, None] * q_squared[:, None]) @ A.mH[:, None]  # (N, K, M, M)
-    w_squared, v = torch.linalg.eigh(H)
+    w_squared, u = torch.linalg.eigh(H)
     w = w_squared[..., :bands].clamp(min=0).sqrt()  # (N, K, bands)
-    E = A.mH[:, None] @ v[..., :bands]  # (N, K, M, bands)
-    flux = E.abs().square().mT @ q  # (N, K, bands, 2)
+    E = A.mH[:, None] @ u[..., :bands]  # (N, K, M, bands)
+    w_velocity = E.abs().square().mT @ q  # w dw/dk: (N, K, bands, 2)
     moving = w[..., None] > 1e-6  # the one mode of frequency 0 has no velocity
-    return w, torch.where(moving, flux / w[..., None], 0.0)
+    return w, torch.where(moving, w_velocity / w[..., None], 0.0)
 
 def wave_vectors():
     """The centers (625, 2) of 25 x 25 squares that fill the Brillouin zone; number 312 is 0.
@@ -472,24 +472,25 @@ def wave_vectors():
 def states_below(edges, w, velocities):
     """The share (..., B) of each wave vector's square that has a frequency below each edge (B,).
 
-    w (...,) and velocities (..., 2) are in the unit of the edges. Within its square a frequency w
-    is taken as linear, w + velocity dk (generalised Gilat-Raubenheimer method, arXiv:1711.07993).
-    Then the frequencies have the distribution of a trapezoid about w. Half its longer side is
-    h (|vx| + |vy|), half its shorter one h ||vx| - |vy||, where h is half the side of the square.
+    w (...,) and velocities (..., 2) are in the unit of the edges. Within its square a frequency is
+    taken as linear, w + velocity dk (generalised Gilat-Raubenheimer method, arXiv:1711.07993): w
+    plus two uniform numbers, within +-h vx and +-h vy, where h is half the side of the square. The
+    density of such a sum is a trapezoid about w, half its base h (|vx| + |vy|), half its flat top
+    h ||vx| - |vy||.
     """
     h = 0.5 / K_LINE
     vx = velocities[..., :1].abs()  # (..., 1)
     vy = velocities[..., 1:].abs()
-    longer = (h * (vx + vy)).clamp(min=1e-9)  # for a velocity of 0: all of a square at w
-    shorter = h * (vx - vy).abs()
+    base = (h * (vx + vy)).clamp(min=1e-9)  # of half the trapezoid; for a velocity of 0: all at w
+    top = h * (vx - vy).abs()
     distance = edges - w[..., None]  # (..., B)
     t = distance.abs()
-    # of the trapezoid, whose area is 1, the part beyond t: a triangle; if t is under the flat top,
-    # one half less a rectangle
-    side = longer - shorter  # of the slope; 0 for a rectangle
-    height = ((longer - t) / side.clamp(min=1e-12)).clamp(0, 1)  # at t: 1 at the top, 0 at the end
-    triangle = height.square() * side / (2 * (longer + shorter))
-    beyond = torch.where(t < shorter, 0.5 - t / (longer + shorter), triangle)
+    # The part of the trapezoid beyond t (its area is 1, so its height is 1 / (base + top)): the end
+    # of the slope, a triangle, or, if t is under the top, one half less a rectangle.
+    slope = base - top  # the width of the slope
+    height = ((base - t) / slope.clamp(min=1e-12)).clamp(0, 1)  # at t: 1 at the top, 0 at the end
+    triangle = height.square() * slope / (2 * (base + top))
+    beyond = torch.where(t < top, 0.5 - t / (base + top), triangle)
     return torch.where(distance < 0, beyond, 1 - beyond)
 
 def density_of_states(eps, cutoff=4):
@@ -500,19 +501,20 @@ def density_of_states(eps, cutoff=4):
     x = 0, and leaves out the one state of frequency 0.
     """
     eps = eps.cpu().double()
-    k = wave_vectors()[:K_LINE**2 // 2 + 1]  # the others are -k, with the same frequencies
+    # a square of the wave vectors weighs 1 / 625; the others are -k, with the same frequencies
+    k = wave_vectors()[:K_LINE**2 // 2 + 1]
     weights = torch.full((len(k), 1, 1), 2 / K_LINE**2, dtype=torch.float64)
     weights[-1] /= 2  # k = 0 is its own negative
     w, velocities = photonic_bands(eps, k, BANDS, cutoff)
-    w[:, -1, 0] = torch.inf  # the state of frequency 0: below no edge
-    root = eps.mean((1, 2)).sqrt()[:, None, None]
+    w[:, -1, 0] = torch.inf  # of k = 0 and the lowest band: the state of frequency 0, left out
+    root = eps.mean((1, 2)).sqrt()[:, None, None]  # root * w is x
     edges = 0.0015 * torch.arange(701, dtype=torch.float64)  # of bins; to nine WIDTHs beyond 0.96
     below = states_below(edges, root * w, root[..., None] * velocities)  # (N, K, bands, 701)
     counts = (weights * below).sum((1, 2)).diff(dim=1)  # states in each bin: (N, 700)
     centers = ((edges[1:] + edges[:-1]) / 2)[:, None]
     x = STEP * torch.arange(POINTS, dtype=torch.float64)
     gauss = torch.exp(-((x - centers) / WIDTH).square() / 2)  # (700, 400)
-    gauss += torch.exp(-((x + centers) / WIDTH).square() / 2)
+    gauss += torch.exp(-((x + centers) / WIDTH).square() / 2)  # the part reflected at x = 0
     return counts @ gauss / (WIDTH * math.sqrt(2 * math.pi))
 
 # %% TRAIN -----------------------------------------------------------------------------------------
@@ -782,17 +784,18 @@ def evaluate(data, config, log):
         "dos_error_empty_lattice": 100 * dos_error(empty_lattice(labels.device), labels),
         "dos_error_protocol": f"{config.splits} splits, {len(cells)} test cells; dos_error: last "
                               "epoch; minimum: epoch of least validation or test error"}
-    choices = {  # of which epoch the test error is reported: that of the least ...
-        "dos_error": lambda line: -line["epoch"],
-        "dos_error_validation_minimum": lambda line: line["validation_error"],
-        "dos_error_test_minimum": lambda line: line["test_error"]}
-    for name, choice in choices.items():
-        errors = []
-        for split in range(1, config.splits + 1):
-            tested = [line for line in log[1:] if line["split"] == split and "test_error" in line]
-            errors.append(min(tested, key=choice)["test_error"])
-        results[name] = torch.tensor(errors).mean().item()
-        results[name + "_std"] = torch.tensor(errors).std(correction=0).item()
+    errors = {}  # of every split, at the last epoch and two others
+    for split in range(1, config.splits + 1):
+        tested = [line for line in log[1:] if line["split"] == split and "test_error" in line]
+        chosen = {
+            "dos_error": tested[-1],
+            "dos_error_validation_minimum": min(tested, key=lambda line: line["validation_error"]),
+            "dos_error_test_minimum": min(tested, key=lambda line: line["test_error"])}
+        for name, line in chosen.items():
+            errors.setdefault(name, []).append(line["test_error"])
+    for name, values in errors.items():
+        results[name] = torch.tensor(values).mean().item()
+        results[name + "_std"] = torch.tensor(values).std(correction=0).item()
     for line in log:
         if "transform_top1" in line:
             results["transform_top1"] = line["transform_top1"]  # in the end that of the last epoch

@@ -3,19 +3,20 @@
 L. Zheng, G. Puy, E. Riccietti, P. Perez, R. Gribonval, "Self-supervised learning with
 rotation-invariant kernels" (SFRIK), ICLR 2023, arXiv:2208.00789.
 
-Two views of an image shall have similar embeddings, and the embeddings of a batch shall be spread
+Two views of an image should have similar embeddings, and the embeddings of a batch should be spread
 evenly over the unit sphere in R^q, so that they do not all become equal. How uneven they are is
-measured by their maximum mean discrepancy (MMD) to the uniform distribution, for a kernel that no
-rotation of the sphere changes: K(u, v) = sum b_l P_l(q; u.v), l = 1, ..., L, with weights b_l >= 0
-and the Legendre polynomials P_l of dimension q. Such a K has mean 0 over the sphere, so that the
-squared MMD is the mean of K over all pairs of embeddings. L = 2 or 3 is enough.
+measured by their maximum mean discrepancy (MMD) to the uniform distribution, for a kernel that
+rotations do not change: K(u, v) = sum of b_l P_l(q; u.v) over l = 1, ..., L, with weights b_l >= 0
+and Legendre polynomials P_l of dimension q. For each v the mean of K(u, v) over the sphere is 0: of
+the squared MMD only one term is left, the mean of K over all pairs of embeddings. L is 2 or 3.
 
 Algorithm, for a batch x of N images, backbone f and projector g, whose outputs get length 1:
   1. draw two random views t1(x), t2(x) of every image; z1 = g(f(t1(x))), z2 = g(f(t2(x)));
   2. L_inv = mean over the images of |z1_i - z2_i|^2;
   3. L_reg(z) = mean over all pairs i, j of K(z_i, z_j), the squared MMD of a view;
   4. step f and g on L_inv + lam (L_reg(z1) + L_reg(z2)) / 2.
-The loss takes time O(q N^2) and memory O(N^2); VICReg's, with a q x q covariance, O(q^2 N), O(q^2).
+The loss takes time O(q N^2) and memory O(N^2); VICReg's, for its q x q covariance, O(q^2 N) and
+O(q^2).
 
 Usage
   python sfrik.py --quick                            built-in data, two minutes on a CPU
@@ -28,16 +29,16 @@ Usage
 
 Differences from the authors' slides and code that change numbers (more: results/README.md); the
 body of the paper was not at hand:
-  - The loss is the code's: that of step 4 divided by lam, L_inv / lam + L_reg. The code's weight of
-    L_inv / q, which is q / lam here, is 4000 for q = 8192 and 40000 for q = 32768.
-  - Published are weights b_l for L = 3 alone, and settings of the baselines for 20 % of ImageNet
-    alone. Of AUH lam is kept, so that its weight of L_inv / q, 3000 there, follows q. Ours: CIFAR,
-    patterns and folders; one rate and lam for all losses on all of ImageNet and on patterns.
+  - The loss is the code's: that of step 4 divided by lam. It has the weight q / lam for L_inv / q,
+    the mean over all N q numbers; the code sets this weight, 4000 for q = 8192, here lam is set.
+  - Published are b_l for L = 3 alone and, for 20 % of ImageNet alone, settings of the baselines
+    (AUH: q / lam = 3000 for q = 8192). CIFAR, patterns and folders are ours; on patterns and all of
+    ImageNet the baselines have SFRIK's rate and lam (ours).
   - Views are bilinear (code: bicubic) and computed in floating point; a batch shares one order of
     the colour operations. On a GPU the networks run in bfloat16 and matrix products in TF32.
-  - The probe's last epoch counts, in the code its best. For 1 and 10 % of the labels the code
-    fine-tunes the network; here a probe is trained. The SVM is of the run's data (up to 100,000
-    images), the slides' of VOC07.
+  - The code keeps the probe's best epoch, here the last counts. For 1 and 10 % of the labels the
+    code fine-tunes the network; here a probe is trained. The slides' SVM is of VOC07, here of the
+    run's data (up to 100,000 images).
   - Photographs are decoded once, to a middle square, and the views are cropped from that.
 """
 import io
@@ -88,14 +89,14 @@ class Config:
     dataset: str = option("cifar10", "what to train on (folder: your own images)",
                           "cifar10 cifar100 stl10 folder imagenet20 imagenet patterns")
     data_root: str = option("data", "folder that holds the dataset, or to download it to")
-    limit: int = option(0, "train on this many images, always the same (0: all)")
+    limit: int = option(0, "train on this many images, the same every time (0: all)")
     validate: bool = option(False, "test on training images that are held out: a tenth, or of "
                                    "imagenet20 all but the first 260 of each class")
     size: int = option(32, "side of the views, in pixels")
     loss: str = option("sfrik", "SFRIK's loss, or a baseline's (auh: alignment and uniformity)",
                        "sfrik simclr auh vicreg")
-    weights: str = option("1,40,40", "weights b_1, ..., b_L of the terms of the kernel")
-    lam: float = option(8192 / 4000, "weight of L_reg, or of AUH's uniformity, beside L_inv")
+    weights: str = option("1,40,40", "weights b_1, ..., b_L of the kernel (for L = 2: 1,40)")
+    lam: float = option(8192 / 4000, "weight of L_reg, or of AUH's uniformity; L_inv has 1")
     sim_coeff: float = option(10.0, "weight of VICReg's similarity term")
     std_coeff: float = option(10.0, "weight of VICReg's variance term")
     cov_coeff: float = option(1.0, "weight of VICReg's covariance term")
@@ -108,11 +109,11 @@ class Config:
     optimizer: str = option("lars", "optimizer", "lars sgd")
     lr: float = option(1.2, "peak learning rate per 256 images of the batch")
     final_lr: float = option(0.001, "learning rate at the end, as a share of the peak")
-    warmup_epochs: int = option(10, "epochs of linear warm-up (of short runs, a quarter)")
+    warmup_epochs: int = option(10, "epochs of linear warm-up (not given: at most a quarter)")
     weight_decay: float = option(1e-6, "weight decay (lars: of weight matrices alone)")
     seed: int = option(0, "random seed of the weights, the batches and the views")
     knn_every: int = option(10, "epochs between kNN evaluations (0: only at the end)")
-    save_every: float = option(5.0, "minutes between checkpoints")
+    save_every: float = option(5.0, "minutes between checkpoints, written when an epoch ends")
     device: str = option("auto", "cpu, cuda or cuda:1 (auto: cuda if there is one)")
     precision: str = option("auto", "precision of the networks (auto: bf16 if the GPU has it)",
                             "auto bf16 fp32")
@@ -146,8 +147,8 @@ def stop(message):
 def legendre(degree, q, t):
     """P_l(q; t), the Legendre polynomial of degree l >= 1 in dimension q, of every number in t.
 
-    P_0 = 1, P_1 = t, P_2 = (q t^2 - 1) / (q - 1), ... Each follows from the two before it, and is 1
-    for t = 1.
+    P_0 = 1, P_1 = t, (k + q - 2) P_(k+1) = (2 k + q - 2) t P_k - k P_(k-1). So P_l is 1 for t = 1,
+    and P_2 = (q t^2 - 1) / (q - 1), P_3 = ((q + 2) t^3 - 3 t) / (q - 1), as on the slides.
     """
     previous, P = torch.ones_like(t), t
     for k in range(1, degree):
@@ -173,11 +174,12 @@ def mmd_to_uniform(z, weights):
 def sfrik_loss(z1, z2, sim_coeff, mmd_coeff, weights):
     """SFRIK's loss of the embeddings (N, q) of two views, in the form of the authors' code.
 
-    With sim_coeff = q / lam and mmd_coeff = 1 it is L_inv / lam + L_reg.
+    F.mse_loss is the mean over all N q numbers, L_inv / q. So with sim_coeff = q / lam and
+    mmd_coeff = 1 this is the loss of step 4 divided by lam.
     """
     z1, z2 = F.normalize(z1), F.normalize(z2)
     L_reg = (mean_kernel(z1, weights) + mean_kernel(z2, weights)) / 2
-    return sim_coeff * F.mse_loss(z1, z2) + mmd_coeff * L_reg  # F.mse_loss(z1, z2) is L_inv / q
+    return sim_coeff * F.mse_loss(z1, z2) + mmd_coeff * L_reg
 
 def auh_loss(z1, z2, sim_coeff, unif_coeff, scale):
     """AUH: alignment and uniformity on the hypersphere, of the embeddings (N, q) of two views.
@@ -188,16 +190,17 @@ def auh_loss(z1, z2, sim_coeff, unif_coeff, scale):
     n = len(z1)
     loss = sim_coeff * F.mse_loss(z1, z2)
     for z in (z1, z2):
-        distance = (2 - 2 * z @ z.T).fill_diagonal_(torch.inf)  # (N, N), squared; exp(-inf) is 0
-        mean = (-scale * distance).exp().sum() / (n * (n - 1))
+        # (N, N): |z_i - z_j|^2 = 2 - 2 z_i.z_j; infinite for i = j, so that exp is 0 there
+        squared = (2 - 2 * z @ z.T).fill_diagonal_(torch.inf)
+        mean = (-scale * squared).exp().sum() / (n * (n - 1))
         loss = loss + unif_coeff * mean.log() / 2
     return loss
 
 def vicreg_loss(z1, z2, sim_coeff, std_coeff, cov_coeff):
     """VICReg's loss of the embeddings (N, q) of two views, which it does not normalise.
 
-    Each coordinate shall have a standard deviation of 1, and every two of them a
-    covariance of 0.
+    Each coordinate should have a standard deviation of at least 1, every two a covariance of 0. As
+    in its code, the variance term is the mean of both views, the covariance term their sum.
     """
     loss = sim_coeff * F.mse_loss(z1, z2)
     for z in (z1, z2):
@@ -229,8 +232,8 @@ class Method(nn.Module):
         self.config = config
         self.weights = [float(b) for b in config.weights.split(",")]
         q = int(config.projector.split("-")[-1])
-        self.sim_coeff = q / config.lam
-        # the authors' network has ImageNet's stem for STL-10, too; make_encoder chooses it by size
+        self.mse_weight = q / config.lam  # of F.mse_loss(z1, z2), which is L_inv / q
+        # make_encoder builds ImageNet's stem above 64 pixels; the authors have it for STL-10, too
         size = 224 if config.dataset == "stl10" else config.size
         self.encoder, width = make_encoder(config.arch, size)
         self.projector = make_projector(config, width)
@@ -244,7 +247,7 @@ class Method(nn.Module):
         z1 = gather(self.embed(x1))  # (N, q), of all processes
         z2 = gather(self.embed(x2))
         if self.config.loss == "sfrik":
-            loss = sfrik_loss(z1, z2, self.sim_coeff, mmd_coeff=1, weights=self.weights)
+            loss = sfrik_loss(z1, z2, self.mse_weight, mmd_coeff=1, weights=self.weights)
         else:
             loss = self.baseline_loss(z1, z2)
         return loss, log_terms(z1, z2, self.weights)
@@ -255,7 +258,7 @@ class Method(nn.Module):
         if config.loss == "simclr":
             return nt_xent(z1, z2, config.temperature)
         if config.loss == "auh":
-            return auh_loss(z1, z2, self.sim_coeff, unif_coeff=1, scale=config.auh_scale)
+            return auh_loss(z1, z2, self.mse_weight, unif_coeff=1, scale=config.auh_scale)
         return vicreg_loss(z1, z2, config.sim_coeff, config.std_coeff, config.cov_coeff)
 
     def views(self, images):
@@ -276,13 +279,13 @@ class Method(nn.Module):
 
 @torch.no_grad()
 def log_terms(z1, z2, weights):
-    """Terms for the log: distance is L_inv, std is spread, mmd is L_reg without the pairs i = j.
+    """Terms for the log: distance is L_inv, std is spread, mmd is L_reg(z1) without pairs i = j.
 
-    Of these K is always the sum of the weights, which would hide the rest. If embeddings are
-    uniform, mmd is near 0, above or below. The first 256 rows of z1 (N, q) are enough.
+    mmd is near 0, above or below, if embeddings are uniform; 256 rows of z1 (N, q) are enough.
     """
     z = z1[:256].double()  # double, since nearly equal numbers are subtracted
     n = len(z)
+    # K(z_i, z_i) = sum(weights), so this is (n^2 L_reg - n sum(weights)) / (n^2 - n)
     mmd = (n * mmd_to_uniform(z, weights) - sum(weights)) / (n - 1)
     distance = (F.normalize(z1) - F.normalize(z2)).square().sum(1).mean()
     return {"distance": distance, "mmd": mmd, "std": spread(z1)}
@@ -298,14 +301,15 @@ def spread(z):
 def view_arguments(config):
     """Arguments of augment for the two views.
 
-    Photographs are augmented as by VICReg, STL-10 as by AUH (both: authors' code); others our way.
+    Photographs are augmented as by VICReg, STL-10 as by AUH (both: authors' code); others as
+    photographs, but with larger crops and no blur (ours).
     """
+    if config.dataset == "stl10":
+        view = dict(size=config.size, scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0)
+        return view, view
     view1 = dict(size=config.size, jitter=(0.4, 0.4, 0.2, 0.1))
     view2 = dict(view1, solarize=0.2)
-    if config.dataset == "stl10":
-        view1 = view2 = dict(size=config.size, scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.4),
-                             jitter_p=1.0)
-    elif config.dataset in PHOTOS:
+    if config.dataset in PHOTOS:
         view1 = dict(view1, scale=(0.08, 1.0), blur=1.0)
         view2 = dict(view2, scale=(0.08, 1.0), blur=0.1)
     return view1, view2
@@ -334,7 +338,7 @@ def augment(images, size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1
         operations = [brightness, contrast, saturation, shift_hue]
         jittered = chosen(jitter_p)
         for i in torch.randperm(4).tolist():  # one order for the batch
-            change = jittered * uniform(-jitter[i], jitter[i])
+            change = jittered * uniform(-jitter[i], jitter[i])  # 0 if not jittered
             x = operations[i](x, change)
     if gray:
         x = torch.where(chosen(gray), TF.rgb_to_grayscale(x, 3), x)
@@ -347,8 +351,8 @@ def augment(images, size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1
 def draw_boxes(uniform, height, width, scale):
     """Boxes (N, 4), top, left, height, width, drawn as by torchvision's RandomResizedCrop.
 
-    Of ten random boxes the first that fits into the image is taken (if none fits, which hardly ever
-    happens, the first, cut to the image; torchvision: the middle). uniform(low, high, draws)
+    Of ten random boxes the first that fits into the image is taken. If none fits, which is rare,
+    the first is cut to the image (torchvision: the middle of the image). uniform(low, high, draws)
     returns random numbers (N, draws, 1, 1).
     """
     area = height * width * uniform(*scale, 10)  # (N, 10, 1, 1)
@@ -369,22 +373,23 @@ def crop(x, boxes, size):
     A new pixel is a weighted mean of old ones. First the width becomes `size`, then the height,
     each by a product with a small matrix of weights.
     """
-    top, left, height, width = boxes[:, :, None, None, None].unbind(1)  # (N, 1, 1, 1)
+    top, left, height, width = boxes[..., None, None].split(1, dim=1)  # (N, 1, 1, 1) each
     vertical = resizing_matrix(top, height, x.shape[2], size)  # (N, 1, size, H)
     horizontal = resizing_matrix(left, width, x.shape[3], size)  # (N, 1, size, W)
-    return vertical @ (x @ horizontal.mT)
+    x = x @ horizontal.mT  # (N, 3, H, size)
+    return vertical @ x  # (N, 3, size, size)
 
 def resizing_matrix(start, length, source, size):
-    """Weights (N, 1, size, source) of the `source` old pixels of a line in its `size` new ones.
+    """Weights (N, 1, size, source): row i says how much each old pixel counts in new pixel i.
 
-    Bilinear, antialiased: a weight falls linearly with the distance from the new pixel's centre,
-    to 0 at a distance of one pixel, old or new, whichever is larger.
+    The box begins at `start` and has `length` old pixels, (N, 1, 1, 1) each. Bilinear, antialiased:
+    a weight falls linearly with the distance of the two centres, to 0 at a distance of one pixel,
+    old or new, whichever is larger.
     """
-    # centres of the new (N, 1, size, 1) and old (N, 1, 1, source) pixels, in old pixels from the
-    # edge of the box
+    # the centres, in old pixels from the start of the box: (N, 1, size, 1) and (N, 1, 1, source)
     new = (torch.arange(size, device=start.device)[:, None] + 0.5) * length / size
     old = torch.arange(source, device=start.device) + 0.5 - start
-    reach = (length / size).clamp(min=1)
+    reach = (length / size).clamp(min=1)  # the distance at which a weight becomes 0
     weight = (1 - (old - new).abs() / reach).clamp(min=0)
     weight = weight * ((old > 0) & (old < length))  # nothing from outside of the box
     return weight / weight.sum(3, keepdim=True)
@@ -407,12 +412,13 @@ def shift_hue(x, turns):
     red, green, blue = x.split(1, dim=1)
     value = x.amax(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
-    safe = torch.where(chroma > 0, chroma, 1.0)
-    # hue in sixths of a turn: 0 is red, 2 green, 4 blue
-    hue = torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
+    safe = torch.where(chroma > 0, chroma, 1.0)  # of gray pixels not 0, to divide by
+    # hue in sixths of a turn, 0 red, 2 green, 4 blue, by the channel that is largest
+    hue = (red - green) / safe + 4
+    hue = torch.where(value == green, (blue - red) / safe + 2, hue)
     hue = torch.where(value == red, (green - blue) / safe, hue)
-    # from HSV to RGB: a channel is value - chroma * max(0, min(k, 4 - k, 1)), where k is the hue,
-    # counted from an offset of 5 for red, 3 for green, 1 for blue
+    # from HSV to RGB: k is hue + 5 for red, + 3 for green, + 1 for blue, modulo 6, and the channel
+    # value - chroma * min(k, 4 - k), where the minimum is cut to [0, 1]
     offset = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)
     k = (hue + 6 * turns + offset).remainder_(6)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
@@ -423,7 +429,8 @@ def gaussian_blur(x, sigma, radius=6):
     kernel = torch.exp(-0.5 * (distance / sigma) ** 2)  # (N, 1, 1, 2 radius + 1)
     kernel = kernel / kernel.sum(3, keepdim=True)
     kernel = kernel.repeat_interleave(3, dim=0)  # (3N, 1, 1, 2 radius + 1)
-    # to conv2d, one image of 3N channels; by groups, each channel is blurred by its own kernel
+    # conv2d takes the batch as one image of 3N channels; with as many groups, each channel is
+    # blurred by its own kernel, first along the rows, then along the columns
     x = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1)  # (3N, H + 2 radius, ...)
     x = F.conv2d(x, kernel, groups=len(kernel))
     x = F.conv2d(x, kernel.mT, groups=len(kernel))
@@ -496,18 +503,18 @@ def load_data(config, device):
             unlabelled = choose(unlabelled, random_rows(len(unlabelled[1]), config.limit))
         train = place(unlabelled, device)
     if len(train[1]) < config.batch_size:
-        stop(f"--batch-size {config.batch_size} is more than the {len(train[1])} images: a quarter "
-             "of them is a good start")
+        stop(f"--batch-size {config.batch_size} is more than the {len(train[1])} images: try a "
+             "quarter of that")
     if len(test[1]) == 0 or int(bank[1].max()) == 0:
         print("no evaluation: it needs test images (val/), and two or more classes")
         return train, None, None
     return train, bank, place(test, device)
 
 def split_rows(labels, config):
-    """Rows of the images to train on, and of those that --validate tests on, in the file's order.
+    """Rows of the images to train on, and of those held out, both in the file's order.
 
-    imagenet20: the first 260 of each class, and all others. Other datasets: all, and none; with
-    --validate all but the last tenth of each class, and this tenth.
+    imagenet20 trains on the first 260 images of each class and holds out all others. Other datasets
+    hold out nothing or, with --validate, the last tenth of each class.
     """
     train, held_out = [], []
     for rows in rows_of_classes(labels):
@@ -525,7 +532,7 @@ def rows_of_classes(labels):
     return [(labels == label).nonzero()[:, 0] for label in labels.unique()]
 
 def choose(data, rows):
-    """A copy of these rows of images and labels; no copy of all rows: they may exceed memory."""
+    """A copy of these rows of images and labels; of all rows none, since it may exceed memory."""
     images, labels = data
     if len(rows) == len(labels):
         return data
@@ -593,23 +600,24 @@ def draw_patterns(n, seed):
 
     A class is a periodic pattern, a sum of waves, seen at a random zoom, tilt, place and light.
     """
-    # a wave (i, j) has i periods across and j down; (-i, -j) would be the same wave
+    # a wave (i, j) has i periods across the image and j down; (-i, -j) would be the same wave
     waves = [(i, j) for i in range(-2, 3) for j in range(3) if j > 0 or i > 0]
-    # the phases of its waves are all that a class is: (waves, classes)
+    # a class is one random phase for every wave: (waves, classes)
     phases = math.tau * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (n,), generator=generator)
-    zoom, tilt, light, shift_x, shift_y = torch.rand(5, n, 1, 1, generator=generator)
-    zoom = 1.2 + zoom  # (n, 1, 1)
+    zoom, tilt, light, shift_x, shift_y = torch.rand(5, n, 1, 1, generator=generator)  # (n, 1, 1)
+    zoom = 1.2 + zoom
     tilt = (2 * tilt - 1) * math.radians(20)
-    light = math.tau * light
-    x = (torch.arange(32) - 15.5) / 32
-    y = x[:, None]
+    light = math.tau * light  # the direction it comes from
+    x = (torch.arange(32) - 15.5) / 32  # of the columns (32,)
+    y = x[:, None]  # of the rows (32, 1)
     # (u, v) is the point of the pattern that the pixel (x, y) shows: (n, 32, 32) each
     u = zoom * (tilt.cos() * x - tilt.sin() * y) + shift_x
     v = zoom * (tilt.sin() * x + tilt.cos() * y) + shift_y
     pattern = 0
     for (i, j), phase in zip(waves, phases):
+        # phase[labels, None, None]: of this wave in the class of each image, (n, 1, 1)
         wave = torch.cos(math.tau * (i * u + j * v) + phase[labels, None, None])
         pattern = pattern + wave / (i * i + j * j)  # finer waves are weaker
     tone = 0.1 + 0.6 * torch.sigmoid(6 * pattern / pattern.std())
@@ -621,14 +629,15 @@ def draw_patterns(n, seed):
 
 # %% TRAIN -----------------------------------------------------------------------------------------
 def gather(z):
-    """Embeddings (N, D) of all processes in the order of the batch; one's own have a gradient."""
+    """Embeddings (N, D) of all processes: (WORLD N, D). This process's own have a gradient."""
     if WORLD == 1:
         return z
+    values = z.detach()
     parts = [torch.empty_like(z) for _ in range(WORLD)]
-    dist.all_gather(parts, z.detach())
-    # all_gather passes no gradient on, so this process's own part is put back. z - z.detach() is 0,
-    # but its gradient counts WORLD times, since DistributedDataParallel takes the mean of gradients
-    parts[RANK] = z.detach() + WORLD * (z - z.detach())
+    dist.all_gather(parts, values)
+    # all_gather passes no gradient on, so this process's own part is put back. Its gradient is
+    # multiplied by WORLD, since DistributedDataParallel divides the sum of gradients by WORLD.
+    parts[RANK] = values + WORLD * (z - values)  # z - values is 0
     return torch.cat(parts)
 
 def learning_rate(step, total_steps, warmup_steps, peak, final=0.0):
@@ -696,8 +705,8 @@ def join_processes(device):
     print(f"waiting for {WORLD} processes", flush=True)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # lets Ctrl-C end the wait
     backend, own_gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    long = timedelta(hours=2)  # the others may have to wait for an evaluation by the first
-    dist.init_process_group(backend, timeout=long, device_id=own_gpu)
+    timeout = timedelta(hours=2)  # the others wait while the first process measures kNN
+    dist.init_process_group(backend, timeout=timeout, device_id=own_gpu)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def with_progress(items, total, name):
@@ -893,11 +902,12 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=200, temperature=0.
     lengths = bank.norm(dim=1).clamp(min=1e-12)  # a normalised copy would double the memory
     queries = F.normalize(queries)
     classes = int(bank_labels.max()) + 1
-    k, right = min(k, len(bank)), 0
+    k = min(k, len(bank))
+    right = 0
     for part, labels in zip(queries.split(250), query_labels.split(250)):
         cosines, nearest = (part @ bank.T / lengths).topk(k)  # (m, k)
         votes = torch.zeros(len(part), classes, device=part.device)
-        # votes[i, class of nearest[i, j]] += exp(cosines[i, j] / T)
+        # votes[i, class of nearest[i, j]] += exp(cosines[i, j] / temperature)
         votes.scatter_add_(1, bank_labels[nearest], (cosines / temperature).exp())
         right += (votes.argmax(1) == labels).sum().item()
     return 100 * right / len(queries)
@@ -915,32 +925,32 @@ def linear_probe(draw_features, labels, test, test_labels, lr=0.4, weight_decay=
     steps = max(1, n // 256)  # an incomplete last batch is left out
     for epoch in with_progress(range(epochs), epochs, "linear probe: epoch"):
         features = draw_features()
-        orders = [torch.randperm(n, device=test.device).split(256) for _ in heads]
+        shuffled = [torch.randperm(n, device=test.device).split(256) for _ in heads]
         for step in range(steps):
             now = epoch * steps + step
             optimizer.param_groups[0]["lr"] = learning_rate(now, epochs * steps, 0, lr)
-            loss = 0
-            for head, order in zip(heads, orders):
-                rows = order[step]
+            loss = 0  # a sum, of which each head learns from its own term
+            for head, parts in zip(heads, shuffled):
+                rows = parts[step]
                 loss += F.cross_entropy(head(features[rows]), labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    right = [(head(test).argmax(1) == test_labels).float().mean() for head in heads]
-    accuracies = 100 * torch.stack(right)
+    correct = [(head(test).argmax(1) == test_labels).float().mean() for head in heads]
+    accuracies = 100 * torch.stack(correct)
     return accuracies.mean().item(), accuracies.std(correction=0).item()
 
 def probe(method, data, config, bank, test, percent):
-    """The authors' linear probe, on a percentage of the images of each class, always the same.
+    """The authors' linear probe, trained on a percentage of each class, the same images every time.
 
-    bank and test are features of the training and test images. The probe sees fresh crops and flips
-    in every epoch; with --quick, and of STL-10 as in the code, the features in bank.
+    It sees fresh crops and flips in every epoch; with --quick, and for STL-10 as in the authors'
+    code, the fixed features in bank. bank and test: features (N, D) of training and test images.
     """
     _, (images, labels), (_, test_labels) = data
     chosen = []
-    for rows in rows_of_classes(labels.cpu()):  # extract wants rows on the CPU
-        count = max(1, len(rows) * percent // 100)
-        chosen.append(rows[random_rows(len(rows), count)])
+    for members in rows_of_classes(labels.cpu()):  # rows on the CPU, where the images may be
+        count = max(1, len(members) * percent // 100)
+        chosen.append(members[random_rows(len(members), count)])
     rows = torch.cat(chosen)
     labels = labels[rows]
     if config.quick or config.dataset == "stl10":
@@ -955,27 +965,29 @@ def probe(method, data, config, bank, test, percent):
 def linear_svm(x, labels, cost):
     """Weights (D, C) of a linear support vector machine of each class against all others.
 
-    They minimise |w|^2 / 2 + cost * sum_i max(0, 1 - y_i w.x_i)^2 for the rows x_i of x (N, D),
-    float64, where y_i is 1 for images of the class and -1 for others.
+    Each column w minimises |w|^2 / 2 + cost * sum_i max(0, 1 - y_i w.x_i)^2 over the rows x_i of
+    x (N, D), float64; y_i is 1 for images of the class and -1 for others.
     """
-    y = 2 * F.one_hot(labels).to(x) - 1  # (N, C)
-    # Newton's method, with the second derivative as if every max(0, ...) were above 0: the true one
-    # is never larger, so that no step is too long. Momentum, 0.8, makes the steps fewer.
-    hessian = torch.eye(x.shape[1]).to(x) + 2 * cost * (x.T @ x)
+    y = 2 * F.one_hot(labels).to(x) - 1  # (N, C), 1 or -1; .to(x): type and device of x
+    # Gradient descent whose step is the gradient times a fixed matrix, the inverse of the second
+    # derivative as if every max(0, ...) were above 0. The true one is never larger, so that no step
+    # goes too far. Momentum, 0.8, makes the steps fewer.
+    hessian = torch.eye(x.shape[1]).to(x) + 2 * cost * (x.T @ x)  # (D, D)
     inverse = torch.linalg.inv(hessian)
-    w = before = torch.zeros(x.shape[1], y.shape[1]).to(x)
+    w = previous = torch.zeros(x.shape[1], y.shape[1]).to(x)
     for _ in range(2000):
-        v = w + 0.8 * (w - before)
-        gradient = v - 2 * cost * (x.T @ (y * F.relu(1 - y * (x @ v))))
-        before, w = w, v - inverse @ gradient
+        ahead = w + 0.8 * (w - previous)
+        gradient = ahead - 2 * cost * (x.T @ (y * F.relu(1 - y * (x @ ahead))))
+        previous, w = w, ahead - inverse @ gradient
         if gradient.abs().max() < 1e-7 * cost * len(x):
             break
     return w
 
 def svm_accuracy(train, train_labels, test, test_labels):
-    """Accuracy of linear SVMs in percent, and their cost, by cross-validation in three folds.
+    """Accuracy in percent of linear SVMs with the best of nine costs, and that cost.
 
-    The features (N, D) are normalised and get a coordinate 1, whose weight is the intercept. The
+    The best has most images right when each third is told by what the other two have taught. The
+    features (N, D) are normalised and get a coordinate 1, whose weight is the intercept. The
     costs are those that the authors' laboratory used for VOC07 (OBoW's code); 10 and 30 are ours.
     """
     train = F.pad(F.normalize(train), (0, 1), value=1.0).double()
@@ -985,12 +997,12 @@ def svm_accuracy(train, train_labels, test, test_labels):
     right = {}
     for cost in (0.05, 0.1, 0.3, 0.5, 1.0, 3.0, 5.0, 10.0, 30.0):
         right[cost] = 0
-        for i, held_out in enumerate(folds):
-            rest = torch.cat(folds[:i] + folds[i + 1:])
+        for held_out in folds:
+            rest = torch.cat([fold for fold in folds if fold is not held_out])
             w = linear_svm(train[rest], train_labels[rest], cost)
             guess = (train[held_out] @ w).argmax(1)
             right[cost] += (guess == train_labels[held_out]).sum().item()
-    cost = max(right, key=right.get)
+    cost = max(right, key=right.get)  # the one with most right
     guess = (test @ linear_svm(train, train_labels, cost)).argmax(1)
     return 100 * (guess == test_labels).double().mean().item(), cost
 
@@ -1092,10 +1104,10 @@ def main(argv=None):
     try:
         device = start(config)
         if RANK > 0:
-            dist.barrier()  # the first process downloads
+            dist.barrier()  # waits until the first process has the data
         data = load_data(config, device)
         if WORLD > 1 and RANK == 0:
-            dist.barrier()
+            dist.barrier()  # now the others load them, too
         Path(config.out).mkdir(parents=True, exist_ok=True)
         method, log = train(config, data, device)
         if WORLD > 1:

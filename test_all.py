@@ -1983,7 +1983,7 @@ def test_lambda_and_the_coefficient_of_the_similarity():
     wanted = {"64-8192": 4000, "64-32768 --lam 0.8192": 40000, "64-8192 --loss auh": 3000}
     for flags, want in wanted.items():
         config = sfrik.parse_args(["--arch", "small", "--projector", *flags.split()])
-        assert sfrik.Method(config).sim_coeff == pytest.approx(want)
+        assert sfrik.Method(config).mse_weight == pytest.approx(want)
 
 def test_sfriks_presets():
     parse = lambda line: sfrik.parse_args(line.split())
