@@ -868,8 +868,9 @@ def with_progress(items, total, name):
 
 def batches(images, config, device, epoch):
     """Yields this process's images of every batch of an epoch, in a random order."""
-    # All processes draw the same order of the images, and the same views: see augment. The hash of
-    # a tuple of integers is the same in every run.
+    # All processes draw the same order of the images, and the same random numbers for the views, of
+    # which each keeps those of its own images: see augment. The hash of a tuple of integers is the
+    # same in every run.
     torch.manual_seed(hash((config.seed, epoch)))
     order = torch.randperm(len(images)).to(images.device)
     mine = config.batch_size // WORLD
