@@ -24,9 +24,9 @@ Usage
   torchrun --nproc_per_node=4 care.py --dataset imagenet100 --data-root PATH
 
 Differences between the paper, the authors' code and this file (more: results/README.md):
-  - The code draws one pair of augmentations for all chunks. So does --share-pair, for all GPUs.
-  - L_equi is as in the code: 2 / m times the sum over a chunk of m images. The paper writes a mean;
-    its lam is taken for the code's form. CIFAR-10's lam is the paper's 0.01 (code: 0.03).
+  - The code draws one pair of augmentations that all chunks share, as --share-pair does here.
+  - L_equi is the code's: 2 / m times the sum over the pairs of a chunk of m images. The paper
+    writes a mean, but lam is the paper's all the same: 0.01 on CIFAR-10 (code: 0.03).
   - ImageNet100: L_equi sees crops, as in the paper (code: the middle of the image). SimCLR's
     negatives come from all GPUs (code: each GPU's own). The probe's rate is 10 (the code's README;
     paper: 30).
@@ -63,7 +63,7 @@ from torchvision import datasets, models
 from torchvision.utils import save_image
 
 SCRIPT = "care"
-WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes, set by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes; torchrun sets it
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # of this process among all
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0  # among those of its machine
 
@@ -129,9 +129,9 @@ PRESETS = {  # what datasets change
     "proteins": dict(lam=1.0, epochs=100, projector="128-16"),  # R^16: paper; others: ours
 }
 PRESETS["chains"] = PRESETS["proteins"]
-# What --base moco also changes: here, or for other datasets the temperature, to 0.1 (paper).
+# what --base moco changes besides; of datasets that are not here the temperature, to 0.1 (paper)
 MOCO_CIFAR = dict(temperature=0.1, optimizer="sgd", lr=0.03, final_lr=0.0, weight_decay=5e-4)
-MOCO = {"cifar10": MOCO_CIFAR, "cifar100": MOCO_CIFAR,  # as in FAIR's demo
+MOCO = {"cifar10": MOCO_CIFAR, "cifar100": MOCO_CIFAR,  # as in FAIR's demo of MoCo
         "imagenet100": {}}  # nothing
 QUICK = dict(dataset="patterns", arch="small", epochs=12, knn_every=2, limit=4000)
 # what may change when a run is continued
@@ -167,7 +167,8 @@ def equivariance_loss(z1, z2, chunks):
     z1 = F.normalize(z1).unflatten(0, (chunks, -1))  # (K, m, D)
     z2 = F.normalize(z2).unflatten(0, (chunks, -1))
     difference = z1 @ z1.mT - z2 @ z2.mT  # (K, m, m), 0 on the diagonals
-    return 2 * difference.square().sum(2).mean()  # a mean over K chunks and m rows, hence 1 / m
+    row_sums = difference.square().sum(2)  # (K, m)
+    return 2 * row_sums.mean()  # over m rows, hence 1 / m, and over K chunks
 
 def invariance_loss(z1, z2):
     """L_inv: the mean distance of the two embeddings of an image, both (N, D), on the sphere."""
@@ -205,7 +206,6 @@ class Method(nn.Module):
             self.key_projector = deepcopy(self.projector).requires_grad_(False)
             random_keys = torch.randn(config.queue, self.projector[-1].out_features)
             self.register_buffer("queue", F.normalize(random_keys))
-            self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))  # row of this key
         mean, std = MEAN_STD[config.dataset]  # constants: they need not be saved
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
@@ -217,9 +217,9 @@ class Method(nn.Module):
         if config.base == "moco":
             self.update_key_networks()
             keys = gather(self.embed_keys(x2_inv))
-            queue = self.queue.clone()  # for the gradient, since update_queue overwrites it
-            loss_inv = moco_loss(z1_inv, keys, queue, config.temperature)
-            self.update_queue(keys)
+            loss_inv = moco_loss(z1_inv, keys, self.queue, config.temperature)
+            # the keys join the queue, and as many of the oldest leave it
+            self.queue = torch.cat([self.queue, F.normalize(keys)])[len(keys):]
         else:
             z2_inv = gather(f(x2_inv))
             loss_inv = self.contrastive_loss(z1_inv, z2_inv)
@@ -270,21 +270,14 @@ class Method(nn.Module):
     def update_key_networks(self):
         """Moves the weights of MoCo's key encoder and its head towards the trained ones."""
         trained = [*self.encoder.parameters(), *self.projector.parameters()]
-        keys = [*self.key_encoder.parameters(), *self.key_projector.parameters()]
-        for key, query in zip(keys, trained):
-            key.lerp_(query, 1 - self.config.key_momentum)
+        followers = [*self.key_encoder.parameters(), *self.key_projector.parameters()]
+        for follower, weight in zip(followers, trained):
+            follower.lerp_(weight, 1 - self.config.key_momentum)
 
     @torch.no_grad()
     def embed_keys(self, x):
         """MoCo's keys (N, D) of images in [0, 1]."""
         return self.key_projector(self.encode(self.key_encoder, x))
-
-    @torch.no_grad()
-    def update_queue(self, keys):
-        """Puts the keys (N, D) of all processes in the place of the oldest ones of the queue."""
-        rows = self.oldest + torch.arange(len(keys), device=keys.device)
-        self.queue[rows % len(self.queue)] = F.normalize(keys)  # after the last row the first
-        self.oldest.add_(len(keys)).remainder_(len(self.queue))
 
     def encode(self, encoder, x):
         """What an encoder makes of images in [0, 1], or of clouds: (N, D), float32."""
@@ -489,7 +482,6 @@ def load_data(config, device):
     to evaluate; of clouds the second is.
     """
     root = Path(config.data_root)
-    bank = None  # for other datasets than STL-10 it is what to train on
     if config.dataset == "patterns":
         train, test = draw_patterns(4000, seed=1), draw_patterns(1000, seed=2)
     elif config.dataset in PHOTOS:
@@ -506,14 +498,15 @@ def load_data(config, device):
     if len(train[1]) < config.batch_size:
         stop(f"--batch-size {config.batch_size} is more than the {len(train[1])} images: try a "
              "quarter of that")
-    train = place(train, device)
+    train, test = place(train, device), place(test, device)
     if config.dataset in CLOUDS:
-        return train, None, place(test, device)
+        return train, None, test
     if len(test[1]) == 0 or int(train[1].max()) == 0:
         print("no evaluation: it needs test images (val/), and two or more classes")
         return train, None, None
-    bank = place(bank, device) if bank else train
-    return train, bank, place(test, device)
+    if config.dataset == "stl10":
+        return train, place(bank, device), test
+    return train, train, test
 
 def load_cifar(root, config):
     """Training and test images and labels of CIFAR-10 or CIFAR-100."""
@@ -551,7 +544,8 @@ def load_photos(root, split):
         stop(f"{problem}; first run: python prepare.py YOUR_IMAGES --out {root}")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3:
         stop(f"{split}-images.npy must be uint8 (N, 3, H, W), not {images.dtype} {images.shape}")
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or (labels < 0).any():
+    integers = np.issubdtype(labels.dtype, np.integer)
+    if not integers or labels.shape != images.shape[:1] or (labels < 0).any():
         stop(f"{split}-labels.npy must be {len(images)} classes: integers from 0")
     with warnings.catch_warnings(action="ignore"):  # torch warns that it could not write to the map
         images = torch.from_numpy(images)
@@ -620,8 +614,9 @@ def read_chain(path):
     for line in path.read_text(errors="replace").splitlines():
         if line.startswith("ENDMDL"):
             break
-        residue = line.startswith("ATOM") or line.startswith("HETATM") and line[17:20] == "MSE"
-        if residue and line[12:16] == " CA " and line[16:17] in " A":  # A: the first of two places
+        selenium = line.startswith("HETATM") and line[17:20] == "MSE"
+        first_place = line[16:17] in (" ", "A")  # B: the second of two places of one atom
+        if (line.startswith("ATOM") or selenium) and line[12:16] == " CA " and first_place:
             try:
                 point = [float(line[start:start + 8]) for start in (30, 38, 46)]
             except ValueError:
@@ -629,7 +624,7 @@ def read_chain(path):
             if not all(map(math.isfinite, point)):
                 stop(f"{path} has no finite coordinates in the line {line[:60].rstrip()!r}")
             points.append(point)
-    if points and min(points) == max(points):
+    if points and all(point == points[0] for point in points):
         stop(f"{path} has all its atoms in one place, {points[0]}")
     return torch.tensor(points).view(-1, 3)
 
@@ -646,19 +641,19 @@ def draw_chains(n, seed):
 
 def load_chains(root, config):
     """Clouds (N, P, 4) and labels, which are all 0, to train on and to test."""
-    if config.dataset == "chains" or config.quick:
+    if config.dataset == "chains":
         print("data: the built-in random walks, no proteins")
-        splits = draw_chains(2000, seed=1), draw_chains(200, seed=2)
+        train, test = draw_chains(2000, seed=1), draw_chains(200, seed=2)
     else:
-        splits = read_proteins(root / "proteins")
+        train, test = read_proteins(root / "proteins")
     clouds = []
-    for chain in [*splits[0], *splits[1]]:
+    for chain in train + test:
         points = chain - chain.mean(0)
         points = points / points.square().sum(1).mean().sqrt()
         clouds.append(F.pad(points, (0, 1), value=1.0))
     clouds = nn.utils.rnn.pad_sequence(clouds, batch_first=True)  # (N, P, 4)
     labels = torch.zeros(len(clouds), dtype=torch.int64)
-    n = len(splits[0])
+    n = len(train)
     return (clouds[:n], labels[:n]), (clouds[n:], labels[n:])
 
 def read_proteins(folder):
@@ -673,9 +668,9 @@ def read_proteins(folder):
             files[path.relative_to(folder).with_suffix("").as_posix()] = path
     if not files:
         stop(f"{folder} is missing or has no .pdb files; --dataset chains needs no data")
-    names = [*files]
-    test_names = names[9::10]
-    train_names = [name for i, name in enumerate(names) if i % 10 < 9]
+    train_names = [*files]
+    test_names = train_names[9::10]
+    del train_names[9::10]
     if (folder / "train.txt").exists() and (folder / "val.txt").exists():
         train_names = read_list(folder / "train.txt", files)
         test_names = read_list(folder / "val.txt", files)
@@ -717,10 +712,8 @@ class DeepSets(nn.Module):
 
     def __init__(self):
         super().__init__()
-        layers = []
-        for inputs, outputs in pairwise((3, 128, 256, 256)):
-            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-        self.phi = nn.Sequential(*layers)
+        self.phi = nn.Sequential(nn.Linear(3, 128), nn.ReLU(), nn.Linear(128, 256), nn.ReLU(),
+                                 nn.Linear(256, 256), nn.ReLU())
 
     def forward(self, clouds):
         points, is_point = clouds.split((3, 1), dim=2)
@@ -728,7 +721,8 @@ class DeepSets(nn.Module):
 
 def haar_rotations(n, device):
     """n rotations of space (n, 3, 3), uniform: rows that are orthogonal, of random directions."""
-    a, b = torch.randn(2, n, 3, dtype=torch.float64, device=device)  # they may be nearly parallel
+    # float64: where a and b are nearly parallel, b - (a.b) a is a small difference
+    a, b = torch.randn(2, n, 3, dtype=torch.float64, device=device)
     a = F.normalize(a)
     b = F.normalize(b - (a * b).sum(1, keepdim=True) * a)
     return torch.stack([a, b, torch.linalg.cross(a, b)], dim=1).float()
@@ -754,8 +748,8 @@ def principal_axis(clouds):
 def axis_probes(method, data):
     """How well the principal axis of a turned chain can be read from its embedding.
 
-    axis: by an MLP; ridge_axis: by ridge regression. Mean squared error and angle of unit vectors,
-    over four random rotations of every chain.
+    The mean squared error and the mean angle, over four random rotations of every chain, of the
+    axis that an MLP (axis_...) and ridge regression (ridge_axis_...) predict.
     """
     train, _, test = data
     torch.manual_seed(0)
@@ -849,21 +843,27 @@ def join_processes(device):
         sys.stdout = open(os.devnull, "w")
     print(f"waiting for {WORLD} processes", flush=True)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # lets Ctrl-C end the wait
-    backend, own_gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     timeout = timedelta(hours=2)  # the others wait while the first process measures kNN
-    dist.init_process_group(backend, timeout=timeout, device_id=own_gpu)
+    if device.type == "cuda":
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def with_progress(items, total, name):
     """Yields the items; says after ten seconds, and then every now and then, how far they are."""
-    began, due, terminal = time.time(), 10, sys.stdout.isatty()
+    began, due = time.time(), 10  # seconds
     for done, item in enumerate(items):
         passed = time.time() - began
         if done > 0 and passed > due:
             left = timedelta(seconds=round(passed / done * (total - done)))
-            end = "\r" if terminal else "\n"  # on a terminal the same line, every second
-            print(f" {name} {done} of {total}, {left} left", end=end, flush=True)
-            due = passed + 1 if terminal else 2 * passed
+            line = f" {name} {done} of {total}, {left} left"
+            if sys.stdout.isatty():  # on a terminal the same line, every second
+                print(line, end="\r", flush=True)
+                due = passed + 1
+            else:  # in a file a new line, each after twice the time
+                print(line, flush=True)
+                due = 2 * passed
         yield item
 
 def batches(images, config, device, epoch):
@@ -882,7 +882,7 @@ def train_epoch(model, optimizer, images, config, device, epoch):
     """One pass over the images; returns the means of the loss and its terms over the steps."""
     steps, sums = len(images) // config.batch_size, {}
     total, warmup = config.epochs * steps, config.warmup_epochs * steps
-    peak = optimizer.defaults["lr"]
+    peak = optimizer.defaults["lr"]  # as make_optimizer gave it; the groups' rates change below
     epoch_batches = batches(images, config, device, epoch)
     for step, batch in enumerate(with_progress(epoch_batches, steps, f"epoch {epoch}: step")):
         now = (epoch - 1) * steps + step
@@ -1044,13 +1044,12 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=200, temperature=0.
 
     A row votes for its own class with the weight exp(cosine / temperature).
     """
-    lengths = bank.norm(dim=1).clamp(min=1e-12)  # a normalised copy would double the memory
-    queries = F.normalize(queries)
+    bank, queries = F.normalize(bank), F.normalize(queries)
     classes = int(bank_labels.max()) + 1
     k = min(k, len(bank))
     right = 0
     for part, labels in zip(queries.split(250), query_labels.split(250)):
-        cosines, nearest = (part @ bank.T / lengths).topk(k)  # (m, k)
+        cosines, nearest = (part @ bank.T).topk(k)  # (m, k)
         votes = torch.zeros(len(part), classes, device=part.device)
         # votes[i, class of nearest[i, j]] += exp(cosines[i, j] / temperature)
         votes.scatter_add_(1, bank_labels[nearest], (cosines / temperature).exp())
@@ -1164,7 +1163,7 @@ def parse_args(argv=None):
         config.warmup_epochs = min(config.warmup_epochs, config.epochs // 4)
     if config.equivariance_batch == 0:
         config.equivariance_batch = config.batch_size
-    check(config, parser)
+    check(config)
     if not config.out:
         words = [SCRIPT]
         words += [f"{name}={given[name]}" for name in asdict(config)
@@ -1176,30 +1175,28 @@ def parse_args(argv=None):
     config.data_root = os.path.expanduser(config.data_root)
     return config
 
-def check(config, parser):
+def check(config):
     """Ends the program if a setting has an impossible value; nan is neither > 0 nor >= 0."""
     positive = ("temperature", "epochs", "batch_size", "lr", "chunks", "queue")
     for name, value in asdict(config).items():
         if name in positive and not value > 0:
-            parser.error(f"--{name.replace('_', '-')} must be more than 0")
+            stop(f"--{name.replace('_', '-')} must be more than 0")
         if not isinstance(value, str) and not value >= 0:
-            parser.error(f"--{name.replace('_', '-')} must be 0 or more")
+            stop(f"--{name.replace('_', '-')} must be 0 or more")
     if config.size < 8:
-        parser.error("--size must be 8 or more")
+        stop("--size must be 8 or more")
     if not all(width.isdecimal() and int(width) > 0 for width in config.projector.split("-")):
-        parser.error(f"widths look like 512-128, not like {config.projector}")
+        stop(f"widths look like 512-128, not like {config.projector}")
     if config.batch_size % WORLD > 0 or config.batch_size < 2 * WORLD:
-        parser.error(f"--batch-size must be a multiple of {WORLD} and at least {2 * WORLD}")
+        stop(f"--batch-size must be a multiple of {WORLD} and at least {2 * WORLD}")
     n, chunks = config.equivariance_batch, config.chunks
     if config.lam > 0 and (n > config.batch_size or n % WORLD > 0):
-        parser.error(f"--equivariance-batch {n} must be at most {config.batch_size} and a multiple "
-                     f"of {WORLD}")
+        stop(f"--equivariance-batch {n} must be at most {config.batch_size} and a multiple "
+             f"of {WORLD}")
     if config.lam > 0 and (n % chunks > 0 or n == chunks):
-        parser.error(f"{chunks} chunks must cut {n} images into equal parts of 2 or more")
+        stop(f"{chunks} chunks must cut {n} images into equal parts of 2 or more")
     if config.base == "moco" and config.contrast != "infonce":
-        parser.error(f"MoCo has no contrast {config.contrast}, only infonce")
-    if config.base == "moco" and config.queue < config.batch_size:
-        parser.error(f"a queue of {config.queue} must hold a batch of {config.batch_size}")
+        stop(f"MoCo has no contrast {config.contrast}, only infonce")
 
 def main(argv=None):
     """Runs a command line: trains, evaluates and writes the results."""

@@ -61,7 +61,7 @@ from torchvision import datasets
 from torchvision.utils import save_image
 
 SCRIPT = "homomorphic"
-WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes, set by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes; torchrun sets it
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # of this process among all
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0  # among those of its machine
 
@@ -198,8 +198,10 @@ class Method(nn.Module):
         self.encoder = GroupEncoder(config.group, len(mean), config.arch, config.width,
                                     config.structure, config.size)
         self.shape = self.feature_shape()  # L, H', W'
-        # of the kernel of MNIST's classifier: an odd number, at most 7
-        side = (min(7, *self.shape[1:]) - 1) // 2 * 2 + 1
+        # MNIST's classifier has a kernel of the largest odd side that fits the maps, at most 7
+        side = min(7, *self.shape[1:])
+        if side % 2 == 0:
+            side -= 1
         self.classifier = Classifier(config, self.encoder.channels, side)
         self.h = None
         if config.ssl in ("homomorphic", "augmented"):
@@ -350,8 +352,9 @@ def transform(x, g, group):
     if group == "rotation":
         versions = torch.stack([x.rot90(k, (2, 3)) for k in range(4)])  # (4, B, C, H, W)
         return versions[g % 4, torch.arange(n, device=x.device)]
-    # The matrix theta of an image tells which point of x a pixel of the result shows: hence -2 and
-    # 1 / g. Coordinates, first to the right, then down, go from -1 to 1: a pixel is 2 / width wide.
+    # theta tells, for every pixel of the result, which point of x it shows. To move the image to
+    # the right, a pixel must show what lies to its left: hence the minus, and 1 / g for scale.
+    # Coordinates run from -1 to 1, so that a pixel is 2 / width wide; right comes before down.
     theta = x.new_zeros(n, 2, 3)
     if group == "translation":
         mode = "nearest"
@@ -387,8 +390,7 @@ def hermite_gaussians(size, orders, scale):
     x = (torch.arange(size, dtype=torch.float64) - size // 2) / scale
     hermite = torch.special.hermite_polynomial_he(x, torch.arange(orders)[:, None])
     line = hermite * (-x * x / 2).exp() / scale  # (orders, size): along one axis
-    products = line[:, None, :, None] * line[None, :, None, :]  # (orders, orders, size, size)
-    return products.flatten(0, 1)
+    return torch.einsum("ny,mx->nmyx", line, line).flatten(0, 1)  # the products of any two
 
 def make_basis(group, size, orders):
     """The basis of the kernels in all planes, scaled or rotated: (L, orders^2, size, size).
@@ -399,11 +401,11 @@ def make_basis(group, size, orders):
     scales = SCALES if group == "scale" else [1.0]
     bases = []
     for scale in scales:
-        grid = int(size * scale / scales[-1]) // 2 * 2 + 1  # odd; of the largest scale, size
+        grid = int(size * scale / scales[-1]) // 2 * 2 + 1  # odd; size for the largest scale
         margin = (size - grid) // 2
         bases.append(F.pad(hermite_gaussians(grid, orders, scale), [margin] * 4))
     basis = torch.stack(bases)
-    basis = basis / basis[0].norm(dim=(1, 2), keepdim=True)  # 0: the smallest scale
+    basis = basis / basis[0].norm(dim=(1, 2), keepdim=True)  # basis[0]: the smallest scale
     if group == "rotation":
         basis = torch.cat([basis.rot90(k, (2, 3)) for k in range(4)])
     return basis.float()
@@ -423,7 +425,7 @@ class GroupConv(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def forward(self, x):
-        # kernel of plane l: the sum over f of weight f times function f of the basis of plane l
+        # kernel[l, o, i] = sum over f of weight[o, i, f] * basis[l, f]
         kernel = torch.einsum("oif,lfyx->loiyx", self.weight, self.basis)
         kernel = kernel.flatten(0, 1)  # (L O, I, size, size)
         if x.is_cuda:  # the order in memory that train asks for; it is slower on a CPU
@@ -433,7 +435,8 @@ class GroupConv(nn.Module):
             groups = self.planes
             x = x.transpose(1, 2).flatten(1, 2)  # (B, L I, H, W)
         maps = F.conv2d(x, kernel, None, self.stride, self.padding, groups=groups)
-        return maps.unflatten(1, (self.planes, -1)).transpose(1, 2)  # from (B, L O, H', W')
+        maps = maps.unflatten(1, (self.planes, -1))  # (B, L, O, H', W')
+        return maps.transpose(1, 2)
 
 class Block(nn.Module):
     """The residual block of SESN, with BatchNorm and ReLU before each of its two convolutions.
@@ -470,8 +473,8 @@ class GroupEncoder(nn.Module):
     """f: images (B, I, H, W) to features (B, C, L, H', W') of L = PLANES[group] planes.
 
     With structure none (Table 2) it is not equivariant. For scale it has plain convolutions with L
-    times the channels: channel c L + l is channel c of plane l. For translation it has three linear
-    layers, whose outputs are taken for C channels at 4 x 4 places.
+    times the channels, of which L in a row are taken for the L planes of one. For translation it
+    has three linear layers, whose outputs are taken for C channels at 4 x 4 places.
     """
 
     def __init__(self, group, in_channels=3, arch="small", width=1.0, structure="equivariant",
@@ -635,7 +638,8 @@ def load_photos(root, split):
         stop(f"{problem}; first run: python prepare.py YOUR_IMAGES --out {root}")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3:
         stop(f"{split}-images.npy must be uint8 (N, 3, H, W), not {images.dtype} {images.shape}")
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or (labels < 0).any():
+    integers = np.issubdtype(labels.dtype, np.integer)
+    if not integers or labels.shape != images.shape[:1] or (labels < 0).any():
         stop(f"{split}-labels.npy must be {len(images)} classes: integers from 0")
     with warnings.catch_warnings(action="ignore"):  # torch warns that it could not write to the map
         images = torch.from_numpy(images)
@@ -768,21 +772,27 @@ def join_processes(device):
         sys.stdout = open(os.devnull, "w")
     print(f"waiting for {WORLD} processes", flush=True)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # lets Ctrl-C end the wait
-    backend, own_gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     timeout = timedelta(hours=2)  # the others wait while the first process measures kNN
-    dist.init_process_group(backend, timeout=timeout, device_id=own_gpu)
+    if device.type == "cuda":
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def with_progress(items, total, name):
     """Yields the items; says after ten seconds, and then every now and then, how far they are."""
-    began, due, terminal = time.time(), 10, sys.stdout.isatty()
+    began, due = time.time(), 10  # seconds
     for done, item in enumerate(items):
         passed = time.time() - began
         if done > 0 and passed > due:
             left = timedelta(seconds=round(passed / done * (total - done)))
-            end = "\r" if terminal else "\n"  # on a terminal the same line, every second
-            print(f" {name} {done} of {total}, {left} left", end=end, flush=True)
-            due = passed + 1 if terminal else 2 * passed
+            line = f" {name} {done} of {total}, {left} left"
+            if sys.stdout.isatty():  # on a terminal the same line, every second
+                print(line, end="\r", flush=True)
+                due = passed + 1
+            else:  # in a file a new line, each after twice the time
+                print(line, flush=True)
+                due = 2 * passed
         yield item
 
 def batches(images, labels, config, device, epoch):
@@ -802,7 +812,7 @@ def train_epoch(model, optimizer, images, labels, config, device, epoch):
     """One pass over the images; returns the means of the loss and its terms over the steps."""
     steps, sums = len(images) // config.batch_size, {}
     total, warmup = config.epochs * steps, config.warmup_epochs * steps
-    peak = optimizer.defaults["lr"]
+    peak = optimizer.defaults["lr"]  # as make_optimizer gave it; the groups' rates change below
     epoch_batches = batches(images, labels, config, device, epoch)
     for step, batch in enumerate(with_progress(epoch_batches, steps, f"epoch {epoch}: step")):
         now = (epoch - 1) * steps + step
@@ -959,13 +969,12 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=200, temperature=0.
 
     A row votes for its own class with the weight exp(cosine / temperature).
     """
-    lengths = bank.norm(dim=1).clamp(min=1e-12)  # a normalised copy would double the memory
-    queries = F.normalize(queries)
+    bank, queries = F.normalize(bank), F.normalize(queries)
     classes = int(bank_labels.max()) + 1
     k = min(k, len(bank))
     right = 0
     for part, labels in zip(queries.split(250), query_labels.split(250)):
-        cosines, nearest = (part @ bank.T / lengths).topk(k)  # (m, k)
+        cosines, nearest = (part @ bank.T).topk(k)  # (m, k)
         votes = torch.zeros(len(part), classes, device=part.device)
         # votes[i, class of nearest[i, j]] += exp(cosines[i, j] / temperature)
         votes.scatter_add_(1, bank_labels[nearest], (cosines / temperature).exp())
@@ -1062,7 +1071,7 @@ def parse_args(argv=None):
     config = Config(**(preset | settings))
     if "warmup_epochs" not in given:
         config.warmup_epochs = min(config.warmup_epochs, config.epochs // 4)
-    check(config, parser)
+    check(config)
     if not config.out:
         words = [SCRIPT]
         words += [f"{name}={given[name]}" for name in asdict(config)
@@ -1074,26 +1083,26 @@ def parse_args(argv=None):
     config.data_root = os.path.expanduser(config.data_root)
     return config
 
-def check(config, parser):
+def check(config):
     """Ends the program if a setting has an impossible value; nan is neither > 0 nor >= 0."""
     positive = ("temperature", "epochs", "batch_size", "lr", "classes", "base_size", "width")
     for name, value in asdict(config).items():
         if name in positive and not value > 0:
-            parser.error(f"--{name.replace('_', '-')} must be more than 0")
+            stop(f"--{name.replace('_', '-')} must be more than 0")
         if not isinstance(value, str) and not value >= 0:
-            parser.error(f"--{name.replace('_', '-')} must be 0 or more")
+            stop(f"--{name.replace('_', '-')} must be 0 or more")
     if config.size < 16:  # below, the kernels of some planes would have no place on the last maps
-        parser.error("--size must be 16 or more")
+        stop("--size must be 16 or more")
     if not all(width.isdecimal() and int(width) > 0 for width in config.projector.split("-")):
-        parser.error(f"widths look like 128-128-128, not like {config.projector}")
+        stop(f"widths look like 128-128-128, not like {config.projector}")
     if config.batch_size % WORLD > 0 or config.batch_size < 2 * WORLD:
-        parser.error(f"--batch-size must be a multiple of {WORLD} and at least {2 * WORLD}")
+        stop(f"--batch-size must be a multiple of {WORLD} and at least {2 * WORLD}")
     if config.distance > 0 and config.ssl != "homomorphic":
-        parser.error("--distance is for --ssl homomorphic")
+        stop("--distance is for --ssl homomorphic")
     if config.base_size > 1 and config.ssl in ("frozen", "supervised"):
-        parser.error("--base-size is for --ssl homomorphic and augmented")
+        stop("--base-size is for --ssl homomorphic and augmented")
     if config.structure == "none" and config.group == "rotation":
-        parser.error("--structure none is for translation and scale, as in Table 2")
+        stop("--structure none is for translation and scale, as in Table 2")
 
 def main(argv=None):
     """Runs a command line: trains, evaluates and writes the results."""

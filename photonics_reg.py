@@ -15,8 +15,8 @@ Algorithm for a batch of N cells, encoder f, projector p1, predictor p2, regress
   1. draw two views of every cell; loss_invariance = NT-Xent between the two p1(f(view));
   2. v = every cell itself, not a view of it, in four versions: turned by 0, 90, 180 and 270 degrees
      (gpm), or shifted by half a cell along no axis, y, x and both (blob);
-  3. loss_equivariance = cross-entropy of p2(f(v)) against the class of the version: which shift
-     (blob), or was the mirror axis moved, by 90 or 270 degrees, or not (gpm; [C]: which turn);
+  3. loss_equivariance = cross-entropy of p2(f(v)) against the class of the version: for blob its
+     shift; for gpm whether the mirror axis was moved, by 90 or 270 degrees, or not ([C]: the turn);
   4. step f, p1 and p2 on loss_invariance + alpha * loss_equivariance.
   5. Afterwards, for a view of each of a batch of labelled cells: step f and h, or with --frozen h
      alone. The prediction is h(f(view)) + 2 pi x, the loss its squared difference from the DOS; x
@@ -233,11 +233,14 @@ def draw_symmetries(n, kind, transformed, device):
     mirror = torch.randint(3, (n,), device=device)
     turn = torch.randint(4, (n,), device=device)
     shift = torch.randint(SIDE, (n, 2), device=device)
-    if kind == "gpm":
-        return mirror, turn * transformed, shift  # times False: 0
-    half = SIDE // 2
-    half_cells = shift // half  # 0 or 1
-    return mirror, turn, half * half_cells * transformed
+    if kind == "blob":
+        half = SIDE // 2
+        shift = shift // half * half  # 0 or half a cell
+    if not transformed and kind == "gpm":
+        turn = torch.zeros_like(turn)
+    if not transformed and kind == "blob":
+        shift = torch.zeros_like(shift)
+    return mirror, turn, shift
 
 def apply_symmetries(cells, mirror, turn, shift):
     """Cells (N, 32, 32) mirrored (0: no, 1: x -> -x, 2: y -> -y), then turned, then shifted.
@@ -401,14 +404,12 @@ def fourier_sum(drawn, line):
 
     c_g = r exp(i phi) is the same for g1 and -g1: the mirror x -> -x. Returns (n, X, X).
     """
-    r = drawn[:, :6].view(-1, 2, 3, 1)  # of |g1| = 0, 1 and g2 = -1, 0, 1
-    phi = 2 * math.pi * drawn[:, 6:12].view(-1, 2, 3, 1)
-    angle = 2 * math.pi * line
-    g2 = torch.tensor([-1, 0, 1])[:, None]
-    along_y = (r * torch.cos(g2 * angle + phi)).sum(2)  # of g1 = 0 and 1: (n, 2, X)
-    g1_is_0, g1_is_1 = along_y[:, :, None].unbind(1)  # (n, 1, X) each
-    # g1 = 1 and -1 together: exp(2 pi i x) + exp(-2 pi i x) = 2 cos(2 pi x)
-    return g1_is_0 + 2 * angle.cos()[:, None] * g1_is_1
+    r = drawn[:, :6].view(-1, 2, 3)  # of |g1| = 0, 1 and g2 = -1, 0, 1
+    phi = 2 * math.pi * drawn[:, 6:12].view(-1, 2, 3)
+    c = torch.polar(r, phi)[:, [1, 0, 1]]  # of g1 and g2 = -1, 0, 1: (n, 3, 3)
+    g = torch.tensor([-1, 0, 1])[:, None]
+    waves = torch.exp(2j * math.pi * (g * line))  # (3, X), along x as along y
+    return torch.einsum("ngh,gx,hy->nxy", c, waves, waves).real
 
 def star(drawn):
     """blob: the points (n, 96, 96) of a star-shaped inclusion about the center; drawn is (n, 16).
@@ -418,12 +419,15 @@ def star(drawn):
     """
     line = midpoints(3 * SIDE)
     x, y = torch.meshgrid(line, line, indexing="ij")
-    r0 = 0.1 + 0.3 * drawn[:, 0, None, None]
-    m = torch.arange(1, 5, dtype=torch.float64)
-    a = 0.3 * (2 * drawn[:, 1:5] - 1) / m  # (n, 4)
-    phi = 2 * math.pi * drawn[:, 5:9, None, None]  # (n, 4, 1, 1)
-    waves = torch.cos(m[:, None, None] * torch.atan2(y, x) + phi)  # (n, 4, 96, 96)
-    radius = r0 * (1 + (a[..., None, None] * waves).sum(1))
+    theta = torch.atan2(y, x)
+    drawn = drawn[:, :, None, None]  # drawn[:, i] is (n, 1, 1)
+    r0 = 0.1 + 0.3 * drawn[:, 0]
+    waves = 0
+    for m in range(1, 5):
+        a = 0.3 * (2 * drawn[:, m] - 1) / m
+        phi = 2 * math.pi * drawn[:, 4 + m]
+        waves = waves + a * torch.cos(m * theta + phi)  # (n, 96, 96)
+    radius = r0 * (1 + waves)
     return torch.hypot(x, y) < radius.clamp(max=0.48)
 
 # %% SOLVER ----------------------------------------------------------------------------------------
@@ -485,11 +489,12 @@ def states_below(edges, w, velocities):
     top = h * (vx - vy).abs()
     distance = edges - w[..., None]  # (..., B)
     t = distance.abs()
-    # The part of the trapezoid beyond t (its area is 1, so its height is 1 / (base + top)): the end
-    # of the slope, a triangle, or, if t is under the top, one half less a rectangle.
+    # beyond: the area of the trapezoid that lies further from w than t. The whole area is 1, so the
+    # trapezoid is 1 / (base + top) high. If t is on the slope, a triangle lies beyond it; if t is
+    # under the top, one half less a rectangle t wide.
     slope = base - top  # the width of the slope
-    height = ((base - t) / slope.clamp(min=1e-12)).clamp(0, 1)  # at t: 1 at the top, 0 at the end
-    triangle = height.square() * slope / (2 * (base + top))
+    share = ((base - t) / slope.clamp(min=1e-12)).clamp(0, 1)  # of the slope, beyond t
+    triangle = share.square() * slope / (2 * (base + top))
     beyond = torch.where(t < top, 0.5 - t / (base + top), triangle)
     return torch.where(distance < 0, beyond, 1 - beyond)
 
@@ -501,14 +506,14 @@ def density_of_states(eps, cutoff=4):
     x = 0, and leaves out the one state of frequency 0.
     """
     eps = eps.cpu().double()
-    # a square of the wave vectors weighs 1 / 625; the others are -k, with the same frequencies
+    # k and -k have the same frequencies: of the 625 wave vectors 312 stand for two, k = 0 for one
     k = wave_vectors()[:K_LINE**2 // 2 + 1]
     weights = torch.full((len(k), 1, 1), 2 / K_LINE**2, dtype=torch.float64)
-    weights[-1] /= 2  # k = 0 is its own negative
+    weights[-1] /= 2  # k = 0, the last
     w, velocities = photonic_bands(eps, k, BANDS, cutoff)
     w[:, -1, 0] = torch.inf  # of k = 0 and the lowest band: the state of frequency 0, left out
     root = eps.mean((1, 2)).sqrt()[:, None, None]  # root * w is x
-    edges = 0.0015 * torch.arange(701, dtype=torch.float64)  # of bins; to nine WIDTHs beyond 0.96
+    edges = 0.0015 * torch.arange(701, dtype=torch.float64)  # of 700 bins, up to 1.05
     below = states_below(edges, root * w, root[..., None] * velocities)  # (N, K, bands, 701)
     counts = (weights * below).sum((1, 2)).diff(dim=1)  # states in each bin: (N, 700)
     centers = ((edges[1:] + edges[:-1]) / 2)[:, None]
@@ -560,18 +565,26 @@ def start(config):
 
 def with_progress(items, total, name):
     """Yields the items; says after ten seconds, and then every now and then, how far they are."""
-    began, due, terminal = time.time(), 10, sys.stdout.isatty()
+    began, due = time.time(), 10  # seconds
     for done, item in enumerate(items):
         passed = time.time() - began
         if done > 0 and passed > due:
             left = timedelta(seconds=round(passed / done * (total - done)))
-            end = "\r" if terminal else "\n"  # on a terminal the same line, every second
-            print(f" {name} {done} of {total}, {left} left", end=end, flush=True)
-            due = passed + 1 if terminal else 2 * passed
+            line = f" {name} {done} of {total}, {left} left"
+            if sys.stdout.isatty():  # on a terminal the same line, every second
+                print(line, end="\r", flush=True)
+                due = passed + 1
+            else:  # in a file a new line, each after twice the time
+                print(line, flush=True)
+                due = 2 * passed
         yield item
 
 def stages(config):
-    """Every epoch of a run: its split (0: the pre-training), number in its stage, and settings."""
+    """A list of (split, number, settings), one for each epoch of the run.
+
+    split 0 is the pre-training. number counts the epochs of a stage from 1. settings is the Config
+    with the epochs and the batch_size of the stage.
+    """
     tuning = replace(config, epochs=config.tune_epochs, batch_size=config.tune_batch_size)
     plan = []
     if config.mode != "supervised" and not config.pretrained:
@@ -613,8 +626,8 @@ def train_epoch(method, optimizer, data, settings, epoch):
     """
     steps, sums = len(data[0]) // settings.batch_size, {}
     total = settings.epochs * steps
-    peak = optimizer.defaults["lr"]
-    final = peak if method.split > 0 else 0.0
+    peak = optimizer.defaults["lr"]  # as make_optimizer gave it; the groups' rates change below
+    final = peak if method.split > 0 else 0.0  # peak: the rate is constant
     epoch_batches = batches(data, settings, method.split, epoch)
     what = f"epoch {epoch} of {settings.epochs}: step"
     for step, batch in enumerate(with_progress(epoch_batches, steps, what)):
@@ -642,8 +655,7 @@ def train(config, data, device, saved, pretrained):
             "torch": str(torch.__version__), "threads": torch.get_num_threads()}]
     if saved:
         log = saved["log"]
-        split, *_ = plan[log[-1]["epoch"] - 1]
-        method, optimizer = begin(config, split, None, device)
+        method, optimizer = begin(config, log[-1]["split"], None, device)
         method.load_state_dict(saved["method"])
         optimizer.load_state_dict(saved["optimizer"])
     else:
@@ -675,7 +687,7 @@ def train(config, data, device, saved, pretrained):
                     "split": split, **means})
         left = timedelta(seconds=round(passed * (settings.epochs - number)))
         shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-        print(f"epoch {epoch}/{len(plan)}, {stage}  {shown}  {left} left of it", flush=True)
+        print(f"epoch {epoch}/{len(plan)}, {stage}  {shown}  {left} left in this stage", flush=True)
         if split == 0 and number == settings.epochs:
             pretrained = method.encoder.state_dict()
         lines = [json.dumps(line) + "\n" for line in log]
@@ -816,7 +828,7 @@ def parse_args(argv=None):
         settings = QUICK | given
     preset = PRESETS.get(settings.get("dataset"), {})
     config = Config(**(preset | settings))
-    check(config, parser)
+    check(config)
     if not config.out:
         if config.pretrained:
             given["pretrained"] = Path(config.pretrained).resolve().name
@@ -829,27 +841,27 @@ def parse_args(argv=None):
     config.pretrained = os.path.expanduser(config.pretrained)
     return config
 
-def check(config, parser):
+def check(config):
     """Ends the program if a setting has an impossible value; nan is neither > 0 nor >= 0."""
     positive = ("test", "cutoff", "temperature", "splits", "epochs", "lr", "tune_epochs", "tune_lr",
                 "eval_every")
     for name, value in asdict(config).items():
         if name in positive and not value > 0:
-            parser.error(f"--{name.replace('_', '-')} must be more than 0")
+            stop(f"--{name.replace('_', '-')} must be more than 0")
         if not isinstance(value, str) and not value >= 0:
-            parser.error(f"--{name.replace('_', '-')} must be 0 or more")
+            stop(f"--{name.replace('_', '-')} must be 0 or more")
     if 4 * config.cutoff >= SIDE:
-        parser.error(f"--cutoff must be less than {SIDE // 4}")
+        stop(f"--cutoff must be less than {SIDE // 4}")
     if config.limit < 6:
-        parser.error("--limit must be 6 or more: a sixth as many cells are to validate on")
+        stop("--limit must be 6 or more: a sixth as many cells are to validate on")
     if min(config.batch_size, config.tune_batch_size) < 2:
-        parser.error("--batch-size and --tune-batch-size must be 2 or more")
+        stop("--batch-size and --tune-batch-size must be 2 or more")
     if config.batch_size > config.unlabelled:
-        parser.error(f"--batch-size {config.batch_size} is more than the {config.unlabelled} cells "
-                     "of --unlabelled")
+        stop(f"--batch-size {config.batch_size} is more than the {config.unlabelled} cells "
+             "of --unlabelled")
     if config.tune_batch_size > config.limit:
-        parser.error(f"--tune-batch-size {config.tune_batch_size} is more than the {config.limit} "
-                     "cells of --limit")
+        stop(f"--tune-batch-size {config.tune_batch_size} is more than the {config.limit} "
+             "cells of --limit")
 
 def main(argv=None):
     """Runs a command line: trains, evaluates and writes the results."""

@@ -7,8 +7,8 @@ Two views of an image should have similar embeddings, and the embeddings of a ba
 evenly over the unit sphere in R^q, so that they do not all become equal. How uneven they are is
 measured by their maximum mean discrepancy (MMD) to the uniform distribution, for a kernel that
 rotations do not change: K(u, v) = sum of b_l P_l(q; u.v) over l = 1, ..., L, with weights b_l >= 0
-and Legendre polynomials P_l of dimension q. For each v the mean of K(u, v) over the sphere is 0: of
-the squared MMD only one term is left, the mean of K over all pairs of embeddings. L is 2 or 3.
+and Legendre polynomials P_l of dimension q; L is 2 or 3. The mean of K(u, v) over all u of the
+sphere is 0, so that the squared MMD is the mean of K over all pairs of embeddings.
 
 Algorithm, for a batch x of N images, backbone f and projector g, whose outputs get length 1:
   1. draw two random views t1(x), t2(x) of every image; z1 = g(f(t1(x))), z2 = g(f(t2(x)));
@@ -29,8 +29,8 @@ Usage
 
 Differences from the authors' slides and code that change numbers (more: results/README.md); the
 body of the paper was not at hand:
-  - The loss is the code's: that of step 4 divided by lam. It has the weight q / lam for L_inv / q,
-    the mean over all N q numbers; the code sets this weight, 4000 for q = 8192, here lam is set.
+  - As in the code, the loss is that of step 4 divided by lam, so that L_inv / q, a mean over all
+    N q numbers, has the weight q / lam. The code sets this weight (4000 for q = 8192), we lam.
   - Published are b_l for L = 3 alone and, for 20 % of ImageNet alone, settings of the baselines
     (AUH: q / lam = 3000 for q = 8192). CIFAR, patterns and folders are ours; on patterns and all of
     ImageNet the baselines have SFRIK's rate and lam (ours).
@@ -67,7 +67,7 @@ from torchvision import datasets, models
 from torchvision.utils import save_image
 
 SCRIPT = "sfrik"
-WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes, set by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes; torchrun sets it
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # of this process among all
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0  # among those of its machine
 
@@ -233,8 +233,9 @@ class Method(nn.Module):
         self.weights = [float(b) for b in config.weights.split(",")]
         q = int(config.projector.split("-")[-1])
         self.mse_weight = q / config.lam  # of F.mse_loss(z1, z2), which is L_inv / q
-        # make_encoder builds ImageNet's stem above 64 pixels; the authors have it for STL-10, too
-        size = 224 if config.dataset == "stl10" else config.size
+        size = config.size
+        if config.dataset == "stl10":
+            size = 224  # for ImageNet's stem, which the authors keep though views have 64 pixels
         self.encoder, width = make_encoder(config.arch, size)
         self.projector = make_projector(config, width)
         self.view1, self.view2 = view_arguments(config)  # for augment
@@ -532,7 +533,7 @@ def rows_of_classes(labels):
     return [(labels == label).nonzero()[:, 0] for label in labels.unique()]
 
 def choose(data, rows):
-    """A copy of these rows of images and labels; of all rows none, since it may exceed memory."""
+    """These rows of images and labels. All rows are not copied: they may exceed the memory."""
     images, labels = data
     if len(rows) == len(labels):
         return data
@@ -571,7 +572,8 @@ def load_photos(root, split):
         stop(f"{problem}; first run: python prepare.py YOUR_IMAGES --out {root}")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3:
         stop(f"{split}-images.npy must be uint8 (N, 3, H, W), not {images.dtype} {images.shape}")
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or (labels < 0).any():
+    integers = np.issubdtype(labels.dtype, np.integer)
+    if not integers or labels.shape != images.shape[:1] or (labels < 0).any():
         stop(f"{split}-labels.npy must be {len(images)} classes: integers from 0")
     with warnings.catch_warnings(action="ignore"):  # torch warns that it could not write to the map
         images = torch.from_numpy(images)
@@ -704,21 +706,27 @@ def join_processes(device):
         sys.stdout = open(os.devnull, "w")
     print(f"waiting for {WORLD} processes", flush=True)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # lets Ctrl-C end the wait
-    backend, own_gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     timeout = timedelta(hours=2)  # the others wait while the first process measures kNN
-    dist.init_process_group(backend, timeout=timeout, device_id=own_gpu)
+    if device.type == "cuda":
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def with_progress(items, total, name):
     """Yields the items; says after ten seconds, and then every now and then, how far they are."""
-    began, due, terminal = time.time(), 10, sys.stdout.isatty()
+    began, due = time.time(), 10  # seconds
     for done, item in enumerate(items):
         passed = time.time() - began
         if done > 0 and passed > due:
             left = timedelta(seconds=round(passed / done * (total - done)))
-            end = "\r" if terminal else "\n"  # on a terminal the same line, every second
-            print(f" {name} {done} of {total}, {left} left", end=end, flush=True)
-            due = passed + 1 if terminal else 2 * passed
+            line = f" {name} {done} of {total}, {left} left"
+            if sys.stdout.isatty():  # on a terminal the same line, every second
+                print(line, end="\r", flush=True)
+                due = passed + 1
+            else:  # in a file a new line, each after twice the time
+                print(line, flush=True)
+                due = 2 * passed
         yield item
 
 def batches(images, config, device, epoch):
@@ -737,7 +745,7 @@ def train_epoch(model, optimizer, images, config, device, epoch):
     """One pass over the images; returns the means of the loss and its terms over the steps."""
     steps, sums = len(images) // config.batch_size, {}
     total, warmup = config.epochs * steps, config.warmup_epochs * steps
-    peak = optimizer.defaults["lr"]
+    peak = optimizer.defaults["lr"]  # as make_optimizer gave it; the groups' rates change below
     epoch_batches = batches(images, config, device, epoch)
     for step, batch in enumerate(with_progress(epoch_batches, steps, f"epoch {epoch}: step")):
         now = (epoch - 1) * steps + step
@@ -899,13 +907,12 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=200, temperature=0.
 
     A row votes for its own class with the weight exp(cosine / temperature).
     """
-    lengths = bank.norm(dim=1).clamp(min=1e-12)  # a normalised copy would double the memory
-    queries = F.normalize(queries)
+    bank, queries = F.normalize(bank), F.normalize(queries)
     classes = int(bank_labels.max()) + 1
     k = min(k, len(bank))
     right = 0
     for part, labels in zip(queries.split(250), query_labels.split(250)):
-        cosines, nearest = (part @ bank.T / lengths).topk(k)  # (m, k)
+        cosines, nearest = (part @ bank.T).topk(k)  # (m, k)
         votes = torch.zeros(len(part), classes, device=part.device)
         # votes[i, class of nearest[i, j]] += exp(cosines[i, j] / temperature)
         votes.scatter_add_(1, bank_labels[nearest], (cosines / temperature).exp())
@@ -969,9 +976,8 @@ def linear_svm(x, labels, cost):
     x (N, D), float64; y_i is 1 for images of the class and -1 for others.
     """
     y = 2 * F.one_hot(labels).to(x) - 1  # (N, C), 1 or -1; .to(x): type and device of x
-    # Gradient descent whose step is the gradient times a fixed matrix, the inverse of the second
-    # derivative as if every max(0, ...) were above 0. The true one is never larger, so that no step
-    # goes too far. Momentum, 0.8, makes the steps fewer.
+    # Newton's method with a fixed matrix and momentum 0.8: the second derivative where every
+    # max(0, ...) is positive. Elsewhere it is smaller, so that no step goes too far.
     hessian = torch.eye(x.shape[1]).to(x) + 2 * cost * (x.T @ x)  # (D, D)
     inverse = torch.linalg.inv(hessian)
     w = previous = torch.zeros(x.shape[1], y.shape[1]).to(x)
@@ -1068,7 +1074,7 @@ def parse_args(argv=None):
     config = Config(**(baseline | preset | settings))
     if "warmup_epochs" not in given:
         config.warmup_epochs = min(config.warmup_epochs, config.epochs // 4)
-    check(config, parser)
+    check(config)
     if not config.out:
         words = [SCRIPT]
         words += [f"{name}={given[name]}" for name in asdict(config)
@@ -1080,23 +1086,23 @@ def parse_args(argv=None):
     config.data_root = os.path.expanduser(config.data_root)
     return config
 
-def check(config, parser):
+def check(config):
     """Ends the program if a setting has an impossible value; nan is neither > 0 nor >= 0."""
     positive = ("lam", "auh_scale", "temperature", "epochs", "batch_size", "lr")
     for name, value in asdict(config).items():
         if name in positive and not value > 0:
-            parser.error(f"--{name.replace('_', '-')} must be more than 0")
+            stop(f"--{name.replace('_', '-')} must be more than 0")
         if not isinstance(value, str) and not value >= 0:
-            parser.error(f"--{name.replace('_', '-')} must be 0 or more")
+            stop(f"--{name.replace('_', '-')} must be 0 or more")
     if config.size < 8:
-        parser.error("--size must be 8 or more")
+        stop("--size must be 8 or more")
     widths, weights = config.projector.split("-"), config.weights.split(",")
     if not all(width.isdecimal() and int(width) > 1 for width in widths):
-        parser.error(f"widths look like 2048-2048, not like {config.projector}")
+        stop(f"widths look like 2048-2048, not like {config.projector}")
     if not all(weight.replace(".", "", 1).isdecimal() for weight in weights):
-        parser.error(f"weights look like 1,40,40, not like {config.weights}")
+        stop(f"weights look like 1,40,40, not like {config.weights}")
     if config.batch_size % WORLD > 0 or config.batch_size < 2 * WORLD:
-        parser.error(f"--batch-size must be a multiple of {WORLD} and at least {2 * WORLD}")
+        stop(f"--batch-size must be a multiple of {WORLD} and at least {2 * WORLD}")
 
 def main(argv=None):
     """Runs a command line: trains, evaluates and writes the results."""

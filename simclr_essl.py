@@ -55,7 +55,7 @@ from torchvision import datasets, models, transforms as T
 from torchvision.utils import save_image
 
 SCRIPT = "simclr_essl"
-WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes, set by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes; torchrun sets it
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # of this process among all
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0  # among those of its machine
 
@@ -242,7 +242,7 @@ def view_arguments(config):
 
     CIFAR: as in the paper. Photographs: as in the authors' code for ImageNet.
     """
-    large1 = large2 = dict(size=config.size)
+    large1, large2 = dict(size=config.size), dict(size=config.size)
     small = dict(size=config.small_size)
     if config.dataset in PHOTOS:
         large = dict(size=config.size, scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.2, 0.1))
@@ -472,7 +472,8 @@ def load_photos(root, split):
         stop(f"{problem}; first run: python prepare.py YOUR_IMAGES --out {root}")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3:
         stop(f"{split}-images.npy must be uint8 (N, 3, H, W), not {images.dtype} {images.shape}")
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or (labels < 0).any():
+    integers = np.issubdtype(labels.dtype, np.integer)
+    if not integers or labels.shape != images.shape[:1] or (labels < 0).any():
         stop(f"{split}-labels.npy must be {len(images)} classes: integers from 0")
     with warnings.catch_warnings(action="ignore"):  # torch warns that it could not write to the map
         images = torch.from_numpy(images)
@@ -605,21 +606,27 @@ def join_processes(device):
         sys.stdout = open(os.devnull, "w")
     print(f"waiting for {WORLD} processes", flush=True)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # lets Ctrl-C end the wait
-    backend, own_gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     timeout = timedelta(hours=2)  # the others wait while the first process measures kNN
-    dist.init_process_group(backend, timeout=timeout, device_id=own_gpu)
+    if device.type == "cuda":
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def with_progress(items, total, name):
     """Yields the items; says after ten seconds, and then every now and then, how far they are."""
-    began, due, terminal = time.time(), 10, sys.stdout.isatty()
+    began, due = time.time(), 10  # seconds
     for done, item in enumerate(items):
         passed = time.time() - began
         if done > 0 and passed > due:
             left = timedelta(seconds=round(passed / done * (total - done)))
-            end = "\r" if terminal else "\n"  # on a terminal the same line, every second
-            print(f" {name} {done} of {total}, {left} left", end=end, flush=True)
-            due = passed + 1 if terminal else 2 * passed
+            line = f" {name} {done} of {total}, {left} left"
+            if sys.stdout.isatty():  # on a terminal the same line, every second
+                print(line, end="\r", flush=True)
+                due = passed + 1
+            else:  # in a file a new line, each after twice the time
+                print(line, flush=True)
+                due = 2 * passed
         yield item
 
 def batches(images, config, device, epoch):
@@ -638,7 +645,7 @@ def train_epoch(model, optimizer, images, config, device, epoch):
     """One pass over the images; returns the means of the loss and its terms over the steps."""
     steps, sums = len(images) // config.batch_size, {}
     total, warmup = config.epochs * steps, config.warmup_epochs * steps
-    peak = optimizer.defaults["lr"]
+    peak = optimizer.defaults["lr"]  # as make_optimizer gave it; the groups' rates change below
     epoch_batches = batches(images, config, device, epoch)
     for step, batch in enumerate(with_progress(epoch_batches, steps, f"epoch {epoch}: step")):
         now = (epoch - 1) * steps + step
@@ -801,13 +808,12 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=200, temperature=0.
 
     A row votes for its own class with the weight exp(cosine / temperature).
     """
-    lengths = bank.norm(dim=1).clamp(min=1e-12)  # a normalised copy would double the memory
-    queries = F.normalize(queries)
+    bank, queries = F.normalize(bank), F.normalize(queries)
     classes = int(bank_labels.max()) + 1
     k = min(k, len(bank))
     right = 0
     for part, labels in zip(queries.split(250), query_labels.split(250)):
-        cosines, nearest = (part @ bank.T / lengths).topk(k)  # (m, k)
+        cosines, nearest = (part @ bank.T).topk(k)  # (m, k)
         votes = torch.zeros(len(part), classes, device=part.device)
         # votes[i, class of nearest[i, j]] += exp(cosines[i, j] / temperature)
         votes.scatter_add_(1, bank_labels[nearest], (cosines / temperature).exp())
@@ -907,7 +913,7 @@ def parse_args(argv=None):
     config = Config(**(preset | settings))
     if "warmup_epochs" not in given:
         config.warmup_epochs = min(config.warmup_epochs, config.epochs // 4)
-    check(config, parser)
+    check(config)
     if not config.out:
         words = [SCRIPT]
         words += [f"{name}={given[name]}" for name in asdict(config)
@@ -919,23 +925,23 @@ def parse_args(argv=None):
     config.data_root = os.path.expanduser(config.data_root)
     return config
 
-def check(config, parser):
+def check(config):
     """Ends the program if a setting has an impossible value; nan is neither > 0 nor >= 0."""
     positive = ("temperature", "epochs", "batch_size", "lr")
     for name, value in asdict(config).items():
         if name in positive and not value > 0:
-            parser.error(f"--{name.replace('_', '-')} must be more than 0")
+            stop(f"--{name.replace('_', '-')} must be more than 0")
         if not isinstance(value, str) and not value >= 0:
-            parser.error(f"--{name.replace('_', '-')} must be 0 or more")
+            stop(f"--{name.replace('_', '-')} must be 0 or more")
     if min(config.size, config.small_size) < 8:
-        parser.error("--size and --small-size must be 8 or more")
+        stop("--size and --small-size must be 8 or more")
     if config.transform == "jigsaw" and (config.size % 2 > 0 or config.small_size % 2 > 0):
-        parser.error("--transform jigsaw needs an even --size and --small-size")
+        stop("--transform jigsaw needs an even --size and --small-size")
     for widths in (config.projector, config.predictor):
         if not all(width.isdecimal() and int(width) > 0 for width in widths.split("-")):
-            parser.error(f"widths look like 2048-2048, not like {widths}")
+            stop(f"widths look like 2048-2048, not like {widths}")
     if config.batch_size % WORLD > 0 or config.batch_size < 2 * WORLD:
-        parser.error(f"--batch-size must be a multiple of {WORLD} and at least {2 * WORLD}")
+        stop(f"--batch-size must be a multiple of {WORLD} and at least {2 * WORLD}")
 
 def main(argv=None):
     """Runs a command line: trains, evaluates and writes the results."""
