@@ -937,7 +937,8 @@ def train(config, data, device):
             stop(f"loss or weights are not finite in epoch {epoch}: lower --lr {config.lr:g}")
         seconds = log[-1]["train_seconds"] + time.time() - began
         if bank and config.knn_every and epoch % config.knn_every == 0 and RANK == 0:
-            means["knn_top1"] = knn(method, bank, test)
+            features, queries = extract(method, bank[0]), extract(method, test[0])
+            means["knn_top1"] = knn_accuracy(features, bank[1], queries, test[1])
         log.append({"epoch": epoch, "train_seconds": seconds, **means})
         left = timedelta(seconds=round(seconds / epoch * (config.epochs - epoch)))
         shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
@@ -975,12 +976,10 @@ def open_run(config, trained_on):
     except Exception as problem:  # a damaged file can raise nearly anything
         stop(f"{path} cannot be read ({type(problem).__name__}): remove it or change --out")
     now = {"script": SCRIPT, **asdict(config), **trained_on}
-    differences = []
     for name, value in now.items():
         if name not in FREE and then.get(name) != value:
-            differences.append(f"{name} was {then.get(name)}, is {value}")
-    if differences:
-        stop(f"{config.out} holds another run: {'; '.join(differences)}. Choose another --out")
+            stop(f"{config.out} holds another run: {name} was {then.get(name)}, is {value}. Choose "
+                 "another --out")
     return saved
 
 def write(path, content):
@@ -1006,7 +1005,7 @@ def draw_views(path, method, images):
 
 def frame(image, color):
     """An image (C, H, W) as a tile of the pictures: 3 channels, 96 pixels wide, with a border."""
-    picture = ImageOps.fit(TF.to_pil_image(image.cpu()).convert("RGB"), (96, 96))
+    picture = ImageOps.fit(TF.to_pil_image(image).convert("RGB"), (96, 96))
     return TF.to_tensor(ImageOps.expand(picture, 3, color))
 
 # %% EVALUATE --------------------------------------------------------------------------------------
@@ -1034,10 +1033,6 @@ def middle(images, config):
     if config.dataset in PHOTOS:  # as Resize(256) and CenterCrop(224) do
         images = TF.center_crop(images, [height * 7 // 8, width * 7 // 8])
     return TF.resize(images, [config.size, config.size])
-
-def knn(method, bank, test):
-    """kNN accuracy of the encoder; bank and test are (images, labels)."""
-    return knn_accuracy(extract(method, bank[0]), bank[1], extract(method, test[0]), test[1])
 
 def knn_accuracy(bank, bank_labels, queries, query_labels, k=200, temperature=0.5):
     """Percent of queries (M, D) whose class gets most votes of the k nearest rows of the bank.
@@ -1125,8 +1120,8 @@ def evaluate(method, data, config):
     bank, test = extract(method, images), extract(method, test_images)
     results["knn_top1"] = knn_accuracy(bank, labels, test, test_labels)
     draw_neighbours(Path(config.out) / "neighbours.png", data, bank, test)
-    accuracy, std = probe(method, data, config, bank, test)
-    return results | {"linear_top1": accuracy, "linear_top1_std": std}
+    results["linear_top1"], results["linear_top1_std"] = probe(method, data, config, bank, test)
+    return results
 
 def draw_neighbours(path, data, bank, test):
     """Eight test images, each with its eight nearest training images, green if of its class."""
@@ -1228,8 +1223,6 @@ def finish(method, data, config, log):
     """Evaluates, unless that is done; writes encoder.pt and results.json and prints a summary."""
     out = Path(config.out)
     if not (out / "results.json").exists():
-        encoder = method.encoder.state_dict()
-        write(out / "encoder.pt", {name: value.cpu() for name, value in encoder.items()})
         results = log[0] | log[-1] | {"epochs": config.epochs, "seed": config.seed}
         images = config.epochs * (len(data[0][1]) // config.batch_size) * config.batch_size
         results["images_per_second"] = images / results["train_seconds"]
@@ -1239,6 +1232,7 @@ def finish(method, data, config, log):
         for name, value in results.items():
             if isinstance(value, float):
                 results[name] = float(f"{value:.4g}")
+        write(out / "encoder.pt", method.encoder.cpu().state_dict())
         write(out / "results.json", json.dumps(results, indent=1))
     results = json.loads((out / "results.json").read_text())
     print(f"{out} is finished; it holds encoder.pt, results.json and pictures")

@@ -712,12 +712,10 @@ def open_run(config, trained_on):
     except Exception as problem:  # a damaged file can raise nearly anything
         stop(f"{path} cannot be read ({type(problem).__name__}): remove it or change --out")
     now = {"script": SCRIPT, **asdict(config), **trained_on}
-    differences = []
     for name, value in now.items():
         if name not in FREE and then.get(name) != value:
-            differences.append(f"{name} was {then.get(name)}, is {value}")
-    if differences:
-        stop(f"{config.out} holds another run: {'; '.join(differences)}. Choose another --out")
+            stop(f"{config.out} holds another run: {name} was {then.get(name)}, is {value}. Choose "
+                 "another --out")
     return saved
 
 def pretrained_encoder(config):
@@ -767,7 +765,7 @@ def draw_views(path, method, cells):
 
 def frame(image, color):
     """An image (C, H, W) as a tile of the pictures: 3 channels, 96 pixels wide, with a border."""
-    picture = ImageOps.fit(TF.to_pil_image(image.cpu()).convert("RGB"), (96, 96))
+    picture = ImageOps.fit(TF.to_pil_image(image).convert("RGB"), (96, 96))
     return TF.to_tensor(ImageOps.expand(picture, 3, color))
 
 # %% EVALUATE --------------------------------------------------------------------------------------
@@ -918,8 +916,7 @@ def run(config, device):
 def finish(method, data, config, log):
     """Evaluates; writes encoder.pt, as fine-tuned on the last split, and results.json."""
     out = Path(config.out)
-    encoder = method.encoder.state_dict()
-    write(out / "encoder.pt", {name: value.cpu() for name, value in encoder.items()})
+    write(out / "encoder.pt", method.encoder.cpu().state_dict())
     results = log[0] | log[-1] | {"epochs": config.epochs, "seed": config.seed}
     results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30  # of the GPU
     results.update(evaluate(data, config, log))
