@@ -67,7 +67,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0  # among t
 
 # %% CONFIG ----------------------------------------------------------------------------------------
 def option(default, explanation, choices=""):
-    """A field of Config; its metadata are what argparse is told of its flag."""
+    """A field of Config; its metadata are argparse's arguments for its flag."""
     if default is False:
         flag = {"action": "store_true", "help": explanation}
     else:
@@ -106,7 +106,7 @@ class Config:
     optimizer: str = option("lars", "optimizer", "lars sgd")
     lr: float = option(0.1, "peak learning rate, whatever the batch size")
     final_lr: float = option(0.0, "learning rate at the end, as a share of the peak")
-    warmup_epochs: int = option(10, "epochs of linear warm-up (not given: at most a quarter)")
+    warmup_epochs: int = option(10, "epochs of linear warm-up (not given: at most epochs / 4)")
     weight_decay: float = option(1e-4, "weight decay")
     seed: int = option(0, "random seed of the weights, the batches and the draws")
     knn_every: int = option(10, "epochs between kNN evaluations (0: only at the end)")
@@ -192,7 +192,7 @@ class Method(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        mean, std = MEAN_STD[config.dataset]  # constants: they need not be saved
+        mean, std = MEAN_STD[config.dataset]  # not learned, so not saved
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.encoder = GroupEncoder(config.group, len(mean), config.arch, config.width,
@@ -668,7 +668,7 @@ def draw_patterns(n, seed):
 
     A class is a periodic pattern, a sum of waves, seen at a random zoom, tilt, place and light.
     """
-    # a wave (i, j) has i periods across the image and j down; (-i, -j) would be the same wave
+    # a wave (i, j) has i periods across the image and j down; of (i, j) and (-i, -j) one is enough
     waves = [(i, j) for i in range(-2, 3) for j in range(3) if j > 0 or i > 0]
     # a class is one random phase for every wave: (waves, classes)
     phases = math.tau * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
@@ -685,7 +685,7 @@ def draw_patterns(n, seed):
     v = zoom * (tilt.sin() * x + tilt.cos() * y) + shift_y
     pattern = 0
     for (i, j), phase in zip(waves, phases):
-        # phase[labels, None, None]: of this wave in the class of each image, (n, 1, 1)
+        # phase[labels, None, None] (n, 1, 1): the phase of this wave in the class of each image
         wave = torch.cos(math.tau * (i * u + j * v) + phase[labels, None, None])
         pattern = pattern + wave / (i * i + j * j)  # finer waves are weaker
     tone = 0.1 + 0.6 * torch.sigmoid(6 * pattern / pattern.std())
@@ -703,8 +703,8 @@ def gather(z):
     values = z.detach()
     parts = [torch.empty_like(z) for _ in range(WORLD)]
     dist.all_gather(parts, values)
-    # all_gather passes no gradient on, so this process's own part is put back. Its gradient is
-    # multiplied by WORLD, since DistributedDataParallel divides the sum of gradients by WORLD.
+    # all_gather passes no gradient on, so this process's own part is put back. The gradient of the
+    # loss is the sum over the processes, but DistributedDataParallel averages: hence WORLD.
     parts[RANK] = values + WORLD * (z - values)  # z - values is 0
     return torch.cat(parts)
 
@@ -771,13 +771,13 @@ def join_processes(device):
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     print(f"waiting for {WORLD} processes", flush=True)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # lets Ctrl-C end the wait
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # otherwise Ctrl-C acts only after the wait
     timeout = timedelta(hours=2)  # the others wait while the first process measures kNN
     if device.type == "cuda":
         dist.init_process_group("nccl", timeout=timeout, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=timeout)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # back to KeyboardInterrupt
 
 def with_progress(items, total, name):
     """Yields the items; says after ten seconds, and then every now and then, how far they are."""
@@ -787,18 +787,18 @@ def with_progress(items, total, name):
         if done > 0 and passed > due:
             left = timedelta(seconds=round(passed / done * (total - done)))
             line = f" {name} {done} of {total}, {left} left"
-            if sys.stdout.isatty():  # on a terminal the same line, every second
+            if sys.stdout.isatty():  # on a terminal: the same line, every second
                 print(line, end="\r", flush=True)
                 due = passed + 1
-            else:  # in a file a new line, each after twice the time
+            else:  # in a file: a new line after 10, 20, 40, ... seconds
                 print(line, flush=True)
                 due = 2 * passed
         yield item
 
 def batches(images, labels, config, device, epoch):
     """Yields this process's images and labels of every batch of an epoch, in a random order."""
-    # All processes draw the same order of the images, then each draws its own views. The hash of a
-    # tuple of integers is the same in every run.
+    # The order of the images has one seed for all processes, the views have one for each. The hash
+    # of a tuple of integers is the same in every run.
     torch.manual_seed(hash((config.seed, epoch)))
     order = torch.randperm(len(images)).to(images.device)
     torch.manual_seed(hash((config.seed, epoch, RANK)))
@@ -812,7 +812,7 @@ def train_epoch(model, optimizer, images, labels, config, device, epoch):
     """One pass over the images; returns the means of the loss and its terms over the steps."""
     steps, sums = len(images) // config.batch_size, {}
     total, warmup = config.epochs * steps, config.warmup_epochs * steps
-    peak = optimizer.defaults["lr"]  # as make_optimizer gave it; the groups' rates change below
+    peak = optimizer.defaults["lr"]  # make_optimizer's; the groups' rates change below
     epoch_batches = batches(images, labels, config, device, epoch)
     for step, batch in enumerate(with_progress(epoch_batches, steps, f"epoch {epoch}: step")):
         now = (epoch - 1) * steps + step
@@ -829,7 +829,7 @@ def train_epoch(model, optimizer, images, labels, config, device, epoch):
 def train(config, data, device):
     """Trains the epochs that the run in config.out lacks; returns the method and the log.
 
-    The log has a dict of the run, as epoch 0, and one of every epoch.
+    The log is a list of dicts: epoch 0 describes the run, the others the epochs.
     """
     out = Path(config.out)
     (images, labels), bank, test = data
@@ -878,7 +878,7 @@ def train(config, data, device):
         lines = [json.dumps(line) + "\n" for line in log]
         (out / "metrics.jsonl").write_text("".join(lines))
         if epoch == config.epochs or time.time() - saved_at > 60 * config.save_every:
-            (out / "results.json").unlink(missing_ok=True)  # if an earlier run left one here
+            (out / "results.json").unlink(missing_ok=True)  # finish would take it for this run's
             write(out / "checkpoint.pt", {
                 "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
                 "method": method.state_dict(), "optimizer": optimizer.state_dict()})
@@ -913,7 +913,7 @@ def open_run(config, trained_on):
     return saved
 
 def write(path, content):
-    """Writes text, or a state for torch.load, to a new file that then takes the name of path."""
+    """Writes text, or a state for torch.load, beside path and renames it: all of it or nothing."""
     buffer = io.BytesIO()  # torch.save does not say plainly that a disk is full
     if isinstance(content, str):
         buffer.write(content.encode())
@@ -938,11 +938,11 @@ def frame(image, color):
 
 # %% EVALUATE --------------------------------------------------------------------------------------
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # so that nothing is compiled for these sizes, too
+@torch.compiler.set_stance("force_eager")  # else --compile would compile again for these sizes
 def extract(method, images, view=None, rows=None):
     """Features (N, D) of images, or of some rows of them, in eval mode.
 
-    view maps images (n, C, H, W) in [0, 1] to what the encoder sees: without it, their middle.
+    view maps images (n, C, H, W) in [0, 1] to what the encoder sees; else middle does.
     """
     if rows is None:
         rows = torch.arange(len(images))
@@ -993,7 +993,7 @@ def linear_probe(draw_features, labels, test, test_labels, lr=30.0, final_lr=0.0
         for step in range(steps):
             now = epoch * steps + step
             optimizer.param_groups[0]["lr"] = learning_rate(now, epochs * steps, 0, lr, final_lr)
-            loss = 0  # a sum, of which each head learns from its own term
+            loss = 0  # summed over the heads; each gets the gradient of its own term
             for head, parts in zip(heads, shuffled):
                 rows = parts[step]
                 loss += F.cross_entropy(head(features[rows]), labels[rows])
@@ -1079,7 +1079,7 @@ def parse_args(argv=None):
     return config
 
 def check(config):
-    """Ends the program if a setting has an impossible value; nan is neither > 0 nor >= 0."""
+    """Ends the program if a setting is impossible. `not value > 0` is true of nan, too."""
     positive = ("temperature", "epochs", "batch_size", "lr", "classes", "base_size", "width")
     for name, value in asdict(config).items():
         if name in positive and not value > 0:
@@ -1119,7 +1119,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         stop("stopped; the same command continues from the last checkpoint, if there is one")
     except OSError as problem:  # a full disk, or a folder that cannot be written
-        stop(f"{problem}. When this is mended, the same command continues")
+        stop(f"{problem}. Once this is fixed, the same command continues")
     except RuntimeError as problem:
         if "out of memory" not in str(problem) and "allocate memory" not in str(problem):
             raise

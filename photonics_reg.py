@@ -64,7 +64,7 @@ SCRIPT = "photonics_reg"
 
 # %% CONFIG ----------------------------------------------------------------------------------------
 def option(default, explanation, choices=""):
-    """A field of Config; its metadata are what argparse is told of its flag."""
+    """A field of Config; its metadata are argparse's arguments for its flag."""
     if default is False:
         flag = {"action": "store_true", "help": explanation}
     else:
@@ -571,10 +571,10 @@ def with_progress(items, total, name):
         if done > 0 and passed > due:
             left = timedelta(seconds=round(passed / done * (total - done)))
             line = f" {name} {done} of {total}, {left} left"
-            if sys.stdout.isatty():  # on a terminal the same line, every second
+            if sys.stdout.isatty():  # on a terminal: the same line, every second
                 print(line, end="\r", flush=True)
                 due = passed + 1
-            else:  # in a file a new line, each after twice the time
+            else:  # in a file: a new line after 10, 20, 40, ... seconds
                 print(line, flush=True)
                 due = 2 * passed
         yield item
@@ -626,7 +626,7 @@ def train_epoch(method, optimizer, data, settings, epoch):
     """
     steps, sums = len(data[0]) // settings.batch_size, {}
     total = settings.epochs * steps
-    peak = optimizer.defaults["lr"]  # as make_optimizer gave it; the groups' rates change below
+    peak = optimizer.defaults["lr"]  # make_optimizer's; the groups' rates change below
     final = peak if method.split > 0 else 0.0  # peak: the rate is constant
     epoch_batches = batches(data, settings, method.split, epoch)
     what = f"epoch {epoch} of {settings.epochs}: step"
@@ -693,7 +693,7 @@ def train(config, data, device, saved, pretrained):
         lines = [json.dumps(line) + "\n" for line in log]
         (out / "metrics.jsonl").write_text("".join(lines))
         if epoch == len(plan) or time.time() - saved_at > 60 * config.save_every:
-            (out / "results.json").unlink(missing_ok=True)  # if an earlier run left one here
+            (out / "results.json").unlink(missing_ok=True)  # finish would take it for this run's
             write(out / "checkpoint.pt", {
                 "script": SCRIPT, "config": asdict(config), "data": {}, "log": log,
                 "method": method.state_dict(), "optimizer": optimizer.state_dict(),
@@ -739,7 +739,7 @@ def pretrained_encoder(config):
     return encoder
 
 def write(path, content):
-    """Writes text, or a state for torch.load, to a new file that then takes the name of path."""
+    """Writes text, or a state for torch.load, beside path and renames it: all of it or nothing."""
     buffer = io.BytesIO()  # torch.save does not say plainly that a disk is full
     if isinstance(content, str):
         buffer.write(content.encode())
@@ -779,7 +779,7 @@ def dos_error(prediction, target):
     return (wrong / target[:, 100:].abs().sum(1)).mean().item()
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # so that nothing is compiled for these sizes, too
+@torch.compiler.set_stance("force_eager")  # else --compile would compile again for these sizes
 def predict(method, cells):
     """The predicted DOS (N, 400) of cells, in eval mode."""
     method.eval()
@@ -840,7 +840,7 @@ def parse_args(argv=None):
     return config
 
 def check(config):
-    """Ends the program if a setting has an impossible value; nan is neither > 0 nor >= 0."""
+    """Ends the program if a setting is impossible. `not value > 0` is true of nan, too."""
     positive = ("test", "cutoff", "temperature", "splits", "epochs", "lr", "tune_epochs", "tune_lr",
                 "eval_every")
     for name, value in asdict(config).items():
@@ -873,7 +873,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         stop("stopped; the same command continues from the last checkpoint, if there is one")
     except OSError as problem:  # a full disk, or a folder that cannot be written
-        stop(f"{problem}. When this is mended, the same command continues")
+        stop(f"{problem}. Once this is fixed, the same command continues")
     except RuntimeError as problem:
         if "out of memory" not in str(problem) and "allocate memory" not in str(problem):
             raise

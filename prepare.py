@@ -46,10 +46,10 @@ def with_progress(items, total, name):
         if done > 0 and passed > due:
             left = timedelta(seconds=round(passed / done * (total - done)))
             line = f" {name} {done} of {total}, {left} left"
-            if sys.stdout.isatty():  # on a terminal the same line, every second
+            if sys.stdout.isatty():  # on a terminal: the same line, every second
                 print(line, end="\r", flush=True)
                 due = passed + 1
-            else:  # in a file a new line, each after twice the time
+            else:  # in a file: a new line after 10, 20, 40, ... seconds
                 print(line, flush=True)
                 due = 2 * passed
         yield item

@@ -62,7 +62,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0  # among t
 
 # %% CONFIG ----------------------------------------------------------------------------------------
 def option(default, explanation, choices=""):
-    """A field of Config; its metadata are what argparse is told of its flag."""
+    """A field of Config; its metadata are argparse's arguments for its flag."""
     if default is False:
         flag = {"action": "store_true", "help": explanation}
     else:
@@ -89,7 +89,7 @@ class Config:
     batch_size: int = option(512, "images per step, over all processes")
     lr: float = option(0.06, "peak learning rate per 256 images of the batch")
     final_lr: float = option(0.0, "learning rate at the end, as a share of the peak")
-    warmup_epochs: int = option(10, "epochs of linear warm-up (not given: at most a quarter)")
+    warmup_epochs: int = option(10, "epochs of linear warm-up (not given: at most epochs / 4)")
     weight_decay: float = option(5e-4, "weight decay")
     seed: int = option(0, "random seed of the weights, the batches and the views")
     knn_every: int = option(10, "epochs between kNN evaluations (0: only at the end)")
@@ -140,8 +140,8 @@ class Method(nn.Module):
         self.h = make_h(config)
         self.predicts = config.lam > 0
         self.predictor = make_predictor(config, width, self.num_versions) if self.predicts else None
-        self.large1, self.large2, self.small = view_arguments(config)  # for augment
-        mean, std = MEAN_STD[config.dataset]  # constants: they need not be saved
+        self.large1, self.large2, self.small = view_arguments(config)  # of augment
+        mean, std = MEAN_STD[config.dataset]  # not learned, so not saved
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -208,8 +208,8 @@ def augment(images, size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1
             blur=0, solarize=0):
     """Random views (N, 3, size, size) in [0, 1] of images (N, 3, H, W), uint8 or in [0, 1].
 
-    scale: smallest and largest share of the area that a crop keeps. jitter: by how much at most
-    brightness, contrast, saturation and hue (1: a full turn) change, in 80 % of the images. flip,
+    scale: smallest and largest share of the area that a crop keeps. jitter: the largest change of
+    brightness, contrast, saturation and hue (1: a full turn), in 80 % of the images. flip,
     gray, blur and solarize are probabilities.
     """
     n, _, height, width = images.shape
@@ -265,15 +265,15 @@ def crop(x, boxes, size):
     top, left, height, width = boxes[..., None, None].split(1, dim=1)  # (N, 1, 1, 1) each
     vertical = resizing_matrix(top, height, x.shape[2], size)  # (N, 1, size, H)
     horizontal = resizing_matrix(left, width, x.shape[3], size)  # (N, 1, size, W)
-    x = x @ horizontal.mT  # (N, 3, H, size)
+    x = x @ horizontal.mT  # (N, 3, H, size); mT swaps the last two dimensions
     return vertical @ x  # (N, 3, size, size)
 
 def resizing_matrix(start, length, source, size):
     """Weights (N, 1, size, source): row i says how much each old pixel counts in new pixel i.
 
-    The box begins at `start` and has `length` old pixels, (N, 1, 1, 1) each. Bilinear, antialiased:
-    a weight falls linearly with the distance of the two centres, to 0 at a distance of one pixel,
-    old or new, whichever is larger.
+    The box begins at `start` and has `length` old pixels, (N, 1, 1, 1) each. Bilinear: a weight
+    falls linearly with the distance of the two centres, and is 0 from one pixel on: an old pixel if
+    the box is enlarged, a new, larger one if it is shrunk, which prevents aliasing.
     """
     # the centres, in old pixels from the start of the box: (N, 1, size, 1) and (N, 1, 1, source)
     new = (torch.arange(size, device=start.device)[:, None] + 0.5) * length / size
@@ -288,16 +288,16 @@ def brightness(x, change):
     return (x * (1 + change)).clamp_(0, 1)
 
 def contrast(x, change):
-    """Further from the mean of the gray version by a change: -1 leaves only this mean."""
+    """Moves x away from the mean of its gray version by a change: -1 leaves only the mean."""
     mean = TF.rgb_to_grayscale(x).mean((2, 3), keepdim=True)
     return torch.lerp(mean, x, 1 + change).clamp_(0, 1)
 
 def saturation(x, change):
-    """Further from the gray version by a change: -1 leaves only this version."""
+    """Moves x away from its gray version by a change: -1 leaves only the gray version."""
     return torch.lerp(TF.rgb_to_grayscale(x), x, 1 + change).clamp_(0, 1)
 
 def shift_hue(x, turns):
-    """The hue moved by turns (N, 1, 1, 1); value and chroma of the HSV colour stay."""
+    """Moves the hue by turns (N, 1, 1, 1), one for each image, which TF.adjust_hue cannot."""
     red, green, blue = x.split(1, dim=1)
     value = x.amax(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
@@ -306,8 +306,8 @@ def shift_hue(x, turns):
     hue = (red - green) / safe + 4
     hue = torch.where(value == green, (blue - red) / safe + 2, hue)
     hue = torch.where(value == red, (green - blue) / safe, hue)
-    # from HSV to RGB: k is hue + 5 for red, + 3 for green, + 1 for blue, modulo 6, and the channel
-    # value - chroma * min(k, 4 - k), where the minimum is cut to [0, 1]
+    # from HSV to RGB: with k = hue + (5, 3, 1) modulo 6 for red, green and blue, a channel is
+    # value - chroma * min(k, 4 - k), the minimum clamped to [0, 1]
     offset = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)
     k = (hue + 6 * turns + offset).remainder_(6)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
@@ -318,8 +318,8 @@ def gaussian_blur(x, sigma, radius=6):
     kernel = torch.exp(-0.5 * (distance / sigma) ** 2)  # (N, 1, 1, 2 radius + 1)
     kernel = kernel / kernel.sum(3, keepdim=True)
     kernel = kernel.repeat_interleave(3, dim=0)  # (3N, 1, 1, 2 radius + 1)
-    # conv2d takes the batch as one image of 3N channels; with as many groups, each channel is
-    # blurred by its own kernel, first along the rows, then along the columns
+    # the batch counts as one image of 3N channels; by groups, each has its own kernel, which blurs
+    # first along the rows, then along the columns
     x = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1)  # (3N, H + 2 radius, ...)
     x = F.conv2d(x, kernel, groups=len(kernel))
     x = F.conv2d(x, kernel.mT, groups=len(kernel))
@@ -453,7 +453,7 @@ def draw_patterns(n, seed):
 
     A class is a periodic pattern, a sum of waves, seen at a random zoom, tilt, place and light.
     """
-    # a wave (i, j) has i periods across the image and j down; (-i, -j) would be the same wave
+    # a wave (i, j) has i periods across the image and j down; of (i, j) and (-i, -j) one is enough
     waves = [(i, j) for i in range(-2, 3) for j in range(3) if j > 0 or i > 0]
     # a class is one random phase for every wave: (waves, classes)
     phases = math.tau * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
@@ -470,7 +470,7 @@ def draw_patterns(n, seed):
     v = zoom * (tilt.sin() * x + tilt.cos() * y) + shift_y
     pattern = 0
     for (i, j), phase in zip(waves, phases):
-        # phase[labels, None, None]: of this wave in the class of each image, (n, 1, 1)
+        # phase[labels, None, None] (n, 1, 1): the phase of this wave in the class of each image
         wave = torch.cos(math.tau * (i * u + j * v) + phase[labels, None, None])
         pattern = pattern + wave / (i * i + j * j)  # finer waves are weaker
     tone = 0.1 + 0.6 * torch.sigmoid(6 * pattern / pattern.std())
@@ -544,13 +544,13 @@ def join_processes(device):
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     print(f"waiting for {WORLD} processes", flush=True)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # lets Ctrl-C end the wait
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # otherwise Ctrl-C acts only after the wait
     timeout = timedelta(hours=2)  # the others wait while the first process measures kNN
     if device.type == "cuda":
         dist.init_process_group("nccl", timeout=timeout, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=timeout)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # back to KeyboardInterrupt
 
 def with_progress(items, total, name):
     """Yields the items; says after ten seconds, and then every now and then, how far they are."""
@@ -560,18 +560,18 @@ def with_progress(items, total, name):
         if done > 0 and passed > due:
             left = timedelta(seconds=round(passed / done * (total - done)))
             line = f" {name} {done} of {total}, {left} left"
-            if sys.stdout.isatty():  # on a terminal the same line, every second
+            if sys.stdout.isatty():  # on a terminal: the same line, every second
                 print(line, end="\r", flush=True)
                 due = passed + 1
-            else:  # in a file a new line, each after twice the time
+            else:  # in a file: a new line after 10, 20, 40, ... seconds
                 print(line, flush=True)
                 due = 2 * passed
         yield item
 
 def batches(images, config, device, epoch):
     """Yields this process's images of every batch of an epoch, in a random order."""
-    # All processes draw the same order of the images, then each draws its own views. The hash of a
-    # tuple of integers is the same in every run.
+    # The order of the images has one seed for all processes, the views have one for each. The hash
+    # of a tuple of integers is the same in every run.
     torch.manual_seed(hash((config.seed, epoch)))
     order = torch.randperm(len(images)).to(images.device)
     torch.manual_seed(hash((config.seed, epoch, RANK)))
@@ -584,7 +584,7 @@ def train_epoch(model, optimizer, images, config, device, epoch):
     """One pass over the images; returns the means of the loss and its terms over the steps."""
     steps, sums = len(images) // config.batch_size, {}
     total, warmup = config.epochs * steps, config.warmup_epochs * steps
-    peak = optimizer.defaults["lr"]  # as make_optimizer gave it; the groups' rates change below
+    peak = optimizer.defaults["lr"]  # make_optimizer's; the groups' rates change below
     epoch_batches = batches(images, config, device, epoch)
     for step, batch in enumerate(with_progress(epoch_batches, steps, f"epoch {epoch}: step")):
         now = (epoch - 1) * steps + step
@@ -602,7 +602,7 @@ def train_epoch(model, optimizer, images, config, device, epoch):
 def train(config, data, device):
     """Trains the epochs that the run in config.out lacks; returns the method and the log.
 
-    The log has a dict of the run, as epoch 0, and one of every epoch.
+    The log is a list of dicts: epoch 0 describes the run, the others the epochs.
     """
     out = Path(config.out)
     (images, _), bank, test = data
@@ -651,7 +651,7 @@ def train(config, data, device):
         lines = [json.dumps(line) + "\n" for line in log]
         (out / "metrics.jsonl").write_text("".join(lines))
         if epoch == config.epochs or time.time() - saved_at > 60 * config.save_every:
-            (out / "results.json").unlink(missing_ok=True)  # if an earlier run left one here
+            (out / "results.json").unlink(missing_ok=True)  # finish would take it for this run's
             write(out / "checkpoint.pt", {
                 "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
                 "method": method.state_dict(), "optimizer": optimizer.state_dict()})
@@ -686,7 +686,7 @@ def open_run(config, trained_on):
     return saved
 
 def write(path, content):
-    """Writes text, or a state for torch.load, to a new file that then takes the name of path."""
+    """Writes text, or a state for torch.load, beside path and renames it: all of it or nothing."""
     buffer = io.BytesIO()  # torch.save does not say plainly that a disk is full
     if isinstance(content, str):
         buffer.write(content.encode())
@@ -714,11 +714,11 @@ def frame(image, color):
 
 # %% EVALUATE --------------------------------------------------------------------------------------
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # so that nothing is compiled for these sizes, too
+@torch.compiler.set_stance("force_eager")  # else --compile would compile again for these sizes
 def extract(method, images, view=None, rows=None):
     """Features (N, D) of images, or of some rows of them, in eval mode.
 
-    view maps images (n, C, H, W) in [0, 1] to what the encoder sees: without it, their middle.
+    view maps images (n, C, H, W) in [0, 1] to what the encoder sees; else middle does.
     """
     if rows is None:
         rows = torch.arange(len(images))
@@ -774,7 +774,7 @@ def linear_probe(draw_features, labels, test, test_labels, lr=30.0, final_lr=0.0
         for step in range(steps):
             now = epoch * steps + step
             optimizer.param_groups[0]["lr"] = learning_rate(now, epochs * steps, 0, lr, final_lr)
-            loss = 0  # a sum, of which each head learns from its own term
+            loss = 0  # summed over the heads; each gets the gradient of its own term
             for head, parts in zip(heads, shuffled):
                 rows = parts[step]
                 loss += F.cross_entropy(head(features[rows]), labels[rows])
@@ -865,7 +865,7 @@ def parse_args(argv=None):
     return config
 
 def check(config):
-    """Ends the program if a setting has an impossible value; nan is neither > 0 nor >= 0."""
+    """Ends the program if a setting is impossible. `not value > 0` is true of nan, too."""
     positive = ("bottleneck", "epochs", "batch_size", "lr")
     for name, value in asdict(config).items():
         if name in positive and not value > 0:
@@ -900,7 +900,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         stop("stopped; the same command continues from the last checkpoint, if there is one")
     except OSError as problem:  # a full disk, or a folder that cannot be written
-        stop(f"{problem}. When this is mended, the same command continues")
+        stop(f"{problem}. Once this is fixed, the same command continues")
     except RuntimeError as problem:
         if "out of memory" not in str(problem) and "allocate memory" not in str(problem):
             raise
