@@ -15,7 +15,7 @@ accuracy    of the features, in percent: kNN (k 200, temperature 0.1), and a lin
             standardised features (50 epochs, mean of 5), whose learning rate is the best of 0.01,
             0.1 and 1 on a held-out fifth of the training images.
 R^2         of the parameters of a transformation T, read from pairs of features [f(x), f(T x)].
-            One T at a time, drawn once, alike for all networks: crop (centre and log area; the
+            One T at a time, drawn alike for all networks: crop (centre and log area; the
             area is 0.2 to 1), flip, rotation (one of four), brightness, contrast and saturation
             (times 0.6 to 1.4), hue (-0.1 to 0.1 turns), blur (sigma 0.1 to 2 pixels).
             R^2 = 1 - sum of squared errors / sum of squares about the mean of the test images, for
@@ -37,7 +37,6 @@ Do not rank features of different width by R^2, nor embeddings of different widt
 import json
 import math
 import re
-import time
 from argparse import ArgumentParser
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -101,7 +100,7 @@ def load_run(folder, data_root, device):
                 "classes": saved["data"].get("class names")}
         torch.manual_seed(config.seed)  # as train does: the weights before training
         if script is photonics_reg:
-            untrained = script.Method(config, config.splits)  # of the last split; it is not used
+            untrained = script.Method(config, config.splits)  # of the last split, as the checkpoint is
         else:
             untrained = script.Method(config)
         method = deepcopy(untrained)
@@ -191,7 +190,7 @@ OPERATIONS = {"brightness": (brightness, -0.4, 0.4), "contrast": (contrast, -0.4
               "blur": (gaussian_blur, 0.1, 2.0), "saturation": (saturation, -0.4, 0.4),
               "hue": (shift_hue, -0.1, 0.1)}
 TRANSFORMATIONS = ["crop", "flip", "rotation", *OPERATIONS]
-GRAY = [name for name in TRANSFORMATIONS if name not in ("saturation", "hue")]
+GRAY = TRANSFORMATIONS[:-2]  # without saturation and hue
 
 def draw_values(name, n, size):
     """Random values of a transformation for n images, and the parameters (n, P) to be read."""
@@ -237,7 +236,8 @@ def r2_score(prediction, target):
     """
     errors = (prediction - target).square().sum(0)
     total = (target - target.mean(0)).square().sum(0)
-    total[(target == target[0]).all(0)] = math.nan
+    constant = (target == target[0]).all(0)
+    total[constant] = math.nan
     return (1 - errors / total).mean().item()
 
 def read_by_ridge(x, t, queries):
@@ -278,12 +278,13 @@ def read_by_mlp(x, t, queries):
                 least, answers = error, mlp(queries)
     return least, answers
 
-def what_is_known(name, method, features, data, draw):
+def what_is_known(name, method, features, data):
     """R^2 of a transformation's parameters on the test images, by both readouts.
 
-    features: of the images as they are. draw: what draw_values returned. "best" is the R^2 of the
-    readout with the smaller error on held-out training images.
+    features: of the images as they are. "best" is the R^2 of the readout with the smaller error on
+    held-out training images.
     """
+    draw = draw_values(name, len(data.images), data.images.shape[3])  # the same for all networks
     values, parameters = [part.to(features.device) for part in draw]
     after = []  # features of the transformed images
     for images, image_values in zip(data.images.split(256), values.split(256)):
@@ -337,7 +338,7 @@ def relative_equivariance(f, f_a):
     pairs = both >= 1e-12
     return (change[pairs].square() / both[pairs]).mean().item()
 
-def augmented(x, share):
+def augmented(x, share=1):
     """Images in [0, 1] under the augmentation of SimCLR, `share` consecutive ones alike."""
     views = augment(x.expand(-1, 3, -1, -1), x.shape[3], share=share)
     return views[:, :x.shape[1]]  # gray images stay gray
@@ -374,14 +375,14 @@ def retrieve(method, bank, queries):
     z_bank = embed(method, bank)
     before = (embed(method, queries) @ z_bank.T).topk(5).indices
     after = (embed(method, recoloured) @ z_bank.T).topk(5).indices
-    stays = (before[:, :, None] == after[:, None]).any(2).float()
+    stays = (before[:, :, None] == after[:, None]).any(2).float()  # (M, 5)
     return 100 * stays.mean().item(), before, after, recoloured
 
 def positive_cosines(method, images):
     """Cosines (N,) of the embeddings of two augmented views of each image."""
     torch.manual_seed(0)
-    z1, z2 = [embed(method, images, lambda x: augmented(x, 1)) for _ in range(2)]
-    return (z1 * z2).sum(1)
+    z1, z2 = [embed(method, images, augmented) for _ in range(2)]
+    return F.cosine_similarity(z1, z2)
 
 @torch.no_grad()
 def layer_errors(method, images):
@@ -445,8 +446,10 @@ def over_seeds(values):
         return {key: over_seeds([value[key] for value in values]) for key in first}
     if isinstance(first, list):
         return [over_seeds(column) for column in zip(*values)]
-    if isinstance(first, str):  # a name; what differs is the seed
-        return re.sub("-?seed=?[0-9]+", "", first) if len(values) > 1 else first
+    if isinstance(first, str) and len(values) == 1:
+        return first
+    if isinstance(first, str):  # names of runs that differ in their seed: what they share
+        return re.sub("-?seed=?[0-9]+", "", first)
     numbers = torch.tensor(values, dtype=torch.float64)
     return numbers.mean().item(), numbers.std(correction=0).item()
 
@@ -460,9 +463,9 @@ def number(pair, digits=2):
 def short_names(rows):
     """The names of rows without the words that all of them have."""
     words = [row["name"].split("-") for row in rows]
-    shared = set.intersection(*map(set, words))
+    shared = set(words[0]).intersection(*words)
     names = []
-    for row, parts in zip(rows, words):
+    for parts in words:
         own = [word for word in parts if word not in shared]
         names.append("-".join(own or parts))
     return names
@@ -519,8 +522,9 @@ def draw_r2(path, names, rows, untrained):
 
 def histogram(cosines):
     """The middles of 40 bins from -1 to 1, and the percent of the cosines in each."""
-    counts, edges = torch.histogram(cosines.cpu().clamp(-1, 1), 40, range=(-1.0, 1.0))
-    return (edges[1:] - 0.025).tolist(), (100 * counts / len(cosines)).tolist()
+    counts = torch.histc(cosines.clamp(-1, 1), 40, -1, 1)
+    middles = torch.linspace(-0.975, 0.975, 40)
+    return middles.tolist(), (100 * counts / len(cosines)).tolist()
 
 def draw_lines(path, groups, horizontal, vertical, aspect="auto"):
     """Lines in groups, {name: [(x, y), ...]}, each name in its own style; titles of the axes."""
@@ -551,14 +555,13 @@ def draw_retrieval(path, name, bank, queries, before, after, recoloured):
     figure.savefig(path)
 
 def draw_spectra(path, run, device):
-    """Four test cells, from weak to strong contrast, with true and predicted density of states."""
-    cells, labels = run.script.load_data(run.config, device)[0][2]
-    contrasts = cells.amax((1, 2)) / cells.amin((1, 2))
-    rows = contrasts.argsort()[[len(cells) * part // 20 for part in (7, 11, 15, 19)]]
-    predicted = run.script.predict(run.method, cells[rows])
+    """The first four test cells, with true and predicted density of states."""
+    pretraining, *_ = photonics_reg.load_data(run.config, device)
+    _, _, (cells, labels) = pretraining  # to train on, to validate on, to test on
+    predicted = photonics_reg.predict(run.method, cells[:4])
     figure, axes = pyplot.subplots(4, 2, figsize=(8, 10), width_ratios=(1, 3))
     x = [i * photonics_reg.STEP for i in range(photonics_reg.POINTS)]
-    for (left, right), cell, true, guess in zip(axes, cells[rows], labels[rows], predicted):
+    for (left, right), cell, true, guess in zip(axes, cells, labels, predicted):
         left.imshow(cell.T.tolist(), cmap="gray_r", origin="lower")
         left.set_title(f"permittivity\n{cell.min():.1f} and {cell.max():.1f}", fontsize=10)
         left.set_axis_off()
@@ -571,30 +574,32 @@ def draw_spectra(path, run, device):
     figure.savefig(path)
 
 # %% MAIN ------------------------------------------------------------------------------------------
-def measure(name, method, data, draws):
+def measure(name, method, data):
     """All numbers of one network, as a dict."""
     fit, score = data.images[:data.fit], data.images[data.fit:]
-    features, r2 = extract(method, data.images, unchanged), {}
-    for transformation in with_progress(draws, len(draws), f"{name}: transformation"):
-        draw = draws[transformation]
-        r2[transformation] = what_is_known(transformation, method, features, data, draw)
-    row = {"name": name, "r2": r2, "geometry": geometry(method, score[:MOVED], augmented)}
-    row |= accuracy(features, data)
-    row["geometry"]["overlap_at_5"] = math.nan  # gray images have no hue
+    names, overlap = GRAY, math.nan  # gray images have no hue
     if fit.shape[1] == 3:
-        row["geometry"]["overlap_at_5"], *_ = retrieve(method, fit, score[:QUERIES])
+        names = TRANSFORMATIONS
+        overlap, *_ = retrieve(method, fit, score[:QUERIES])
+    features, r2 = extract(method, data.images, unchanged), {}
+    for transformation in with_progress(names, len(names), f"{name}: transformation"):
+        r2[transformation] = what_is_known(transformation, method, features, data)
+    row = {"name": name, "r2": r2, "geometry": geometry(method, score[:MOVED], augmented)}
+    row["geometry"]["overlap_at_5"] = overlap
+    row |= accuracy(features, data)
     if isinstance(method.encoder, GroupEncoder):
         row["layers"], row["layers_unmoved"] = layer_errors(method, score[:64])
     return row
 
-def measure_all(runs, data, draws):
+def measure_all(runs, data):
     """Measures all runs. Untrained networks with the same weights are measured once."""
-    rows = {}  # of untrained networks, by their embeddings of four images
+    rows = {}  # of untrained networks
     for run in with_progress(runs, len(runs), "run"):
-        run.row = measure(run.name, run.method, data, draws)
+        run.row = measure(run.name, run.method, data)
+        # networks of the same weights have the same embeddings
         key = str(embed(run.untrained, data.images[:4]).tolist())
         if key not in rows:
-            rows[key] = measure(f"untrained, as {run.name}", run.untrained, data, draws)
+            rows[key] = measure(f"untrained, as {run.name}", run.untrained, data)
         run.untrained_row = rows[key]
 
 def group_seeds(runs):
@@ -612,43 +617,43 @@ def group_seeds(runs):
 
 def compare_images(runs, device, out):
     """Measures runs on images and writes the table, the numbers and the pictures."""
-    began, data = time.time(), load_images(runs[0], device)
+    data = load_images(runs[0], device)
     fit, score = data.images[:data.fit], data.images[data.fit:]
     print(f"runs: {len(runs)}. Images to learn from: {len(fit)}, to test: {len(score)}", flush=True)
-    names = TRANSFORMATIONS if fit.shape[1] == 3 else GRAY
-    draws = {name: draw_values(name, len(data.images), fit.shape[3]) for name in names}
     groups = group_seeds(runs)
-    measure_all(runs, data, draws)
+    measure_all(runs, data)
     trained = [over_seeds([run.row for run in group]) for group in groups]
     untrained = [over_seeds([run.untrained_row for run in group]) for group in groups]
     rows = list(trained)
     for row, before in zip(trained, untrained):
         before["name"] = f"untrained, as {row['name']}"
-        if before["r2"] not in [other["r2"] for other in rows]:  # as of the same weights above
+        if before["r2"] not in [other["r2"] for other in rows]:  # the same weights have the same numbers: once
             rows.append(before)
     text = tables(rows)
     write(out / "compare.md", f"{text}\n{__doc__}")
     numbers = {"protocol": __doc__, "fit": len(fit), "score": len(score), "device": str(device),
-               "torch": str(torch.__version__), "seconds": time.time() - began,
-               "configs": {run.name: run.settings for run in runs}, "means": rows,
+               "torch": str(torch.__version__), "means": rows,
+               "configs": {run.name: run.settings for run in runs},
                "runs": {run.name: [run.row, run.untrained_row] for run in runs}}
     write(out / "compare.json", json.dumps(numbers, indent=1).replace("NaN", "null"))
 
     names = short_names(rows)[:len(trained)]  # as in the tables
     draw_r2(out / "r2.png", names, trained, untrained)
-    draw_pictures(out, names, groups, data)
+    draw_pictures(out, names, groups, fit, score)
     print(f"{text}\n{out} has compare.md, compare.json and pictures")
 
-def draw_pictures(out, names, groups, data):
+def draw_pictures(out, names, groups, fit, score):
     """Pictures of groups of runs that differ in their seed alone, and of the first run."""
-    fit, score = data.images[:data.fit], data.images[data.fit:]
     curves, cosines = {}, {}
     for name, group in zip(names, groups):
-        logs = [[line for line in run.log if "knn_top1" in line] for run in group]
-        curves[name] = [([line["epoch"] for line in log], [line["knn_top1"] for line in log])
-                        for log in logs if log]
+        curves[name] = []
+        for run in group:
+            log = [line for line in run.log if "knn_top1" in line]
+            if log:  # the script logged kNN
+                epochs = [line["epoch"] for line in log]
+                curves[name].append((epochs, [line["knn_top1"] for line in log]))
         cosines[name] = [histogram(positive_cosines(group[0].method, score[:MOVED]))]
-    if any(curves.values()):  # if a script logged kNN
+    if any(curves.values()):
         draw_lines(out / "curves.png", curves, "epoch", "kNN accuracy by the script, percent")
     draw_lines(out / "cosines.png", cosines, "cosine of the embeddings of two views of an image",
                "percent of the test images, per 0.05")
@@ -673,8 +678,8 @@ def compare_clouds(run, device, out):
                "first principal component of the embeddings", "second", aspect="equal")
     print(f"{out} has compare.json and paths.png: the embeddings of a test cloud that is turned")
 
-def parse_args(argv=None):
-    """The settings of a command line."""
+def main(argv=None):
+    """Runs a command line: measures runs, writes a table, numbers and pictures."""
     parser = ArgumentParser("compare.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--out", default="runs/compare",
@@ -683,18 +688,15 @@ def parse_args(argv=None):
                         help="folder that holds the data (default: as in the runs)")
     parser.add_argument("--device", default="auto",
                         help="cpu, cuda or cuda:1 (default: cuda if there is one)")
-    return parser.parse_args(argv)
-
-def main(argv=None):
-    """Runs a command line: measures runs, writes a table, numbers and pictures."""
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     out = Path(args.out).expanduser()
     try:
         device = start(simclr_essl.Config(device=args.device, precision="fp32"))
         runs = [load_run(folder, args.data_root, device) for folder in args.runs]
         check_alike(runs)
         first = runs[0]
-        cells, clouds = first.script is photonics_reg, first.config.dataset in care.CLOUDS
+        cells = first.script is photonics_reg
+        clouds = first.config.dataset in care.CLOUDS
         if (cells or clouds) and len(runs) > 1:
             stop("runs on cells or clouds are measured one at a time")
         out.mkdir(parents=True, exist_ok=True)

@@ -141,7 +141,7 @@ def to_8_bits(gray, has_16_bits):
     return np.uint8(255 * np.nan_to_num(scaled).clip(0, 1))
 
 def write_header(file, n, size):
-    """Writes the header of a .npy file of n uint8 images, which is as long for every other n."""
+    """Writes the header of a .npy file of n uint8 images; it is as long for any n."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (n, 3, size, size)}
     np.lib.format.write_array_header_1_0(file, header)
 
@@ -168,7 +168,8 @@ def decode(files, size, path):
 # %% MAIN ------------------------------------------------------------------------------------------
 def choose(config):
     """{split: {image: its class}} and the sorted names of all classes."""
-    train, val, wanted = config.path / "train", config.path / "val", set()
+    train, val = config.path / "train", config.path / "val"
+    wanted = set()  # empty: all classes
     if config.classes:
         lines = unicodedata.normalize("NFC", config.classes.read_text("utf-8-sig")).splitlines()
         wanted = {line.strip() for line in lines if line.strip()}
@@ -194,11 +195,11 @@ def choose(config):
 def write_arrays(splits, classes, config):
     """Decodes into OUT.part, a folder that takes the name OUT when all is there."""
     out = config.out.resolve()
-    source = {"size": config.size}  # by which the same images are recognised
+    described = {"size": config.size}  # by which the same images are recognised
     for split, pictures in splits.items():
         files = [f"{file.relative_to(config.path)} {file.lstat().st_size}" for file in pictures]
-        source[split] = zlib.crc32(os.fsencode("\n".join(files)))
-    source = json.dumps(source)
+        described[split] = zlib.crc32(os.fsencode("\n".join(files)))
+    source = json.dumps(described)
     known = out / "source.json"
     if known.exists() and known.read_text() == source:
         print(f"{out} holds the arrays of these images already")
@@ -260,5 +261,6 @@ def main(argv=None):
         stop("stopped; the same command starts anew")
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names that a terminal cannot show
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names that a terminal cannot show
     main()

@@ -3004,13 +3004,13 @@ def test_readouts_are_chosen_on_the_held_out_fifth(monkeypatch):
         far, answers = read(x[:1000], y, x[1000:])
         assert 9000 < far < 11000 and (answers.std() > 0.6) == (read is compare.read_by_ridge)
     data = compare.Data(torch.zeros(40, 3, 9, 9).byte(), torch.zeros(40), 20)
-    draw = compare.draw_values("rotation", 40, 9)
-    answers = compare.standardised(draw[1], 20)[20:]
+    _, parameters = compare.draw_values("rotation", 40, 9)
+    answers = compare.standardised(parameters, 20)[20:]
     monkeypatch.setattr(compare, "extract", lambda method, images, view: torch.randn(40, 4))
     for errors, best in (((0.1, 0.2), "ridge"), ((0.2, 0.1), "mlp")):
         monkeypatch.setattr(compare, "read_by_ridge", lambda *args: (errors[0], answers))
         monkeypatch.setattr(compare, "read_by_mlp", lambda *args: (errors[1], 0.5 * answers))
-        known = compare.what_is_known("rotation", None, torch.randn(40, 4), data, draw)
+        known = compare.what_is_known("rotation", None, torch.randn(40, 4), data)
         assert known["best"] == known[best] and known["ridge"] != known["mlp"]
 
 def test_transformations():
@@ -3050,7 +3050,7 @@ def test_what_features_know():
     def known(name, images):
         data = compare.Data(images, torch.zeros(len(images)), 200)
         features = compare.extract(method, images, compare.unchanged)
-        return compare.what_is_known(name, method, features, data, compare.draw_values(name, len(images), 32))
+        return compare.what_is_known(name, method, features, data)
 
     method.features = lambda V: V.mean((2, 3))  # of an image the mean: it tells its brightness
     assert known("brightness", images)["best"] > 0.5 > 0.1 > known("flip", images)["best"]
