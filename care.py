@@ -3,15 +3,15 @@
 S. Gupta, J. Robinson, D. Lim, S. Villar, S. Jegelka, "Structuring Representation Geometry with
 Rotationally Equivariant Contrastive Learning" (CARE), ICLR 2024, arXiv:2306.13924.
 
-InfoNCE only asks that two views of an image have similar embeddings. CARE also asks that an
-augmentation a moves the embeddings f(x) of all images by one and the same orthogonal matrix:
-f(a(x)) = R_a f(x). This holds exactly if a leaves all inner products of embeddings as they are
-(Proposition 1), so CARE compares the Gram matrices of a batch under two augmentations.
+InfoNCE asks that two views of an image have similar embeddings, and different images different
+ones. CARE also asks that an augmentation a moves the embeddings f(x) of all images by one and the
+same orthogonal matrix: f(a(x)) = R_a f(x). This holds exactly if the inner products of embeddings
+stay as they are (Proposition 1), so CARE compares Gram matrices under two augmentations.
 
-Algorithm 1 of the paper, for a batch x of N images; f is backbone and head, on the unit sphere:
+Algorithm 1 of the paper, for a batch x of N images; f is backbone, head and normalisation:
   1. draw augmentations a1, a2 for every image; z1_inv = f(a1(x)), z2_inv = f(a2(x));
-  2. cut x into K chunks and draw one pair of augmentations for each chunk, which all its images
-     share; z1_eq and z2_eq are the embeddings of x under the first and the second of each pair;
+  2. cut x into K chunks; for each chunk draw two augmentations, the same for all its images;
+     z1_eq and z2_eq are the embeddings of x under the first and under the second of its chunk;
   3. step f on InfoNCE(z1_inv, z2_inv) + lam * L_equi(z1_eq, z2_eq), where L_equi compares the two
      Gram matrices of every chunk. lam = 0 is SimCLR or, with --base moco, MoCo-v2.
 
@@ -25,13 +25,14 @@ Usage
 
 Differences between the paper, the authors' code and this file (more: results/README.md):
   - The code draws one pair of augmentations that all chunks share, as --share-pair does here.
-  - L_equi is the code's: 2 / m times the sum over the pairs of a chunk of m images. The paper
-    writes a mean, but lam is the paper's all the same: 0.01 on CIFAR-10 (code: 0.03).
+  - L_equi is the code's: 2 / m times the sum of the m x m squared differences of a chunk of m
+    images. The paper writes a mean, yet lam is the paper's: 0.01 on CIFAR-10 (code: 0.03). With
+    MoCo lam and chunks are those of SimCLR (paper, ImageNet100: 0.01 and 8).
   - ImageNet100: L_equi sees crops, as in the paper (code: the middle of the image). SimCLR's
     negatives come from all GPUs (code: each GPU's own). The probe's rate is 10 (the code's README;
     paper: 30).
-  - Probes use BatchNorm in eval mode, and of the augmentations crops and flips alone (code, CIFAR
-    and STL-10: train mode, all augmentations).
+  - Probes use BatchNorm in eval mode and are trained on crops and flips alone (code, CIFAR and
+    STL-10: train mode, all augmentations).
   - A batch shares one order of the colour operations. On a GPU the backbone runs in bfloat16 and
     matrix products in TF32.
   - Photographs are decoded once, to a middle square, and the views are cropped from that.
@@ -129,10 +130,10 @@ PRESETS = {  # what datasets change
     "proteins": dict(lam=1.0, epochs=100, projector="128-16"),  # R^16: paper; others: ours
 }
 PRESETS["chains"] = PRESETS["proteins"]
-# what --base moco changes besides; of datasets that are not here the temperature, to 0.1 (paper)
+# what --base moco changes in the preset; of a dataset that is not in MOCO temperature=0.1 (paper)
 MOCO_CIFAR = dict(temperature=0.1, optimizer="sgd", lr=0.03, final_lr=0.0, weight_decay=5e-4)
 MOCO = {"cifar10": MOCO_CIFAR, "cifar100": MOCO_CIFAR,  # as in FAIR's demo of MoCo
-        "imagenet100": {}}  # nothing
+        "imagenet100": {}}  # the preset's lam and chunks (authors' code); paper: 0.01 and 8
 QUICK = dict(dataset="patterns", arch="small", epochs=12, knn_every=2, limit=4000)
 # what may change when a run is continued
 FREE = ("data_root", "out", "device", "compile", "save_every", "knn_every")
@@ -147,7 +148,7 @@ def stop(message):
 # augment is defined in AUGMENT, the networks in MODEL, gather (for several processes) in TRAIN,
 # what is done to clouds of points in PROTEINS.
 def nt_xent(z1, z2, temperature):
-    """InfoNCE of the embeddings (N, D) of two views, by cosine similarity.
+    """NT-Xent, SimCLR's InfoNCE, of the embeddings (N, D) of two views, by cosine similarity.
 
     Each of the 2N rows must find the other view of its image among all rows but itself.
     """
@@ -161,7 +162,7 @@ def nt_xent(z1, z2, temperature):
 def equivariance_loss(z1, z2, chunks):
     """L_equi of embeddings (N, D) under two augmentations that all rows of a chunk share.
 
-    Of a chunk of m rows, 2 / m times the sum of the squared differences of its two Gram matrices
+    For a chunk of m rows: 2 / m times the sum of the m x m squared differences of its Gram matrices
     (authors' code); then the mean over the chunks. 0 if z2 = z1 R with an orthogonal R.
     """
     z1 = F.normalize(z1).unflatten(0, (chunks, -1))  # (K, m, D)
@@ -180,7 +181,7 @@ def uniformity_loss(z1, z2):
     return (z @ z.T).exp().mean().log()
 
 def moco_loss(queries, keys, queue, temperature):
-    """InfoNCE of MoCo: a query (N, D) must find its key (N, D) among those of the queue (Q, D)."""
+    """InfoNCE of MoCo: a query (N, D) must tell its key (N, D) from those in the queue (Q, D)."""
     queries, keys = F.normalize(queries), F.normalize(keys)
     positive = (queries * keys).sum(1)  # (N,)
     similarity = torch.cat([positive[:, None], queries @ queue.T], dim=1) / temperature  # (N, 1+Q)
@@ -217,21 +218,21 @@ class Method(nn.Module):
         if config.base == "moco":
             self.update_key_networks()
             keys = gather(self.embed_keys(x2_inv))
-            loss_inv = moco_loss(z1_inv, keys, self.queue, config.temperature)
+            loss_contrast = moco_loss(z1_inv, keys, self.queue, config.temperature)
             # the keys join the queue, and as many of the oldest leave it
             self.queue = torch.cat([self.queue, F.normalize(keys)])[len(keys):]
         else:
             z2_inv = gather(f(x2_inv))
-            loss_inv = self.contrastive_loss(z1_inv, z2_inv)
-        terms = {"contrast": loss_inv, "std": spread(z1_inv)}
+            loss_contrast = self.contrastive_loss(z1_inv, z2_inv)
+        terms = {"contrast": loss_contrast, "std": spread(z1_inv)}
         if config.lam == 0:
-            return loss_inv, terms
+            return loss_contrast, terms
 
         z1_eq = gather(f(x1_eq))  # (N, D), or fewer rows by --equivariance-batch
         z2_eq = gather(f(x2_eq))
         loss_equi = equivariance_loss(z1_eq, z2_eq, config.chunks)
         terms["equivariance"] = loss_equi
-        return loss_inv + config.lam * loss_equi, terms
+        return loss_contrast + config.lam * loss_equi, terms
 
     def views(self, images):
         """x1_inv and x2_inv: two views of each image, each by an augmentation of its own.
@@ -243,7 +244,7 @@ class Method(nn.Module):
         x2_inv = self.augmented(images)
         if config.lam == 0:
             return x1_inv, x2_inv, None, None
-        n = config.equivariance_batch  # images that L_equi sees, of all processes
+        n = config.equivariance_batch  # images for L_equi, of all processes; parse_args replaces 0
         images = images[:n // WORLD]
         share = n if config.share_pair else n // config.chunks  # images with the same augmentation
         x1_eq = self.augmented(images, share)
@@ -264,7 +265,7 @@ class Method(nn.Module):
             return uniformity_loss(z1, z2)
         if self.config.contrast == "invariance":
             return invariance_loss(z1, z2)
-        return 0 * z1.sum()
+        return 0 * z1.sum()  # none: 0, but a tensor with a gradient, for backward
 
     @torch.no_grad()
     def update_key_networks(self):
@@ -290,7 +291,7 @@ class Method(nn.Module):
         return self.encode(self.encoder, x)
 
     def embed(self, x):
-        """Embeddings (N, D) of images in [0, 1]."""
+        """Embeddings (N, D) of images in [0, 1], or of clouds; the losses normalise them."""
         return self.projector(self.features(x))
 
 def spread(z):
@@ -302,7 +303,7 @@ def spread(z):
 
 # %% AUGMENT ---------------------------------------------------------------------------------------
 def view_arguments(config):
-    """Arguments of augment for all views: as in the authors' code, except that all are cropped."""
+    """Arguments of augment: the authors' code's, but photographs are cropped for L_equi, too."""
     if config.dataset in PHOTOS:
         return dict(size=config.size, scale=(0.2, 1.0), blur=0.5, radius=2)
     return dict(size=config.size, scale=(0.08, 1.0), blur=0.5, radius=1)
@@ -314,16 +315,16 @@ def augment(images, size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1
 
     scale: smallest and largest share of the area that a crop keeps. jitter: the largest change of
     brightness, contrast, saturation and hue (1: a full turn), in 80 % of the images. flip,
-    gray, blur and solarize are probabilities. radius: of the blur, in pixels. share: so many
+    gray, blur and solarize are probabilities. radius: of the blur, in pixels. share: how many
     consecutive images of the batch get the same augmentation.
     """
     n, _, height, width = images.shape
     x = TF.convert_image_dtype(images)  # uint8 to [0, 1]
 
     def uniform(low, high, draws=1):
-        # Images that share an augmentation may lie in several processes. So each process draws the
-        # same numbers for the images of all, one row for each augmentation, and keeps its own.
-        augmentations = math.ceil(WORLD * n / share)
+        # Images of several processes may share an augmentation. So each process draws the same
+        # numbers (see batches) for all of them, one row for each augmentation, and keeps its own.
+        augmentations = math.ceil(WORLD * n / share)  # up: draw_views may give less than a share
         drawn = x.new_empty(augmentations, draws, 1, 1).uniform_(low, high)
         return drawn.repeat_interleave(share, dim=0)[RANK * n:RANK * n + n]
 
@@ -479,7 +480,7 @@ def load_data(config, device):
     """Pairs (images, labels): to train on, to learn kNN and the probe from, and to test on.
 
     Images are uint8 (N, 3, H, W), clouds float (N, P, 4). The last two are None if there is nothing
-    to evaluate; of clouds the second is.
+    to evaluate; for clouds only the second is None.
     """
     root = Path(config.data_root)
     if config.dataset == "patterns":
@@ -521,9 +522,9 @@ def load_cifar(root, config):
              torch.tensor(split.targets)) for split in splits]
 
 def load_stl10(root):
-    """Images (N, 3, 96, 96) and labels of STL-10: to train on, with labels, to test.
+    """Images (N, 3, 96, 96) and labels of STL-10: to train on, to learn kNN from, to test on.
 
-    Of the images to train on most have no label (-1).
+    Most of the images to train on have no label (-1).
     """
     parts = ("train+unlabeled", "train", "test")
     try:
@@ -604,11 +605,11 @@ def draw_patterns(n, seed):
 # %% PROTEINS --------------------------------------------------------------------------------------
 # Section 5.1 of the paper: proteins as clouds of points, and rotations of space as augmentations.
 # --dataset proteins reads the .pdb files in DATA_ROOT/proteins; chains are random walks.
-# A cloud is (P, 4): coordinates, with mean 0 and mean square 1, and 1 for a point, 0 for padding.
+# A cloud is (P, 4): coordinates, centred and of mean squared length 1; then 1, or 0 for padding.
 def read_chain(path):
-    """Coordinates (P, 3) in angstrom of the CA atoms of the first model in a .pdb file.
+    """Coordinates (P, 3), in angstrom, of the CA atoms of all chains in a .pdb file's first model.
 
-    MSE, a methionine with selenium that files keep among the HETATM, counts as a methionine.
+    Columns are fixed. MSE, a methionine with selenium among the HETATM, counts as a methionine.
     """
     points = []
     for line in path.read_text(errors="replace").splitlines():
@@ -650,7 +651,7 @@ def load_chains(root, config):
     for chain in train + test:
         points = chain - chain.mean(0)
         points = points / points.square().sum(1).mean().sqrt()
-        clouds.append(F.pad(points, (0, 1), value=1.0))
+        clouds.append(F.pad(points, (0, 1), value=1.0))  # a column of ones: points, not padding
     clouds = nn.utils.rnn.pad_sequence(clouds, batch_first=True)  # (N, P, 4)
     labels = torch.zeros(len(clouds), dtype=torch.int64)
     n = len(train)
@@ -748,8 +749,8 @@ def principal_axis(clouds):
 def axis_probes(method, data):
     """How well the principal axis of a turned chain can be read from its embedding.
 
-    The mean squared error and the mean angle, over four random rotations of every chain, of the
-    axis that an MLP (axis_...) and ridge regression (ridge_axis_...) predict.
+    The mean squared length of the error and the mean angle of the axis that an MLP (axis_...) and
+    ridge regression (ridge_axis_...) predict, over four random rotations of every chain.
     """
     train, _, test = data
     torch.manual_seed(0)
@@ -806,7 +807,7 @@ def learning_rate(step, total_steps, warmup_steps, peak, final=0.0):
 
 def make_optimizer(method, config):
     """Adam or SGD at the peak rate; train_epoch sets the rate of every step."""
-    trained = [p for p in method.parameters() if p.requires_grad]  # MoCo's keys have no gradient
+    trained = [p for p in method.parameters() if p.requires_grad]  # all but MoCo's key networks
     if config.optimizer == "adam":
         return torch.optim.Adam(trained, config.lr, weight_decay=config.weight_decay,
                                 fused=method.mean.is_cuda)
@@ -994,7 +995,7 @@ def write(path, content):
     os.replace(beside, path)
 
 def draw_views(path, method, images):
-    """A row for each image: the image, two views of its own, and two that its chunk shares."""
+    """A row for each image: the image, two views of its own, two by its chunk's augmentations."""
     if method.config.dataset in CLOUDS:
         return
     columns = [images] + [view for view in method.views(images) if view is not None]
@@ -1056,8 +1057,8 @@ def linear_probe(draw_features, labels, test, test_labels, sgd=False, lr=1e-3, w
     """Mean and standard deviation of the test accuracy, in percent, of linear classifiers.
 
     draw_features() gives the training features (N, D) of an epoch. The classifiers differ in their
-    start and in the order of the images. They are trained by Adam, or by SGD; after each of the
-    milestones, numbers of epochs, the rate is a tenth of what it was.
+    start and in the order of the images. They are trained by Adam, or by SGD; after each epoch in
+    milestones the rate falls to a tenth.
     """
     n, classes = len(labels), int(labels.max()) + 1
     heads = nn.ModuleList(nn.Linear(test.shape[1], classes) for _ in range(probes)).to(test.device)
@@ -1235,7 +1236,7 @@ def finish(method, data, config, log):
         write(out / "encoder.pt", method.encoder.cpu().state_dict())
         write(out / "results.json", json.dumps(results, indent=1))
     results = json.loads((out / "results.json").read_text())
-    print(f"{out} is finished; it holds encoder.pt, results.json and pictures")
+    print(f"{out} is finished; it holds encoder.pt and results.json")
     for name, value in results.items():
         if "top1" in name:
             print(f"  {name:24} {value} %")

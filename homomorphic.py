@@ -9,15 +9,15 @@ A-SSL, computes the features of both. But if the encoder f is equivariant, f(T_g
 then a transformation only moves the features, and f(x) contains those of all transformed copies. So
 H-SSL computes f(x), in one forward pass instead of two, and compares two parts of it.
 
-z = f(x) has the shape (C, L, H, W). A fiber z(g) is the vector of its C channels at one element g
-of the group: for translation (L = 1) at one of the H W places; for rotation and scale in one of the
-L planes, averaged over space. Algorithm, for a batch of N images, head h and temperature tau:
-  1. A-SSL: draw transformations g1, g2 and a fiber g0 for each image;
-     v_a = h(f(T_g_a x)(g0)) for a = 1, 2;
-     H-SSL: draw two fibers g1, g2 for each image; v_a = h(f(x)(g_a)) for a = 1, 2;
+z = f(x) has C channels in L planes of H x W places: (C, L, H, W). A fiber z(g) is the vector of the
+C channels at one element g of the group: for translation (L = 1) at one place; for rotation and
+scale in one plane, averaged over its places. Algorithm for N images, head h and temperature tau:
+  1. A-SSL: draw two transformations g1, g2 and one fiber g0 for each image;
+     v1 = h(f(T_g1 x)(g0)) and v2 = h(f(T_g2 x)(g0));
+     H-SSL: draw two fibers g1, g2 for each image; v1 = h(f(x)(g1)) and v2 = h(f(x)(g2));
   2. loss = -mean_i log(exp(s(v1_i, v2_i) / tau) / sum_(k != i) sum_(a, b in 1, 2)
      exp(s(va_i, vb_k) / tau)), where s is the cosine similarity;
-  3. step f and h on the loss; beside them, train a classifier of z.detach() on the labels.
+  3. step f and h on the loss, and a classifier of z.detach() on its cross-entropy with the labels.
 
 Usage
   python homomorphic.py --quick                    built-in data, two minutes on a CPU
@@ -30,9 +30,9 @@ Usage
 Differences from the paper that change numbers, and choices of ours (more: results/README.md):
   - For rotation, images get a black row and column: a stride of 2 on maps of even size would break
     the equivariance. With matching draws H-SSL and A-SSL then have the same loss, up to rounding,
-    if --base-size is 1. With more they differ: a run of planes ends at the last one.
-  - Ours: orientations do not mix; the rate ignores the batch size; LARS's momentum and its 0.001;
-    A-SSL's classifier sees x untransformed, in a third pass; MNIST's classifier has a stride of 1.
+    if --base-size is 1. Longer runs of planes cannot all match: none goes on from last to first.
+  - Ours: orientations do not mix; the rate ignores the batch size; LARS's momentum 0.9 and factor
+    0.001; A-SSL's classifier sees x itself, in a third pass; MNIST's has stride 1 (paper: 2).
   - On a GPU the encoder runs in bfloat16, the rest in TF32. The paper trains in half precision.
 """
 import io
@@ -91,7 +91,7 @@ class Config:
                       "stays random; supervised: the classifier trains it",
                       "homomorphic augmented frozen supervised")
     structure: str = option("equivariant", "none: an encoder that is not equivariant (Table 2; "
-                            "for translation, whatever --arch)",
+                            "for translation three linear layers, not --arch)",
                             "equivariant none")
     temperature: float = option(0.1, "temperature of the contrastive loss")
     distance: float = option(0.0, "largest distance of H-SSL's two fibers, in places or planes "
@@ -145,8 +145,8 @@ def nce_loss(v1, v2, temperature):
     """Equation 2 of the paper, of the projections v1 and v2 (N, D) of N images.
 
     The two projections of an image are its positive pair; the four pairs that they form with those
-    of another image are negative. Only negative pairs are in the denominator, so that the loss can
-    be below 0.
+    of another image are negative. Only negative pairs are in the denominator, so the loss can be
+    negative.
     """
     n = len(v1)
     v = F.normalize(torch.cat([v1, v2]))  # (2N, D): rows i and N + i are of image i
@@ -154,19 +154,19 @@ def nce_loss(v1, v2, temperature):
     positive = similarity.diagonal(n)  # (N,): row i, column N + i
     same_image = torch.eye(n, dtype=torch.bool, device=v.device).repeat(2, 2)  # (2N, 2N)
     negatives = similarity.masked_fill(same_image, -torch.inf)  # exp(-inf) is 0
-    log_sum1, log_sum2 = negatives.logsumexp(1).chunk(2)  # (N,) each: over k and b, for a = 1, 2
+    log_sum1, log_sum2 = negatives.logsumexp(1).chunk(2)  # (N,) each: of the rows of v1, of v2
     return (torch.logaddexp(log_sum1, log_sum2) - positive).mean()
 
 def act(z, g, group):
     """Gamma_g z: what f(T_g x) is for features z = f(x), (B, C, L, H, W), if f is equivariant.
 
     The loss does not call it: H-SSL reads another part of z instead of moving z. compare.py and the
-    tests measure by it how equivariant an encoder is. It returns the moved features and, for
-    translation and scale, a mask of those that z determines; the others are 0.
+    tests measure with it how equivariant an encoder is. Rotation returns the moved features alone,
+    translation and scale also a mask of the same shape: True where z determines them.
 
     rotation: g counts quarter turns, an int or (B,); plane l, turned, becomes plane (l + g) % 4.
-    translation: g (B, 2) counts places down and right.
-    scale: g = (i, j); plane i, magnified by SCALES[j] / SCALES[i], becomes plane j.
+    translation: g (B, 2) counts places down and right, each prod(encoder.strides) pixels of x.
+    scale: g = (i, j); T_g magnifies by SCALES[j] / SCALES[i]; plane i, magnified, becomes plane j.
     """
     if group == "rotation":
         versions = torch.stack([z.rot90(k, (3, 4)).roll(k, 2) for k in range(4)])
@@ -181,7 +181,7 @@ def act(z, g, group):
     moved, known = torch.zeros_like(z), torch.zeros_like(z)
     moved[:, :, j] = transform(z[:, :, i], factor, group)
     known[:, :, j] = transform(torch.ones_like(z[:, :, i]), factor, group)
-    return moved, known > 0.999  # not those at the border that are partly from outside
+    return moved, known > 0.999  # False at the border, where values are partly from outside
 
 class Method(nn.Module):
     """H-SSL, A-SSL or a baseline: images and labels (N,) to the loss and terms for the log.
@@ -198,7 +198,7 @@ class Method(nn.Module):
         self.encoder = GroupEncoder(config.group, len(mean), config.arch, config.width,
                                     config.structure, config.size)
         self.shape = self.feature_shape()  # L, H', W'
-        # MNIST's classifier has a kernel of the largest odd side that fits the maps, at most 7
+        # side of the kernel of MNIST's classifier: 7, or the largest odd one that fits smaller maps
         side = min(7, *self.shape[1:])
         if side % 2 == 0:
             side -= 1
@@ -215,7 +215,7 @@ class Method(nn.Module):
         x = self.canvas(TF.convert_image_dtype(images))  # (N, I, H, W) in [0, 1]
         if config.ssl == "augmented":  # A-SSL: one fiber of two transformed images
             x1, x2 = self.views(images)  # T_g1 x and T_g2 x, for random g1 and g2
-            g0, _ = self.draw_fibers(len(x))  # (N,)
+            g0, _ = self.draw_fibers(len(x))  # (N,): the same fiber in both, as in the paper
             v1 = h(read(f(x1), g0))  # (N, D)
             v2 = h(read(f(x2), g0))
             with torch.no_grad():
@@ -228,23 +228,23 @@ class Method(nn.Module):
             v2 = h(read(z, g2))
 
         logits = self.classifier(z if config.ssl == "supervised" else z.detach())  # (N, classes)
-        loss = F.cross_entropy(logits, labels)
+        loss_classifier = F.cross_entropy(logits, labels)
         correct = (logits.argmax(1) == labels).float()
-        terms = {"classifier": loss, "train_top1": 100 * correct.mean()}
+        terms = {"classifier": loss_classifier, "train_top1": 100 * correct.mean()}
         if h is None:  # frozen and supervised
-            return loss, terms
+            return loss_classifier, terms
         contrast = nce_loss(gather(v1), gather(v2), config.temperature)
         terms |= {"contrast": contrast, "std": spread(v1)}
-        return loss + contrast, terms
+        return loss_classifier + contrast, terms
 
     def f(self, x):
-        """Features z (N, C, L, H', W'), float32, of images on the canvas."""
+        """Features z (N, C, L, H', W'), float32, of images as canvas returns them."""
         bf16 = self.config.precision == "bf16"
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             return self.encoder((x - self.mean) / self.std).float()
 
     def read(self, z, g):
-        """What h sees: of each image its fiber, g (N,), and the b - 1 after it, (N, b C).
+        """What h sees, (N, b C): of image n fiber g[n] and the b - 1 fibers after it.
 
         b is --base-size. Fibers are numbered: the places row by row, or the planes.
         """
@@ -276,7 +276,7 @@ class Method(nn.Module):
         try:
             with torch.no_grad():
                 z = self.f(self.canvas(blank))
-        except ValueError as problem:
+        except ValueError as problem:  # from GroupEncoder.forward
             stop(f"--size {size} does not fit --arch {self.config.arch}: {problem}")
         self.train()
         return z.shape[2:]
@@ -284,9 +284,8 @@ class Method(nn.Module):
     def views(self, images):
         """T_g1 x and T_g2 x in [0, 1], (N, I, H, W) each; x alone for frozen and supervised.
 
-        A-SSL computes the features of these. For H-SSL they are for views.png alone: if f is
-        equivariant, fiber g1 of x is the central place, or the first plane, of the features of
-        T_g1 x; so is g2 of T_g2 x.
+        A-SSL compares the features of these. H-SSL needs them for views.png alone: it transforms x
+        so that, if f is equivariant, a drawn fiber comes to the central place or the first plane.
         """
         x, group = self.canvas(TF.convert_image_dtype(images)), self.config.group
         if self.config.ssl == "augmented":
@@ -316,9 +315,9 @@ class Method(nn.Module):
         return self.f(self.canvas(x)).mean((2, 3, 4))
 
 def fiber_pairs(config, shape):
-    """All pairs (P, 2) of fibers that may be drawn, by number, of features with shape (L, H, W).
+    """The pairs of fibers that may be drawn, their numbers (P, 2), for features of shape (L, H, W).
 
-    They are at most --distance apart, and each starts a run of --base-size fibers in its row.
+    The two are at most --distance apart, or the same; each starts a run of --base-size in its row.
     """
     planes, height, width = shape
     if config.group != "translation":
@@ -328,7 +327,7 @@ def fiber_pairs(config, shape):
     starts = places[fibers].float()
     distances = (starts[:, None] - starts).norm(dim=2)  # (E, E)
     largest = config.distance if config.distance > 0 else math.inf
-    pairs = fibers[(distances <= largest).nonzero()]
+    pairs = fibers[(distances <= largest).nonzero()]  # (P, 2)
     if len(pairs) <= len(fibers):  # only those of a fiber with itself
         stop(f"--base-size and --distance leave no two different fibers of {height} x {width}: "
              "make --base-size smaller or --distance larger (0: any)")
@@ -352,9 +351,9 @@ def transform(x, g, group):
     if group == "rotation":
         versions = torch.stack([x.rot90(k, (2, 3)) for k in range(4)])  # (4, B, C, H, W)
         return versions[g % 4, torch.arange(n, device=x.device)]
-    # theta tells, for every pixel of the result, which point of x it shows. To move the image to
-    # the right, a pixel must show what lies to its left: hence the minus, and 1 / g for scale.
-    # Coordinates run from -1 to 1, so that a pixel is 2 / width wide; right comes before down.
+    # theta maps (right, down, 1) of a pixel of the result to the point of x that it shows. To move
+    # the image to the right, a pixel must show what lies to its left: hence the minus, and 1 / g
+    # for scale. Coordinates run from -1 to 1, so that a pixel is 2 / width wide.
     theta = x.new_zeros(n, 2, 3)
     if group == "translation":
         mode = "nearest"
@@ -401,7 +400,7 @@ def make_basis(group, size, orders):
     scales = SCALES if group == "scale" else [1.0]
     bases = []
     for scale in scales:
-        grid = int(size * scale / scales[-1]) // 2 * 2 + 1  # odd; size for the largest scale
+        grid = int(size * scale / scales[-1]) // 2 * 2 + 1  # odd; 5, 5, 5, 7, 7, 7 for size 7
         margin = (size - grid) // 2
         bases.append(F.pad(hermite_gaussians(grid, orders, scale), [margin] * 4))
     basis = torch.stack(bases)
@@ -413,8 +412,8 @@ def make_basis(group, size, orders):
 class GroupConv(nn.Module):
     """Convolution from images (B, I, H, W) or planes (B, I, L, H, W) to planes (B, O, L, H', W').
 
-    All planes have one kernel, weight @ basis, each in its own size or orientation. Every plane is
-    filtered alone.
+    The planes share the weight; a plane's kernels are weight @ its basis, in the plane's own size
+    or orientation. No plane sees another. size: side of the kernels; orders: as in make_basis.
     """
 
     def __init__(self, group, inputs, outputs, size, orders, stride, padding):
@@ -428,7 +427,7 @@ class GroupConv(nn.Module):
         # kernel[l, o, i] = sum over f of weight[o, i, f] * basis[l, f]
         kernel = torch.einsum("oif,lfyx->loiyx", self.weight, self.basis)
         kernel = kernel.flatten(0, 1)  # (L O, I, size, size)
-        if x.is_cuda:  # the order in memory that train asks for; it is slower on a CPU
+        if x.is_cuda:  # the order in memory that train gives x, too; slower on a CPU
             kernel = kernel.contiguous(memory_format=torch.channels_last)
         groups = 1  # x is an image, which all kernels see
         if x.ndim == 5:  # x is planes: plane l meets the kernels of plane l alone
@@ -473,8 +472,8 @@ class GroupEncoder(nn.Module):
     """f: images (B, I, H, W) to features (B, C, L, H', W') of L = PLANES[group] planes.
 
     With structure none (Table 2) it is not equivariant. For scale it has plain convolutions with L
-    times the channels, of which L in a row are taken for the L planes of one. For translation it
-    has three linear layers, whose outputs are taken for C channels at 4 x 4 places.
+    times the channels; every L consecutive ones are read as the L planes of one channel. For
+    translation it has three linear layers; their outputs are read as C channels at 4 x 4 places.
     """
 
     def __init__(self, group, in_channels=3, arch="small", width=1.0, structure="equivariant",
@@ -483,7 +482,7 @@ class GroupEncoder(nn.Module):
         self.group = group
         plain = structure == "none"
         copies = PLANES[group] if plain else 1  # a plain convolution has the L planes as channels
-        norm = nn.BatchNorm2d if plain else nn.BatchNorm3d  # the planes share their statistics
+        norm = nn.BatchNorm2d if plain else nn.BatchNorm3d  # 3d: all planes share statistics
 
         def scaled(channels):
             return max(1, round(channels * width)) * copies
@@ -563,7 +562,7 @@ class Classifier(nn.Module):
         if config.arch != "mnist":
             self.norm = nn.BatchNorm2d(channels)
         elif config.structure == "equivariant":
-            self.conv = GroupConv(config.group, channels, channels, side, 3, 1, 0)
+            self.conv = GroupConv(config.group, channels, channels, side, 3, stride=1, padding=0)
         else:
             all_planes = channels * PLANES[config.group]  # C L
             self.conv = nn.Sequential(nn.Flatten(1, 2),
@@ -616,7 +615,7 @@ def load_download(root, config):
     source, folder = datasets.MNIST, root / "MNIST"
     if config.dataset == "cifar10":
         source, folder = datasets.CIFAR10, root / datasets.CIFAR10.base_folder
-    missing = not folder.exists()  # a failed download leaves a part of it
+    missing = not folder.exists()  # asked now, since a failed download leaves a part of it
     try:
         splits = [source(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, ValueError) as problem:
@@ -924,7 +923,7 @@ def write(path, content):
     os.replace(beside, path)
 
 def draw_views(path, method, images):
-    """A row for each image: the image, and the views of it that Method.views shows."""
+    """A row for each image: the image, and the views of it that Method.views returns."""
     columns = [images, *method.views(images)]
     tiles = []
     for row in zip(*columns):
@@ -956,7 +955,7 @@ def extract(method, images, view=None, rows=None):
     return torch.cat(features)
 
 def middle(images, config):
-    """Images (N, C, H, W) in [0, 1] with side --size, as training and evaluation see them."""
+    """Images (N, C, H, W) in [0, 1], resized to side --size; here nothing is cut off."""
     return TF.resize(images, [config.size, config.size])
 
 def knn_accuracy(bank, bank_labels, queries, query_labels, k=200, temperature=0.1):
@@ -1086,8 +1085,8 @@ def check(config):
             stop(f"--{name.replace('_', '-')} must be more than 0")
         if not isinstance(value, str) and not value >= 0:
             stop(f"--{name.replace('_', '-')} must be 0 or more")
-    if config.size < 16:  # below, the kernels of some planes would have no place on the last maps
-        stop("--size must be 16 or more")
+    if config.size < 17:  # below, the smallest kernel of MNIST's classifier would be one pixel
+        stop("--size must be 17 or more")
     if not all(width.isdecimal() and int(width) > 0 for width in config.projector.split("-")):
         stop(f"widths look like 128-128-128, not like {config.projector}")
     if config.batch_size % WORLD > 0 or config.batch_size < 2 * WORLD:
@@ -1141,7 +1140,7 @@ def finish(method, data, config, log):
         write(out / "encoder.pt", method.encoder.cpu().state_dict())
         write(out / "results.json", json.dumps(results, indent=1))
     results = json.loads((out / "results.json").read_text())
-    print(f"{out} is finished; it holds encoder.pt, results.json and pictures")
+    print(f"{out} is finished; it holds encoder.pt and results.json")
     for name, value in results.items():
         if "top1" in name:
             print(f"  {name:24} {value} %")

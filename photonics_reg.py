@@ -5,7 +5,7 @@ R. Dangovski, L. Jing, C. Loh, S. Han, A. Srivastava, B. Cheung, P. Agrawal, M. 
 
 A photonic crystal, here in two dimensions, repeats a unit cell of two materials, with a mirror axis
 (--dataset gpm) or one inclusion in its center (blob). Its density of states (DOS), the number of
-light modes near each frequency, takes hundreds of eigenvalue problems; an image of a cell costs
+TM light modes near each frequency, takes hundreds of eigenvalue problems; an image of a cell costs
 nothing. So an encoder is first trained on images alone. SimCLR makes it invariant to changes that
 leave the DOS as it is (gpm: shifts and mirrors; blob: mirrors and turns). E-SimCLR, --mode essl,
 adds a head that predicts another such change (gpm: turns; blob: shifts): the features stay
@@ -16,28 +16,28 @@ Algorithm for a batch of N cells, encoder f, projector p1, predictor p2, regress
   2. v = every cell itself, not a view of it, in four versions: turned by 0, 90, 180 and 270 degrees
      (gpm), or shifted by half a cell along no axis, y, x and both (blob);
   3. loss_equivariance = cross-entropy of p2(f(v)) against the class of the version: for blob its
-     shift; for gpm whether the mirror axis was moved, by 90 or 270 degrees, or not ([C]: the turn);
+     shift; for gpm whether 90 or 270 degrees turned the mirror axis (authors' code: the turn);
   4. step f, p1 and p2 on loss_invariance + alpha * loss_equivariance.
-  5. Afterwards, for a view of each of a batch of labelled cells: step f and h, or with --frozen h
-     alone. The prediction is h(f(view)) + 2 pi x, the loss its squared difference from the DOS; x
-     is the frequency times the root of the mean permittivity, 2 pi x the DOS of homogeneous cells.
+  5. Afterwards, with one view of every cell of a labelled batch: step f and h, or with --frozen h
+     alone, on the mean squared difference between h(f(view)) + 2 pi x and the DOS. x is the
+     frequency times the root of the mean permittivity; homogeneous cells have the DOS 2 pi x.
   --mode supervised is step 5 alone. simclr leaves steps 2 and 3 out; so does simclr+transform, but
-  each of its views, in step 5 too, is in a random version.
+  it also turns (gpm) or shifts (blob) every view, in step 5 too, at random, as step 2 does.
 
 Usage
   python photonics_reg.py --quick                the four modes, two minutes on a CPU
   python photonics_reg.py --mode all             the four modes at full scale, on one GPU; first the
                                                  labels, once: half an hour of one CPU core
-  python photonics_reg.py --mode all --frozen --pretrained "runs/photonics_reg-mode=all"
+  python photonics_reg.py --mode all --frozen --pretrained "runs/photonics_reg-mode=all"  trains h
 
 Differences from paper [P] and authors' code [C] that change numbers (more: results/README.md):
   - Cells and labels are our own ([C]: files made with MPB and MATLAB). The shape of blob's centered
     inclusion is ours: its generator is not published. Our mirror axis lies between pixels.
-  - The states of the DOS are shared out over bins exactly ([C]'s data: sampled) and smoothed by a
+  - Bins of the DOS count states exactly ([C]'s data: the density at their centers), smoothed by a
     Gaussian whose width is fixed in x ([C]'s data: it follows the cell's highest frequency).
   - As in [C], the fine-tuning's loss is a squared error ([P], --absolute: an absolute one), and the
     test error leaves out x below 0.24 ([P]: nothing).
-  - The last epoch counts; [C]: the lowest test error of all, with the encoders of two epochs.
+  - The error is the last epoch's ([C]: the lowest of all, from encoders of epochs 100 and 200).
   - A split is a random 6/7 of one pool; the rest are validation cells, which [C] has not.
   - On a GPU the encoder runs in bfloat16 and matrix products in TF32.
 """
@@ -75,11 +75,11 @@ def option(default, explanation, choices=""):
 
 @dataclass
 class Config:
-    """The run of the authors' code on gpm. PRESETS has what blob changes."""
-    dataset: str = option("gpm", "cells to draw (gpm: with a mirror, blob: with one inclusion)",
+    """The settings of the authors' code for gpm. PRESETS has what blob changes."""
+    dataset: str = option("gpm", "cells (gpm: plane group pm, one mirror; blob: one inclusion)",
                           "gpm blob")
     data_root: str = option("data", "folder in which computed labels are kept")
-    limit: int = option(3000, "labelled cells of a split to learn from (a sixth as many validate)")
+    limit: int = option(3000, "labelled cells of a split to train on (plus a sixth for validation)")
     unlabelled: int = option(20480, "cells of the pre-training")
     test: int = option(2000, "labelled cells to test on")
     cutoff: int = option(4, "labels are computed from (2 cutoff + 1)^2 plane waves")
@@ -110,7 +110,7 @@ class Config:
     out: str = option("", "folder for the results (empty: in runs/, named after the flags)")
     quick: bool = option(False, "few cells, small networks, all modes: two minutes on a CPU")
 
-PRESETS = {"blob": dict(unlabelled=15000, test=1999)}
+PRESETS = {"blob": dict(unlabelled=15000, test=1999)}  # authors' code
 QUICK = dict(mode="all", arch="small", epochs=10, batch_size=64, lr=0.01, tune_epochs=60,
              tune_lr=1e-3, limit=180, unlabelled=1024, test=90, splits=1, cutoff=3, eval_every=10)
 # what may change when a run is continued
@@ -126,7 +126,7 @@ def stop(message):
 # %% METHOD ----------------------------------------------------------------------------------------
 # The views and versions of cells are defined in AUGMENT, the networks in MODEL.
 def nt_xent(z1, z2, temperature):
-    """InfoNCE of the embeddings (N, D) of two views, by cosine similarity.
+    """NT-Xent, SimCLR's InfoNCE, of the embeddings (N, D) of two views, by cosine similarity.
 
     Each of the 2N rows must find the other view of its image among all rows but itself.
     """
@@ -228,7 +228,7 @@ def draw_symmetries(n, kind, transformed, device):
     """Mirrors (n,), turns (n,) and shifts (n, 2) of n views, for apply_symmetries.
 
     gpm: no mirror or one of two, and any shift. blob: the same mirrors, and any turn. gpm's turns
-    and blob's shifts by half a cell, which E-SimCLR predicts, are drawn only if transformed.
+    and blob's shifts by half a cell, which E-SimCLR predicts, are 0 unless transformed.
     """
     mirror = torch.randint(3, (n,), device=device)
     turn = torch.randint(4, (n,), device=device)
@@ -256,7 +256,7 @@ def apply_symmetries(cells, mirror, turn, shift):
     p = torch.arange(SIDE, device=cells.device)
     rows = (p - shift[:, :1]) % SIDE  # (N, 32)
     columns = (p - shift[:, 1:]) % SIDE
-    return cells[i[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return cells[i[:, None, None], rows[:, :, None], columns[:, None, :]]  # broadcast: (N, 32, 32)
 
 def versions(cells, kind):
     """All cells in the first version, all in the second, ...: (4N, 32, 32), and classes (4N,).
@@ -334,7 +334,7 @@ def labelled_cells(config, n, seed, device):
     folder = Path(config.data_root) / "photonics"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{config.dataset}-centered-cutoff{config.cutoff}-seed{seed}.pt"
-    # labels of other settings than these are not taken
+    # kept labels are used only if these agree; the last stands for the first cell
     made_by = [K_LINE, BANDS, WIDTH, STEP, round(cells[0].sum().item(), 3)]
     if path.exists():
         try:
@@ -350,13 +350,13 @@ def labelled_cells(config, n, seed, device):
 
     threads = torch.get_num_threads()
     block = 8 * threads  # cells from one write to the next
-    torch.set_num_threads(1)  # the matrices are small: one core for each is faster than all for one
+    torch.set_num_threads(1)  # the matrices are small: one core per cell is faster than all for one
     with ThreadPoolExecutor(threads) as workers:
         firsts = range(len(labels), n, block)
         for first in with_progress(firsts, len(firsts), f"labels of seed {seed}: part"):
             solved = workers.map(solve, cells[first:first + block].split(1))
             labels = torch.cat([labels, *solved])
-            # another run may compute the same labels: so write's ".new" is not one file for both
+            # another run may write the same labels now: each has a file of its own, then renames it
             own = path.with_name(f"{path.name}.{os.getpid()}")
             write(own, {"labels": labels, "made_by": made_by})
             os.replace(own, path)
@@ -375,7 +375,7 @@ def draw_cells(kind, n, seed):
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.rand(n, 16, generator=generator, dtype=torch.float64)  # numbers that make a cell
-    # 14 and 15 make permittivities, the first 13 a level_set (gpm), the first 9 a star (blob)
+    # columns 14, 15: permittivities; 0 to 12: level_set (gpm), or 0 to 8: star (blob)
     parts = []
     for part in drawn.split(500):
         if kind == "gpm":
@@ -402,7 +402,7 @@ def level_set(drawn):
 def fourier_sum(drawn, line):
     """Re sum_g c_g exp(2 pi i (g1 x + g2 y)) over g1, g2 = -1, 0, 1, at x and y of the line (X,).
 
-    c_g = r exp(i phi) is the same for g1 and -g1: the mirror x -> -x. Returns (n, X, X).
+    c_g = r exp(i phi) is the same for g1 and -g1, hence the mirror x -> -x. Returns (n, X, X).
     """
     r = drawn[:, :6].view(-1, 2, 3)  # of |g1| = 0, 1 and g2 = -1, 0, 1
     phi = 2 * math.pi * drawn[:, 6:12].view(-1, 2, 3)
@@ -437,28 +437,28 @@ BANDS = 6  # per wave vector; in a hundred cells only the lowest four reached be
 WIDTH = 0.010  # standard deviation in x of the Gaussian that smooths the DOS
 
 def photonic_bands(eps, k, bands, cutoff=4):
-    """The lowest frequencies (N, K, bands) of TM modes and their group velocities (..., 2), in c.
+    """The lowest frequencies (N, K, bands) of TM modes and group velocities (..., 2) in units of c.
 
     eps: permittivities (N, n, n) of N cells. k: wave vectors (K, 2). The field along z,
     E(r) = sum_g E_g exp(2 pi i (k + g) r) with |g1|, |g2| <= cutoff < n / 4, is a mode of frequency
     w if for every g
         |k + g|^2 E_g = w^2 sum_g' eps_(g - g') E_g',
-    where eps_g are the Fourier coefficients of eps. Their matrix is L L^+ (Cholesky; L^+ is the
-    conjugate transpose). With A = L^-1 and u = L^+ E this is A |k + g|^2 A^+ u = w^2 u, a Hermitian
-    eigenvalue problem with |u| = 1. E^+ times the equation, differentiated by k, gives the group
-    velocity dw/dk = sum_g (k + g) |E_g|^2 / w. All in float64.
+    where eps_g are the Fourier coefficients of eps. The matrix eps_(g - g') is L L^+ (Cholesky; L^+
+    is the conjugate transpose). With A = L^-1, u = L^+ E and D = diag(|k + g|^2) this is the
+    Hermitian eigenvalue problem A D A^+ u = w^2 u, |u| = 1. By the Hellmann-Feynman theorem the
+    group velocity is dw/dk = sum_g (k + g) |E_g|^2 / w. All in float64.
     """
     n = eps.shape[-1]
     eps = eps.cpu().double()  # eigh of matrices larger than 32 is slow on GPUs
     line = torch.arange(-cutoff, cutoff + 1)
     g = torch.cartesian_prod(line, line)  # (M, 2): M = (2 cutoff + 1)^2 plane waves
-    coefficients = torch.fft.fft2(eps) / n**2  # about pixel 0; another origin changes no frequency
-    difference = (g[:, None] - g) % n  # g - g': (M, M, 2); coefficient -1 is stored at n - 1
+    coefficients = torch.fft.fft2(eps) / n**2  # the origin is pixel 0; another changes no frequency
+    difference = (g[:, None] - g) % n  # (M, M, 2): g - g', within +-n / 2; -1 is stored at n - 1
     L = torch.linalg.cholesky(coefficients[:, difference[..., 0], difference[..., 1]])  # (N, M, M)
     A = torch.linalg.solve_triangular(L, torch.eye(len(g), dtype=L.dtype), upper=False)
     q = k.double()[:, None] + g  # k + g: (K, M, 2)
     q_squared = q.square().sum(2)  # (K, M)
-    H = (A[:, None] * q_squared[:, None]) @ A.mH[:, None]  # (N, K, M, M)
+    H = (A[:, None] * q_squared[:, None]) @ A.mH[:, None]  # A D A^+: (N, K, M, M)
     w_squared, u = torch.linalg.eigh(H)
     w = w_squared[..., :bands].clamp(min=0).sqrt()  # (N, K, bands)
     E = A.mH[:, None] @ u[..., :bands]  # (N, K, M, bands)
@@ -474,13 +474,13 @@ def wave_vectors():
     return torch.cartesian_prod(midpoints(K_LINE), midpoints(K_LINE))
 
 def states_below(edges, w, velocities):
-    """The share (..., B) of each wave vector's square that has a frequency below each edge (B,).
+    """The share (..., B) of each wave vector's square with a frequency below each bin edge (B,).
 
     w (...,) and velocities (..., 2) are in the unit of the edges. Within its square a frequency is
-    taken as linear, w + velocity dk (generalised Gilat-Raubenheimer method, arXiv:1711.07993): w
-    plus two uniform numbers, within +-h vx and +-h vy, where h is half the side of the square. The
-    density of such a sum is a trapezoid about w, half its base h (|vx| + |vy|), half its flat top
-    h ||vx| - |vy||.
+    taken as linear, w + velocity dk (generalised Gilat-Raubenheimer method, arXiv:1711.07993). With
+    dk uniform in the square, it is w plus two uniform random numbers, within +-h vx and +-h vy; h
+    is half the side of the square. Their density is a trapezoid centered at w: half its base is
+    h (|vx| + |vy|), half its flat top h ||vx| - |vy||.
     """
     h = 0.5 / K_LINE
     vx = velocities[..., :1].abs()  # (..., 1)
@@ -489,7 +489,7 @@ def states_below(edges, w, velocities):
     top = h * (vx - vy).abs()
     distance = edges - w[..., None]  # (..., B)
     t = distance.abs()
-    # beyond: the area of the trapezoid that lies further from w than t. The whole area is 1, so the
+    # beyond: the area of the trapezoid further from w than t, on one side. All area is 1, so the
     # trapezoid is 1 / (base + top) high. If t is on the slope, a triangle lies beyond it; if t is
     # under the top, one half less a rectangle t wide.
     slope = base - top  # the width of the slope
@@ -502,8 +502,8 @@ def density_of_states(eps, cutoff=4):
     """The DOS y (N, 400), float64, of permittivities (N, n, n): states per cell and unit of x.
 
     x is the frequency times the root of the mean permittivity, so that eps -> s eps leaves y as it
-    is, and so do shifts, mirrors and turns. y is smoothed by a Gaussian, which is reflected at
-    x = 0, and leaves out the one state of frequency 0.
+    is. Shifts, mirrors and turns do, too. y is smoothed by a Gaussian, which is reflected at x = 0,
+    and leaves out the one state of frequency 0.
     """
     eps = eps.cpu().double()
     # k and -k have the same frequencies: of the 625 wave vectors 312 stand for two, k = 0 for one
@@ -513,7 +513,7 @@ def density_of_states(eps, cutoff=4):
     w, velocities = photonic_bands(eps, k, BANDS, cutoff)
     w[:, -1, 0] = torch.inf  # of k = 0 and the lowest band: the state of frequency 0, left out
     root = eps.mean((1, 2)).sqrt()[:, None, None]  # root * w is x
-    edges = 0.0015 * torch.arange(701, dtype=torch.float64)  # of 700 bins, up to 1.05
+    edges = 0.0015 * torch.arange(701, dtype=torch.float64)  # 700 bins: 9 WIDTH beyond x = 0.96
     below = states_below(edges, root * w, root[..., None] * velocities)  # (N, K, bands, 701)
     counts = (weights * below).sum((1, 2)).diff(dim=1)  # states in each bin: (N, 700)
     centers = ((edges[1:] + edges[:-1]) / 2)[:, None]
@@ -595,7 +595,7 @@ def stages(config):
 
 def begin(config, split, pretrained, device):
     """Method and optimizer at the start of a stage; pretrained: weights of the encoder, or None."""
-    torch.manual_seed(hash((config.seed, split)))
+    torch.manual_seed(hash((config.seed, split)))  # the same in every run: see batches
     # channels_last: the order in memory in which convolutions are fastest on a GPU
     method = Method(config, split).to(device, memory_format=torch.channels_last)
     if pretrained:
@@ -609,8 +609,8 @@ def begin(config, split, pretrained, device):
 def batches(data, settings, split, epoch):
     """Yields the cells and labels of every batch of an epoch, in a random order."""
     cells, labels = data
-    # All chance of an epoch follows from this. The hash of a tuple of integers is the same in
-    # every run.
+    # All random numbers of an epoch follow from this seed. The hash of a tuple of integers is
+    # the same in every run.
     torch.manual_seed(hash((settings.seed, split, epoch)))
     order = torch.randperm(len(cells)).to(cells.device)
     for step in range(len(cells) // settings.batch_size):
@@ -664,7 +664,7 @@ def train(config, data, device, saved, pretrained):
     print(f"{out}: {done} of {len(plan)} epochs done", flush=True)
 
     for epoch in range(done + 1, len(plan) + 1):
-        split, number, settings = plan[epoch - 1]
+        split, number, settings = plan[epoch - 1]  # number: of the epoch in its stage
         stage = f"split {split}" if split > 0 else "pre-training"
         training, validation, test = data[split]
         if number == 1:
@@ -693,7 +693,7 @@ def train(config, data, device, saved, pretrained):
         lines = [json.dumps(line) + "\n" for line in log]
         (out / "metrics.jsonl").write_text("".join(lines))
         if epoch == len(plan) or time.time() - saved_at > 60 * config.save_every:
-            (out / "results.json").unlink(missing_ok=True)  # finish would take it for this run's
+            (out / "results.json").unlink(missing_ok=True)  # run would take it for this training's
             write(out / "checkpoint.pt", {
                 "script": SCRIPT, "config": asdict(config), "data": {}, "log": log,
                 "method": method.state_dict(), "optimizer": optimizer.state_dict(),
@@ -789,7 +789,7 @@ def predict(method, cells):
 
 def evaluate(data, config, log):
     """Test errors in percent, their mean and standard deviation over the splits, from the log."""
-    cells, labels = data[0][2]
+    cells, labels = data[0][2]  # the test cells
     results = {
         "dos_error_empty_lattice": 100 * dos_error(empty_lattice(labels.device), labels),
         "dos_error_protocol": f"{config.splits} splits, {len(cells)} test cells; dos_error: last "
@@ -808,7 +808,7 @@ def evaluate(data, config, log):
         results[name + "_std"] = torch.tensor(values).std(correction=0).item()
     for line in log:
         if "transform_top1" in line:
-            results["transform_top1"] = line["transform_top1"]  # in the end that of the last epoch
+            results["transform_top1"] = line["transform_top1"]  # the last one stays
     return results
 
 # %% MAIN ------------------------------------------------------------------------------------------
@@ -851,7 +851,7 @@ def check(config):
     if 4 * config.cutoff >= SIDE:
         stop(f"--cutoff must be less than {SIDE // 4}")
     if config.limit < 6:
-        stop("--limit must be 6 or more: a sixth as many cells are to validate on")
+        stop("--limit must be 6 or more: a sixth as many cells validate")
     if min(config.batch_size, config.tune_batch_size) < 2:
         stop("--batch-size and --tune-batch-size must be 2 or more")
     if config.batch_size > config.unlabelled:
@@ -889,7 +889,7 @@ def run_all_modes(config, device):
     for mode in MODES:
         run(replace(config, mode=mode, out=str(out / mode)), device)
         of_mode = json.loads((out / mode / "results.json").read_text())
-        results.update(of_mode)  # what the modes share is in the end that of essl
+        results.update(of_mode)  # keys that all modes have: essl, the last, counts
         results[f"dos_error_{mode}"] = of_mode["dos_error"]
         results[f"dos_error_{mode}_std"] = of_mode["dos_error_std"]
     write(out / "results.json", json.dumps(results, indent=1))
@@ -901,7 +901,7 @@ def run(config, device):
     if any((out / mode).exists() for mode in MODES):
         stop(f"{out} holds a run of --mode all. Choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    saved = open_run(config, {})  # {}: the cells follow from the flags
+    saved = open_run(config, {})  # {}: no data to compare, the flags make the cells
     if saved is None or not (out / "results.json").exists():
         if saved:
             pretrained = saved["pretrained"]

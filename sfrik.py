@@ -6,9 +6,9 @@ rotation-invariant kernels" (SFRIK), ICLR 2023, arXiv:2208.00789.
 Two views of an image should have similar embeddings, and the embeddings of a batch should be spread
 evenly over the unit sphere in R^q, so that they do not all become equal. How uneven they are is
 measured by their maximum mean discrepancy (MMD) to the uniform distribution, for a kernel that
-rotations do not change: K(u, v) = sum of b_l P_l(q; u.v) over l = 1, ..., L, with weights b_l >= 0
-and Legendre polynomials P_l of dimension q; L is 2 or 3. The mean of K(u, v) over all u of the
-sphere is 0, so that the squared MMD is the mean of K over all pairs of embeddings.
+rotations of the sphere do not change: K(u, v) = sum of b_l P_l(q; u.v) over l = 1, ..., L, with
+weights b_l >= 0 and Legendre polynomials P_l of dimension q; L is 2 or 3. Its mean over all u of
+the sphere is 0: of the squared MMD only the mean of K over all pairs of embeddings is left.
 
 Algorithm, for a batch x of N images, backbone f and projector g, whose outputs get length 1:
   1. draw two random views t1(x), t2(x) of every image; z1 = g(f(t1(x))), z2 = g(f(t2(x)));
@@ -25,20 +25,20 @@ Usage
   python sfrik.py --validate --lam 1                 tested on held-out images, to choose settings
   python sfrik.py --dataset folder --data-root PATH  your images, decoded by prepare.py
   torchrun --nproc_per_node=4 sfrik.py --dataset imagenet20 --data-root PATH
-                                                     20 %: prepare.py IMAGENET --per-class 260
+  (PATH holds 20 % of ImageNet: python prepare.py IMAGENET --per-class 260 --out PATH)
 
 Differences from the authors' slides and code that change numbers (more: results/README.md); the
 body of the paper was not at hand:
-  - As in the code, the loss is that of step 4 divided by lam, so that L_inv / q, a mean over all
-    N q numbers, has the weight q / lam. The code sets this weight (4000 for q = 8192), we lam.
-  - Published are b_l for L = 3 alone and, for 20 % of ImageNet alone, settings of the baselines
-    (AUH: q / lam = 3000 for q = 8192). CIFAR, patterns and folders are ours; on patterns and all of
+  - As in the code, the loss is step 4's divided by lam: L_inv / q, a mean over all N q numbers, has
+    the weight q / lam. The code sets this weight (4000 for q = 8192), here lam is set.
+  - Published are the b_l of L = 3 only, and the baselines' settings for 20 % of ImageNet only (AUH:
+    q / lam = 3000 for q = 8192). CIFAR, patterns and folders are ours; on patterns and all of
     ImageNet the baselines have SFRIK's rate and lam (ours).
   - Views are bilinear (code: bicubic) and computed in floating point; a batch shares one order of
     the colour operations. On a GPU the networks run in bfloat16 and matrix products in TF32.
   - The code keeps the probe's best epoch, here the last counts. For 1 and 10 % of the labels the
-    code fine-tunes the network; here a probe is trained. The slides' SVM is of VOC07, here of the
-    run's data (up to 100,000 images).
+    code fine-tunes the network; here a probe is trained. The slides' SVMs learn from VOC07, here
+    from the run's data (up to 100,000 images).
   - Photographs are decoded once, to a middle square, and the views are cropped from that.
 """
 import io
@@ -71,7 +71,6 @@ WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes; torchrun 
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # of this process among all
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0  # among those of its machine
 
-
 # %% CONFIG ----------------------------------------------------------------------------------------
 def option(default, explanation, choices=""):
     """A field of Config; its metadata are argparse's arguments for its flag."""
@@ -85,7 +84,7 @@ def option(default, explanation, choices=""):
 
 @dataclass
 class Config:
-    """Our CIFAR-10 run, with the authors' kernel. PRESETS and BASELINES have what others change."""
+    """Our CIFAR-10 run, with the authors' kernel. BASELINES: other losses; PRESETS: other data."""
     dataset: str = option("cifar10", "what to train on (folder: your own images)",
                           "cifar10 cifar100 stl10 folder imagenet20 imagenet patterns")
     data_root: str = option("data", "folder that holds the dataset, or to download it to")
@@ -96,8 +95,8 @@ class Config:
     loss: str = option("sfrik", "SFRIK's loss, or a baseline's (auh: alignment and uniformity)",
                        "sfrik simclr auh vicreg")
     weights: str = option("1,40,40", "weights b_1, ..., b_L of the kernel (for L = 2: 1,40)")
-    lam: float = option(8192 / 4000, "weight of L_reg, or of AUH's uniformity; L_inv has 1")
-    sim_coeff: float = option(10.0, "weight of VICReg's similarity term")
+    lam: float = option(8192 / 4000, "weight of L_reg, or of AUH's uniformity, over that of L_inv")
+    sim_coeff: float = option(10.0, "weight of VICReg's similarity term (SFRIK, AUH: q / lam)")
     std_coeff: float = option(10.0, "weight of VICReg's variance term")
     cov_coeff: float = option(1.0, "weight of VICReg's covariance term")
     auh_scale: float = option(2.5, "s of AUH's kernel exp(-s |u - v|^2)")
@@ -110,7 +109,7 @@ class Config:
     lr: float = option(1.2, "peak learning rate per 256 images of the batch")
     final_lr: float = option(0.001, "learning rate at the end, as a share of the peak")
     warmup_epochs: int = option(10, "epochs of linear warm-up (not given: at most epochs / 4)")
-    weight_decay: float = option(1e-6, "weight decay (lars: of weight matrices alone)")
+    weight_decay: float = option(1e-6, "weight decay (lars: not of biases and BatchNorm)")
     seed: int = option(0, "random seed of the weights, the batches and the views")
     knn_every: int = option(10, "epochs between kNN evaluations (0: only at the end)")
     save_every: float = option(5.0, "minutes between checkpoints, written when an epoch ends")
@@ -150,7 +149,7 @@ def legendre(degree, q, t):
     P_0 = 1, P_1 = t, (k + q - 2) P_(k+1) = (2 k + q - 2) t P_k - k P_(k-1). So P_l is 1 for t = 1,
     and P_2 = (q t^2 - 1) / (q - 1), P_3 = ((q + 2) t^3 - 3 t) / (q - 1), as on the slides.
     """
-    previous, P = torch.ones_like(t), t
+    previous, P = torch.ones_like(t), t  # P_(k-1) and P_k for k = 1
     for k in range(1, degree):
         previous, P = P, ((2 * k + q - 2) * t * P - k * previous) / (k + q - 2)
     return P
@@ -158,7 +157,7 @@ def legendre(degree, q, t):
 def mean_kernel(z, weights):
     """Mean of K(z_i, z_j) over all pairs of rows of z (N, q), also i = j; the rows have length 1.
 
-    The weights are b_1, ..., b_L.
+    K is the kernel in this file's docstring; the weights are its b_1, ..., b_L.
     """
     q = z.shape[1]
     t = z @ z.T  # (N, N): the cosines z_i.z_j
@@ -168,14 +167,14 @@ def mean_kernel(z, weights):
     return mean
 
 def mmd_to_uniform(z, weights):
-    """L_reg: the squared MMD of embeddings (N, q), normalised here, to the uniform distribution."""
+    """L_reg, the squared MMD to the uniform distribution, of embeddings (N, q) of any length."""
     return mean_kernel(F.normalize(z), weights)
 
 def sfrik_loss(z1, z2, sim_coeff, mmd_coeff, weights):
     """SFRIK's loss of the embeddings (N, q) of two views, in the form of the authors' code.
 
     F.mse_loss is the mean over all N q numbers, L_inv / q. So with sim_coeff = q / lam and
-    mmd_coeff = 1 this is the loss of step 4 divided by lam.
+    mmd_coeff = 1 this is the loss of the algorithm's step 4, divided by lam.
     """
     z1, z2 = F.normalize(z1), F.normalize(z2)
     L_reg = (mean_kernel(z1, weights) + mean_kernel(z2, weights)) / 2
@@ -184,7 +183,7 @@ def sfrik_loss(z1, z2, sim_coeff, mmd_coeff, weights):
 def auh_loss(z1, z2, sim_coeff, unif_coeff, scale):
     """AUH: alignment and uniformity on the hypersphere, of the embeddings (N, q) of two views.
 
-    Uniformity is the logarithm of the mean of exp(-scale |z_i - z_j|^2) over the pairs i != j.
+    Uniformity: log of the mean of exp(-scale |z_i - z_j|^2) over pairs i != j, mean of both views.
     """
     z1, z2 = F.normalize(z1), F.normalize(z2)
     n = len(z1)
@@ -199,8 +198,8 @@ def auh_loss(z1, z2, sim_coeff, unif_coeff, scale):
 def vicreg_loss(z1, z2, sim_coeff, std_coeff, cov_coeff):
     """VICReg's loss of the embeddings (N, q) of two views, which it does not normalise.
 
-    Each coordinate should have a standard deviation of at least 1, every two a covariance of 0. As
-    in its code, the variance term is the mean of both views, the covariance term their sum.
+    Each coordinate should have a standard deviation of at least 1, each pair a covariance of 0. As
+    in its code, the variance term is averaged over the views, the covariance term summed.
     """
     loss = sim_coeff * F.mse_loss(z1, z2)
     for z in (z1, z2):
@@ -208,12 +207,12 @@ def vicreg_loss(z1, z2, sim_coeff, std_coeff, cov_coeff):
         z = z - z.mean(0)
         std = (z.var(0) + 1e-4).sqrt()  # (q,)
         covariance = z.T @ z / (n - 1)  # (q, q)
-        off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()  # squared
+        off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()  # squares
         loss = loss + std_coeff * F.relu(1 - std).mean() / 2 + cov_coeff * off_diagonal / q
     return loss
 
 def nt_xent(z1, z2, temperature):
-    """InfoNCE of the embeddings (N, D) of two views, by cosine similarity.
+    """NT-Xent, SimCLR's InfoNCE, of the embeddings (N, D) of two views, by cosine similarity.
 
     Each of the 2N rows must find the other view of its image among all rows but itself.
     """
@@ -225,7 +224,7 @@ def nt_xent(z1, z2, temperature):
     return F.cross_entropy(similarity, other_view)
 
 class Method(nn.Module):
-    """SFRIK: uint8 images (N, 3, H, W) to the loss of the algorithm and terms for the log."""
+    """SFRIK or a baseline: uint8 images (N, 3, H, W) to its loss and to terms for the log."""
 
     def __init__(self, config):
         super().__init__()
@@ -273,16 +272,16 @@ class Method(nn.Module):
             return self.encoder((x - self.mean) / self.std).float()
 
     def embed(self, x):
-        """Embeddings (N, q), float32, of images in [0, 1]. The wide projector runs in bf16, too."""
+        """Embeddings (N, q), float32, of images in [0, 1]; encoder and projector in --precision."""
         bf16 = self.config.precision == "bf16"
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             return self.projector(self.features(x)).float()
 
 @torch.no_grad()
 def log_terms(z1, z2, weights):
-    """Terms for the log: distance is L_inv, std is spread, mmd is L_reg(z1) without pairs i = j.
+    """Terms for the log: distance is L_inv, std is spread, mmd is L_reg(z1) over the pairs i != j.
 
-    mmd is near 0, above or below, if embeddings are uniform; 256 rows of z1 (N, q) are enough.
+    mmd, from 256 rows of z1 (N, q), is near 0, above or below it, if the embeddings are uniform.
     """
     z = z1[:256].double()  # double, since nearly equal numbers are subtracted
     n = len(z)
@@ -302,8 +301,8 @@ def spread(z):
 def view_arguments(config):
     """Arguments of augment for the two views.
 
-    Photographs are augmented as by VICReg, STL-10 as by AUH (both: authors' code); others as
-    photographs, but with larger crops and no blur (ours).
+    As in the authors' code, photographs get VICReg's augmentation, STL-10 gets AUH's. Other images
+    get that of photographs, but with larger crops and no blur (ours).
     """
     if config.dataset == "stl10":
         view = dict(size=config.size, scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0)
@@ -476,8 +475,8 @@ MEAN_STD = {"cifar10": CIFAR, "cifar100": CIFAR, "folder": IMAGENET, "imagenet20
 def load_data(config, device):
     """train, bank, test: (images, labels) to train on, to learn kNN and the probe from, to test on.
 
-    Images are uint8 (N, 3, H, W). train is bank, but for STL-10. bank and test are None if there is
-    nothing to evaluate.
+    Images are uint8 (N, 3, H, W). Only for STL-10 do train and bank differ. bank and test are None
+    if there is nothing to evaluate.
     """
     root = Path(config.data_root)
     unlabelled = None  # STL-10 trains on images without labels
@@ -512,7 +511,7 @@ def load_data(config, device):
     return train, bank, place(test, device)
 
 def split_rows(labels, config):
-    """Rows of the images to train on, and of those held out, both in the file's order.
+    """Rows of the images to train on, and of those held out, both in the order of the data.
 
     imagenet20 trains on the first 260 images of each class and holds out all others. Other datasets
     hold out nothing or, with --validate, the last tenth of each class.
@@ -533,7 +532,7 @@ def rows_of_classes(labels):
     return [(labels == label).nonzero()[:, 0] for label in labels.unique()]
 
 def choose(data, rows):
-    """These rows of images and labels. All rows are not copied: they may exceed the memory."""
+    """These rows of images and labels; not copied if they are all rows, which may exceed memory."""
     images, labels = data
     if len(rows) == len(labels):
         return data
@@ -857,7 +856,7 @@ def write(path, content):
     os.replace(beside, path)
 
 def draw_views(path, method, images):
-    """A row for each image: the image, and the views of it that Method.views shows."""
+    """A row for each image: the image, and the views of it that Method.views returns."""
     columns = [images, *method.views(images)]
     tiles = []
     for row in zip(*columns):
@@ -891,7 +890,7 @@ def extract(method, images, view=None, rows=None):
 def middle(images, config):
     """Images (N, C, H, W) as evaluation sees them, of side --size; of photographs the middle."""
     height, width = images.shape[2:]
-    if config.dataset == "stl10":  # authors' code: of 96 pixels, though the views are smaller
+    if config.dataset == "stl10":  # authors' code: whole, of side 96, though the views are smaller
         return images
     if config.dataset in PHOTOS:  # as Resize(256) and CenterCrop(224) do
         images = TF.center_crop(images, [height * 7 // 8, width * 7 // 8])
@@ -950,7 +949,7 @@ def probe(method, data, config, bank, test, percent):
     """
     _, (images, labels), (_, test_labels) = data
     chosen = []
-    for members in rows_of_classes(labels.cpu()):  # rows on the CPU, where the images may be
+    for members in rows_of_classes(labels.cpu()):  # CPU rows can index images on either device
         count = max(1, len(members) * percent // 100)
         chosen.append(members[random_rows(len(members), count)])
     rows = torch.cat(chosen)
@@ -971,8 +970,8 @@ def linear_svm(x, labels, cost):
     x (N, D), float64; y_i is 1 for images of the class and -1 for others.
     """
     y = 2 * F.one_hot(labels).to(x) - 1  # (N, C), 1 or -1; .to(x): type and device of x
-    # Newton's method with a fixed matrix and momentum 0.8: the second derivative where every
-    # max(0, ...) is positive. Elsewhere it is smaller, so that no step goes too far.
+    # Newton's method with momentum 0.8 and a fixed matrix, the second derivative where every
+    # max(0, ...) is positive. The true one is never larger, so that no step goes too far.
     hessian = torch.eye(x.shape[1]).to(x) + 2 * cost * (x.T @ x)  # (D, D)
     inverse = torch.linalg.inv(hessian)
     w = previous = torch.zeros(x.shape[1], y.shape[1]).to(x)
@@ -987,7 +986,7 @@ def linear_svm(x, labels, cost):
 def svm_accuracy(train, train_labels, test, test_labels):
     """Accuracy in percent of linear SVMs with the best of nine costs, and that cost.
 
-    The best has most images right when each third is told by what the other two have taught. The
+    The cost is chosen by 3-fold cross-validation, by the number of images classified right. The
     features (N, D) are normalised and get a coordinate 1, whose weight is the intercept. The
     costs are those that the authors' laboratory used for VOC07 (OBoW's code); 10 and 30 are ours.
     """
@@ -1012,8 +1011,8 @@ def evaluate(method, data, config):
     _, (images, labels), (test_images, test_labels) = data
     results = {
         "knn_protocol": f"k {min(200, len(labels))}, temperature 0.07",
-        "linear_protocol": "the authors' probe on fresh crops and flips; before training, and of "
-                           "STL-10 and if quick, on fixed features"}
+        "linear_protocol": "the authors' probe on fresh crops and flips; before training, for "
+                           "STL-10 and with --quick, on fixed features"}
     torch.manual_seed(config.seed)  # as train does: the weights before training
     untrained = Method(config).to(method.mean.device, memory_format=torch.channels_last)
     bank, test = extract(untrained, images), extract(untrained, test_images)
@@ -1141,7 +1140,7 @@ def finish(method, data, config, log):
         write(out / "encoder.pt", method.encoder.cpu().state_dict())
         write(out / "results.json", json.dumps(results, indent=1))
     results = json.loads((out / "results.json").read_text())
-    print(f"{out} is finished; it holds encoder.pt, results.json and pictures")
+    print(f"{out} is finished; it holds encoder.pt and results.json")
     for name, value in results.items():
         if "top1" in name:
             print(f"  {name:24} {value} %")

@@ -922,7 +922,7 @@ def finish(method, data, config, log):
         write(out / "encoder.pt", method.encoder.cpu().state_dict())
         write(out / "results.json", json.dumps(results, indent=1))
     results = json.loads((out / "results.json").read_text())
-    print(f"{out} is finished; it holds encoder.pt, results.json and pictures")
+    print(f"{out} is finished; it holds encoder.pt and results.json")
     for name, value in results.items():
         if name == "rotation_top1":
             print(f"  {name:24} {value} %, by chance {100 / method.num_versions:.3g} %")

@@ -1010,7 +1010,7 @@ BAD_OF = {
             ("--projector 64-1", "64-1"), ("--size 7", "8 or more")],
     homomorphic: [
         ("--size 28 --arch tiny --group rotation --width 0.06", "--size 28 does not fit --arch tiny"),
-        ("--size 15", "--size must be 16"), ("--width 0", "width must be more"), ("--classes 0", "classes must"),
+        ("--size 16", "--size must be 17"), ("--width 0", "width must be more"), ("--classes 0", "classes must"),
         ("--base-size 0", "base-size must be more"), ("--group rotation --structure none", "--structure none"),
         ("--group scale --base-size 7", "no two different"), ("--group rotation --base-size 4", "no two different"),
         ("--group scale --distance 0.5", "no two different"), ("--distance -1", "distance must be 0 or more"),
