@@ -502,12 +502,11 @@ def load_data(config, device):
     train, test = place(train, device), place(test, device)
     if config.dataset in CLOUDS:
         return train, None, test
-    if len(test[1]) == 0 or int(train[1].max()) == 0:
+    bank = place(bank, device) if config.dataset == "stl10" else train
+    if len(test[1]) == 0 or int(bank[1].max()) == 0:
         print("no evaluation: it needs test images (val/), and two or more classes")
         return train, None, None
-    if config.dataset == "stl10":
-        return train, place(bank, device), test
-    return train, train, test
+    return train, bank, test
 
 def load_cifar(root, config):
     """Training and test images and labels of CIFAR-10 or CIFAR-100."""
@@ -625,7 +624,7 @@ def read_chain(path):
             if not all(map(math.isfinite, point)):
                 stop(f"{path} has no finite coordinates in the line {line[:60].rstrip()!r}")
             points.append(point)
-    if points and all(point == points[0] for point in points):
+    if len(points) > 1 and all(point == points[0] for point in points):
         stop(f"{path} has all its atoms in one place, {points[0]}")
     return torch.tensor(points).view(-1, 3)
 

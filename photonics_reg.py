@@ -848,6 +848,8 @@ def check(config):
             stop(f"--{name.replace('_', '-')} must be more than 0")
         if not isinstance(value, str) and not value >= 0:
             stop(f"--{name.replace('_', '-')} must be 0 or more")
+    if config.pretrained and config.mode == "supervised":
+        stop("--pretrained is not for --mode supervised, which starts from random weights")
     if 4 * config.cutoff >= SIDE:
         stop(f"--cutoff must be less than {SIDE // 4}")
     if config.limit < 6:

@@ -90,7 +90,8 @@ class Config:
     data_root: str = option("data", "folder that holds the dataset, or to download it to")
     limit: int = option(0, "train on this many images, the same every time (0: all)")
     validate: bool = option(False, "test on training images that are held out: a tenth, or of "
-                                   "imagenet20 all but the first 260 of each class")
+                                   "imagenet20 all but the first 260 of each class (photographs "
+                                   "are copied to memory)")
     size: int = option(32, "side of the views, in pixels")
     loss: str = option("sfrik", "SFRIK's loss, or a baseline's (auh: alignment and uniformity)",
                        "sfrik simclr auh vicreg")
@@ -937,6 +938,7 @@ def linear_probe(draw_features, labels, test, test_labels, lr=0.4, weight_decay=
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        del features  # of all of ImageNet 10 GB, before the next are made
     correct = [(head(test).argmax(1) == test_labels).float().mean() for head in heads]
     accuracies = 100 * torch.stack(correct)
     return accuracies.mean().item(), accuracies.std(correction=0).item()

@@ -1874,8 +1874,10 @@ def test_lines_of_protein_files(tmp_path):
     for lines in ([first, selenium.replace("MSE", "CA ")], [first, "ENDMDL", other],
                   [first, other.replace(" CA ", " CB "), other.replace("CA  GLY", "CA BGLY")]):
         path.write_text("\n".join(lines))
-        with pytest.raises(SystemExit, match="x.pdb has all its atoms in one place"):  # one atom alone
-            care.read_chain(path)
+        assert care.read_chain(path).tolist() == both[:1]  # one atom alone
+    path.write_text("\n".join([first, first]))
+    with pytest.raises(SystemExit, match="x.pdb has all its atoms in one place"):
+        care.read_chain(path)
     for bad in (first[:30] + 24 * "*", first[:36], first.replace("   1.500", "     nan")):
         path.write_text("\n".join([other, bad]))
         with pytest.raises(SystemExit, match="error: .*x.pdb has no finite coordinates in the line 'ATOM"):
