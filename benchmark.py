@@ -53,10 +53,15 @@ def views(script, method, images):
         return method.canvas(images / 255)
     return method.views(images)
 
-def bare_network(method, batch, bf16):
+def bare_network(method, batch):
     """A function that runs the networks of a step, forward and backward, on the step's inputs."""
     calls = []
-    seen = lambda network, inputs, output: calls.append((network, inputs[0].detach()))
+
+    def seen(network, inputs, output):
+        x = inputs[0].detach()
+        bf16 = torch.is_autocast_enabled(x.device.type)
+        calls.append((network, x, bf16, torch.is_grad_enabled()))
+
     hooks = [network.register_forward_hook(seen) for network in method.children()]
     method(*batch)
     for hook in hooks:
@@ -64,11 +69,12 @@ def bare_network(method, batch, bf16):
 
     def network():
         total = 0
-        for module, x in calls:
-            encoder = module is method.encoder
-            head = not encoder and any(p.requires_grad for p in module.parameters())
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16 and encoder):
-                total = total + module(x.float().requires_grad_(head)).float().sum()
+        for module, x, bf16, grad in calls:
+            trained = any(p.requires_grad for p in module.parameters())
+            head = trained and module is not method.encoder
+            autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=bf16)
+            with autocast, torch.set_grad_enabled(grad):
+                total = total + module(x.float().requires_grad_(grad and head)).float().sum()
         total.backward()
 
     return network
@@ -82,6 +88,10 @@ def script_row(name, argv, repeats):
         images = script.draw_cells("gpm", config.batch_size, 1).float().to(device)
     else:
         side = config.size if hasattr(config, "size") else 28 if config.dataset == "mnist" else 32
+        if config.dataset in script.PHOTOS:
+            side = 384  # as prepare.py writes them
+        if config.dataset == "stl10":
+            side = 96
         shape = (config.batch_size, len(script.MEAN_STD[config.dataset][0]), side, side)
         images = torch.randint(256, shape, dtype=torch.uint8, device=device)
     method = script.Method(config).to(device, memory_format=torch.channels_last)
@@ -89,7 +99,7 @@ def script_row(name, argv, repeats):
     batch = [images]
     if name == "homomorphic":  # its classifier needs labels
         batch.append(torch.zeros(len(images), dtype=torch.int64, device=device))
-    network = bare_network(method, batch, config.precision == "bf16")
+    network = bare_network(method, batch)
 
     def step():
         loss, _ = method(*batch)
@@ -199,7 +209,7 @@ def loss_rows(n, widths=(1024, 2048, 4096, 8192, 16384, 32768)):
         torch.set_float32_matmul_precision("high")
         room = torch.cuda.mem_get_info()[0]
     else:
-        room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
     rows, slow = [], set()
     for q in widths:
         row = {"losses": f"n {n}, q {q}"}

@@ -95,12 +95,14 @@ def load_run(folder, data_root, device):
         script = SCRIPTS[saved["script"]]
         config = script.Config(**saved["config"])
         config.device, config.precision = str(device), "fp32"
-        config.data_root = data_root or config.data_root
+        config.data_root = str(Path(data_root or config.data_root).expanduser().resolve())
         kind = {"dataset": config.dataset, "size": getattr(config, "size", None),
                 "classes": saved["data"].get("class names")}
+        if config.dataset in getattr(script, "PHOTOS", ()):
+            kind["--data-root"] = config.data_root
         torch.manual_seed(config.seed)  # as train does: the weights before training
         if script is photonics_reg:
-            untrained = script.Method(config, config.splits)  # of the last split, as the checkpoint is
+            untrained = script.Method(config, config.splits)  # the last split
         else:
             untrained = script.Method(config)
         method = deepcopy(untrained)
@@ -556,9 +558,8 @@ def draw_retrieval(path, name, bank, queries, before, after, recoloured):
 
 def draw_spectra(path, run, device):
     """The first four test cells, with true and predicted density of states."""
-    pretraining, *_ = photonics_reg.load_data(run.config, device)
-    _, _, (cells, labels) = pretraining  # to train on, to validate on, to test on
-    predicted = photonics_reg.predict(run.method, cells[:4])
+    cells, labels = photonics_reg.labelled_cells(run.config, 4, seed=2, device=device)  # to test on
+    predicted = photonics_reg.predict(run.method, cells)
     figure, axes = pyplot.subplots(4, 2, figsize=(8, 10), width_ratios=(1, 3))
     x = [i * photonics_reg.STEP for i in range(photonics_reg.POINTS)]
     for (left, right), cell, true, guess in zip(axes, cells, labels, predicted):
@@ -624,11 +625,11 @@ def compare_images(runs, device, out):
     measure_all(runs, data)
     trained = [over_seeds([run.row for run in group]) for group in groups]
     untrained = [over_seeds([run.untrained_row for run in group]) for group in groups]
-    rows = list(trained)
+    rows, shown = list(trained), set()
     for row, before in zip(trained, untrained):
-        before["name"] = f"untrained, as {row['name']}"
-        if before["r2"] not in [other["r2"] for other in rows]:  # the same weights have the same numbers: once
-            rows.append(before)
+        if str(before) not in shown:  # what was measured once, for several runs, is shown once
+            shown.add(str(before))
+            rows.append(before | {"name": f"untrained, as {row['name']}"})
     text = tables(rows)
     write(out / "compare.md", f"{text}\n{__doc__}")
     numbers = {"protocol": __doc__, "fit": len(fit), "score": len(score), "device": str(device),

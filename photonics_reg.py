@@ -879,7 +879,8 @@ def main(argv=None):
     except RuntimeError as problem:
         if "out of memory" not in str(problem) and "allocate memory" not in str(problem):
             raise
-        stop("memory is full: use a smaller --batch-size, and another --out")
+        stop("memory is full. In training: use a smaller --batch-size, and another --out. In an "
+             "evaluation: free memory, and the same command continues")
 
 def run_all_modes(config, device):
     """Runs the four modes, each in its folder in --out, and writes their errors to results.json."""

@@ -121,11 +121,11 @@ def read_picture(path, size):
         image.draft("RGB", (2 * size, 2 * size))  # decodes a large JPEG at 1/2, 1/4 or 1/8
         image.load()
     try:
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)  # turns the pixels, then changes the tags
     except Exception as problem:  # broken EXIF can raise nearly anything: the pixels are good
-        print(f"{path} is not turned upright: its EXIF is broken ({problem})")
+        print(f"{path} may not be upright: its EXIF is broken ({problem})")
     if image.mode.startswith(("I", "F")):  # more than 8 bits
-        image = Image.fromarray(to_8_bits(np.asarray(image, np.float64), "16" in image.mode))
+        image = Image.fromarray(to_8_bits(np.asarray(image, np.float32), "16" in image.mode))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -135,8 +135,10 @@ def read_picture(path, size):
 
 def to_8_bits(gray, has_16_bits):
     """Gray values as uint8: 16 bits from 0 to 65535, others from their least to their most."""
-    known = gray[np.isfinite(gray)]
-    low, high = (0, 65535) if has_16_bits else (known.min(), known.max())
+    low, high = 0, 65535
+    if not has_16_bits:
+        known = gray[np.isfinite(gray)]
+        low, high = known.min(), known.max()
     scaled = (gray - low) / max(high - low, 1e-12)  # a constant image becomes 0
     return np.uint8(255 * np.nan_to_num(scaled).clip(0, 1))
 
@@ -212,12 +214,15 @@ def write_arrays(splits, classes, config):
     if part.exists() and not (part / "source.json").exists():
         stop(f"{part} is in the way: remove or rename it")
     shutil.rmtree(part, ignore_errors=True)  # of a decoding that was killed
+    if out.exists():
+        out.rmdir()  # it is empty
     part.mkdir(parents=True)
     (part / "source.json").write_text(source)
     needed = sum(map(len, splits.values())) * 3 * config.size**2
     free = shutil.disk_usage(part).free
     print(f"arrays of {needed / 1e6:,.0f} MB; {free / 1e6:,.0f} MB are free in {out.parent}")
     if needed > free:
+        shutil.rmtree(part)
         stop("too little room: choose a smaller --size or another --out")
 
     damaged = {}
@@ -233,9 +238,8 @@ def write_arrays(splits, classes, config):
         print(f"left out {len(damaged)} files that cannot be read:\n{lines}")
     (part / "classes.json").write_text(json.dumps(classes))
     if damaged.keys() >= splits["train"].keys():
+        shutil.rmtree(part)
         stop("no training image is left")
-    if out.exists():
-        out.rmdir()  # it is empty
     part.rename(out)
     print(f"{out} is ready: --dataset folder --data-root {config.out}")
 
@@ -250,6 +254,7 @@ def main(argv=None):
                         help="the first so many images of each class of train/ (default: all)")
     parser.add_argument("--skip-damaged", action="store_true", help="leave damaged files out")
     config = parser.parse_args(argv)
+    config.path, config.out = config.path.expanduser(), config.out.expanduser()
     if min(config.size, config.per_class) < 1:
         parser.error("--size and --per-class must be 1 or more")
     try:

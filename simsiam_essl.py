@@ -723,13 +723,17 @@ def extract(method, images, view=None, rows=None):
     if rows is None:
         rows = torch.arange(len(images))
     method.eval()
-    features, parts = [], rows.split(256)
+    done, parts = 0, rows.split(256)
     for part in with_progress(parts, len(parts), "features: batch"):
         x = TF.convert_image_dtype(take(images, part, method.mean.device))  # uint8 to [0, 1]
         x = view(x) if view else middle(x, method.config)
-        features.append(method.features(x))
+        z = method.features(x)
+        if done == 0:  # room for all: a list of parts and their torch.cat would take it twice
+            features = z.new_empty(len(rows), z.shape[1])
+        features[done:done + len(z)] = z
+        done += len(z)
     method.train()
-    return torch.cat(features)
+    return features
 
 def middle(images, config):
     """Images (N, C, H, W) as evaluation sees them, of side --size; of photographs the middle."""
@@ -905,7 +909,8 @@ def main(argv=None):
     except RuntimeError as problem:
         if "out of memory" not in str(problem) and "allocate memory" not in str(problem):
             raise
-        stop("memory is full: use a smaller --batch-size, and another --out")
+        stop("memory is full. In training: use a smaller --batch-size, and another --out. In an "
+             "evaluation: free memory, and the same command continues")
 
 def finish(method, data, config, log):
     """Evaluates, unless that is done; writes encoder.pt and results.json and prints a summary."""

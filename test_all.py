@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -1248,6 +1249,10 @@ def test_prepare_reads_pictures_as_a_viewer_shows_them(tmp_path, capsys):
         assert (pixels(tmp_path / "x.png") == colors).all(), how.keys()
         told = capsys.readouterr().out
         assert ("EXIF is broken" in told) == ("exif" in how or how.get("pnginfo") is raw)
+    # turned, and an artist that is a number: upright, though the tags cannot be changed
+    tags = struct.pack("<4sIHHHIIHHIfI", b"II*\0", 8, 2, 0x0112, 3, 1, 6, 0x013B, 11, 1, 1.5, 0)
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "x.png", exif=b"Exif\0\0" + tags)
+    assert (pixels(tmp_path / "x.png") == colors).all()
 
 def test_prepare_cuts_the_middle_square_and_resizes_it(tmp_path):
     picture = F.interpolate(simclr_essl.draw_patterns(1, 5)[0].float(), (300, 500), mode="bicubic").clamp(0, 255)[0]
