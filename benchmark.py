@@ -2,11 +2,14 @@
 
   python benchmark.py                                               all that fits this machine
   python benchmark.py simclr_essl --dataset cifar10 --arch resnet18 one script, with its flags
-  python benchmark.py sfrik                                         and its loss beside its rivals
+  python benchmark.py sfrik                  the same, and its loss beside its rivals
+  python benchmark.py homomorphic            the same, and H-SSL's loss beside A-SSL's
+  python benchmark.py photonics_reg          the same, and the time of a label
 
-Times are medians after a warm-up, of alternating calls, so that a drifting machine moves all alike.
-A step is all that training does for one batch; forward_backward is the bare network, encoder and
-heads, on the same views: what is left of a step is augmentation, loss and optimiser.
+Times are medians after a warm-up. The calls that are compared alternate, so that a change of the
+machine's speed affects all of them. A step is all that training does for one batch;
+forward_backward is the bare network, encoder and heads, on the same views. The rest of a step is
+augmentation, loss and optimiser.
 """
 import importlib
 import json
@@ -25,6 +28,12 @@ import torchvision.transforms.functional as TF
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import ImageFolder
+
+import homomorphic
+import photonics_reg
+import prepare
+import sfrik
+from simclr_essl import augment, load_photos
 
 SCRIPTS = ["simclr_essl", "simsiam_essl", "care", "sfrik", "homomorphic", "photonics_reg"]
 
@@ -54,30 +63,34 @@ def views(script, method, images):
     return method.views(images)
 
 def bare_network(method, batch):
-    """A function that runs the networks of a step, forward and backward, on the step's inputs."""
+    """Records what the networks get in a step; returns a function that runs them on it again.
+
+    It runs them forward and backward, as the step does, but without views, loss and optimizer.
+    """
     calls = []
 
-    def seen(network, inputs, output):
+    def record(network, inputs, output):
         x = inputs[0].detach()
         bf16 = torch.is_autocast_enabled(x.device.type)
         calls.append((network, x, bf16, torch.is_grad_enabled()))
 
-    hooks = [network.register_forward_hook(seen) for network in method.children()]
+    hooks = [network.register_forward_hook(record) for network in method.children()]
     method(*batch)
     for hook in hooks:
         hook.remove()
 
-    def network():
+    def run_again():
         total = 0
-        for module, x, bf16, grad in calls:
-            trained = any(p.requires_grad for p in module.parameters())
-            head = trained and module is not method.encoder
+        for network, x, bf16, grad in calls:
+            trained = any(p.requires_grad for p in network.parameters())
+            # heads pass a gradient on to the encoder
+            head = trained and network is not method.encoder
             autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=bf16)
             with autocast, torch.set_grad_enabled(grad):
-                total = total + module(x.float().requires_grad_(grad and head)).float().sum()
+                total = total + network(x.float().requires_grad_(grad and head)).float().sum()
         total.backward()
 
-    return network
+    return run_again
 
 def script_row(name, argv, repeats):
     """Times of one training step of a script and of its parts, as a dict."""
@@ -85,13 +98,11 @@ def script_row(name, argv, repeats):
     config = script.parse_args(argv)
     device = script.start(config)
     if name == "photonics_reg":
-        images = script.draw_cells("gpm", config.batch_size, 1).float().to(device)
+        images = script.draw_cells(config.dataset, config.batch_size, 1).float().to(device)
     else:
-        side = config.size if hasattr(config, "size") else 28 if config.dataset == "mnist" else 32
+        side = 96 if config.dataset == "stl10" else config.size
         if config.dataset in script.PHOTOS:
             side = 384  # as prepare.py writes them
-        if config.dataset == "stl10":
-            side = 96
         shape = (config.batch_size, len(script.MEAN_STD[config.dataset][0]), side, side)
         images = torch.randint(256, shape, dtype=torch.uint8, device=device)
     method = script.Method(config).to(device, memory_format=torch.channels_last)
@@ -107,10 +118,11 @@ def script_row(name, argv, repeats):
         loss.backward()
         optimizer.step()
 
-    with FlopCounterMode(display=False) as flops:  # before compiling: it would stay eager
+    with FlopCounterMode(display=False) as flops:  # it cannot see into compiled networks
         step()
-    for module in method.children() if config.compile else ():
-        module.forward = torch.compile(module.forward, dynamic=False)
+    if config.compile:
+        for module in method.children():
+            module.forward = torch.compile(module.forward, dynamic=False)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     parts = {"step": step, "augment": lambda: views(script, method, images), "network": network}
@@ -127,8 +139,6 @@ def script_row(name, argv, repeats):
 
 def homomorphic_row(group, n, repeats):
     """H-SSL's loss and gradient over A-SSL's: one forward pass of MNIST's network over two."""
-    import homomorphic
-
     line = ["--group", group, *([] if torch.cuda.is_available() else ["--width", "0.25"])]
     config = homomorphic.parse_args(line)
     device = homomorphic.start(config)
@@ -148,25 +158,26 @@ def homomorphic_row(group, n, repeats):
         homomorphic.nce_loss(v1, v2, 0.1).backward()
 
     ms = milliseconds({"h": h_ssl, "a": a_ssl}, device, repeats)
-    return {"comparison": f"H-SSL's step over A-SSL's, {group}, n {n}", "ratio": ms["h"] / ms["a"]}
+    return {"comparison": f"H-SSL's loss and gradient over A-SSL's, {group}, n {n}",
+            "ratio": ms["h"] / ms["a"]}
 
 def label_row(repeats):
     """Seconds that the density of states of a photonic crystal takes, on one core."""
-    import photonics_reg
-
-    cell, threads = photonics_reg.draw_cells("gpm", 1, 1), torch.get_num_threads()
+    cell = photonics_reg.draw_cells("gpm", 1, 1)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     label = {"label": lambda: photonics_reg.density_of_states(cell)}
     ms = milliseconds(label, torch.device("cpu"), repeats)["label"]
     torch.set_num_threads(threads)
-    return {"labels": "density of states, one core", "seconds_per_cell": ms / 1000}
+    return {"labels": "density of states, one core", "threads": 1,
+            "seconds_per_cell": ms / 1000}
 
-LOSSES = {
-    "sfrik L=2": lambda sfrik, a, b: sfrik.sfrik_loss(a, b, 4000, 1, (1, 40)),
-    "sfrik L=3": lambda sfrik, a, b: sfrik.sfrik_loss(a, b, 4000, 1, (1, 40, 40)),
-    "vicreg": lambda sfrik, a, b: sfrik.vicreg_loss(a, b, 10, 10, 1),
-    "auh": lambda sfrik, a, b: sfrik.auh_loss(a, b, 3000, 1, 2.5),
-    "nt_xent": lambda sfrik, a, b: sfrik.nt_xent(a, b, 0.15),
+LOSSES = {  # of two views (n, q); weights do not change the time
+    "sfrik L=2": lambda a, b: sfrik.sfrik_loss(a, b, 2.0, (1, 40)),
+    "sfrik L=3": lambda a, b: sfrik.sfrik_loss(a, b, 2.0, (1, 40, 40)),
+    "vicreg": lambda a, b: sfrik.vicreg_loss(a, b, 10, 10, 1),
+    "auh": lambda a, b: sfrik.auh_loss(a, b, 2.7, 2.5),
+    "nt_xent": lambda a, b: sfrik.nt_xent(a, b, 0.15),
 }
 
 def allocated_peak(function, device):
@@ -184,13 +195,11 @@ def allocated_peak(function, device):
 
 def loss_cost(name, n, q, device):
     """(milliseconds, GB) of a loss of two views (n, q), forward and backward."""
-    import sfrik
-
     z1, z2 = (torch.randn(n, q, device=device, requires_grad=True) for _ in range(2))
 
     def call():
         z1.grad = z2.grad = None
-        LOSSES[name](sfrik, z1, z2).backward()
+        LOSSES[name](z1, z2).backward()
 
     began = time.perf_counter()
     memory = allocated_peak(call, device)  # and warms up
@@ -198,11 +207,11 @@ def loss_cost(name, n, q, device):
     return milliseconds({"loss": call}, device, repeats)["loss"], memory
 
 def loss_rows(n, widths=(1024, 2048, 4096, 8192, 16384, 32768)):
-    """Costs of SFRIK's loss and its rivals for n images over q: the table of the paper's headline.
+    """Time and memory of SFRIK's loss and its rivals, for n images and embeddings of each width q.
 
-    A loss goes no further once a call takes more than 15 s (VICReg's cost grows fourfold from q to
-    q), nor where its q x q matrices do not fit; None stands there. VICReg forms its covariance as
-    published: the norm of the off-diagonal part could be had from the n x n Gram matrix.
+    None: a smaller q already took more than 15 s (VICReg's time grows fourfold when q doubles), or
+    the q x q matrices (VICReg) or n x n matrices (others) do not fit. VICReg forms its covariance
+    as published: the norm of the off-diagonal part could be had from the n x n Gram matrix.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
@@ -214,11 +223,12 @@ def loss_rows(n, widths=(1024, 2048, 4096, 8192, 16384, 32768)):
     for q in widths:
         row = {"losses": f"n {n}, q {q}"}
         for name in LOSSES:
-            need = 4 * (6 * q * q if name == "vicreg" else 12 * n * n) + 48 * n * q
+            numbers = 12 * n * q + (6 * q * q if name == "vicreg" else 12 * n * n)
             ms, memory = None, None
-            if name not in slow and need < room:
+            if name not in slow and 4 * numbers < room:  # 4 bytes each
                 ms, memory = loss_cost(name, n, q, device)
-                slow |= {name} if ms > 15_000 else set()
+                if ms > 15_000:
+                    slow.add(name)
             row |= {f"{name} ms": ms, f"{name} GB": memory}
         both = row["vicreg ms"] and row["sfrik L=3 ms"]
         row["sfrik L=3 over vicreg"] = row["sfrik L=3 ms"] / row["vicreg ms"] if both else None
@@ -227,9 +237,7 @@ def loss_rows(n, widths=(1024, 2048, 4096, 8192, 16384, 32768)):
 
 def augmentation_row(n=512, repeats=5):
     """Images/s on one core: simclr_essl's large CIFAR view, and torchvision's transforms on PIL."""
-    from simclr_essl import augment
-
-    threads, cpu = torch.get_num_threads(), torch.device("cpu")
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     images = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8)
     pictures = [TF.to_pil_image(image) for image in images]
@@ -240,24 +248,21 @@ def augmentation_row(n=512, repeats=5):
     ms = milliseconds({
         "batched": lambda: (augment(images, 32) - 0.5) / 0.25,
         "pil": lambda: torch.stack([transform(picture) for picture in pictures]),
-    }, cpu, repeats)
+    }, torch.device("cpu"), repeats)
     torch.set_num_threads(threads)
     return {
-        "augmentation": "CIFAR view, one core",
+        "augmentation": "CIFAR view, one core", "threads": 1,
         "batched_images_per_second": 1000 * n / ms["batched"],
         "pil_images_per_second": 1000 * n / ms["pil"],
         "ratio": ms["pil"] / ms["batched"],
     }
 
 def photographs_row(n=200, size=224):
-    """Seconds to crop and flip n photographs of 12 megapixels, after prepare.py and before it.
+    """Seconds to crop and flip n photographs of 12 megapixels, from arrays and from JPEG files.
 
-    Arrays: rows of a mapped file, cropped in batches. Folder: torchvision's ImageFolder, whose
-    DataLoader has a worker for each core. The files are links to eight.
+    Arrays: rows of the file that prepare.py writes, cropped in batches. Files: torchvision's
+    ImageFolder with a DataLoader of a worker for each core. All files but eight are links to these.
     """
-    import prepare
-    from simclr_essl import augment, load_photos
-
     with tempfile.TemporaryDirectory() as folder:
         train, out = Path(folder, "train", "all"), Path(folder, "out")
         train.mkdir(parents=True)
@@ -274,17 +279,17 @@ def photographs_row(n=200, size=224):
         images, _ = load_photos(out, "train")
         for rows in torch.randperm(n).split(50):
             augment(images[rows], size, scale=(0.08, 1.0), jitter=None, gray=0)
-        arrays = time.perf_counter()
+        cropped = time.perf_counter()
         transform = T.Compose([T.RandomResizedCrop(size), T.RandomHorizontalFlip(), T.ToTensor()])
         loader = torch.utils.data.DataLoader(ImageFolder(train.parent, transform), 50, shuffle=True,
                                              num_workers=os.cpu_count())
         for _ in loader:
             pass
-        seconds = arrays - prepared, time.perf_counter() - arrays
+        loaded = time.perf_counter()
     return {
         "photographs": f"{n} of 12 megapixels, crop and flip to {size} pixels",
-        "prepare_seconds": prepared - began, "arrays_seconds": seconds[0],
-        "folder_seconds": seconds[1], "ratio": seconds[1] / seconds[0],
+        "prepare_seconds": prepared - began, "arrays_seconds": cropped - prepared,
+        "folder_seconds": loaded - cropped, "ratio": (loaded - cropped) / (cropped - prepared),
     }
 
 def show(rows):
@@ -296,7 +301,7 @@ def show(rows):
             print(f"  {name:26} {value}")
     print()
     for row in rows:
-        print(json.dumps(row | {"torch": torch.__version__, "threads": torch.get_num_threads()}))
+        print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()} | row))
 
 def main(argv):
     """Everything, or one script with its flags."""
@@ -307,7 +312,7 @@ def main(argv):
         print(f"error: choose a script of {', '.join(SCRIPTS)}", file=sys.stderr)
         raise SystemExit(2)
     flags = [] if torch.cuda.is_available() else ["--batch-size", "64"]  # a step in seconds
-    groups, care = ("translation", "rotation", "scale"), SCRIPTS.index("care")
+    groups = ("translation", "rotation", "scale")
     if argv:
         rows = [script_row(argv[0], argv[1:] or flags, 5)]
         if argv[0] == "sfrik":
@@ -319,9 +324,9 @@ def main(argv):
     else:
         rows = [script_row(name, flags, 3) for name in SCRIPTS]
         baseline = script_row("care", [*flags, "--lam", "0"], 3)
-        name = "CARE's step over SimCLR's, four forwards of N images over two"
-        ratio = rows[care]["step_ms"] / baseline["step_ms"]
-        rows += [baseline, {"comparison": name, "ratio": ratio}]
+        ratio = rows[SCRIPTS.index("care")]["step_ms"] / baseline["step_ms"]
+        rows += [baseline, {"comparison": "CARE's step over SimCLR's, four forwards of N images "
+                                          "over two", "ratio": ratio}]
         rows += [homomorphic_row(group, 256, 3) for group in groups]
         rows += loss_rows(2048, (1024, 8192))
         rows.append(label_row(5))

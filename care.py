@@ -11,7 +11,7 @@ stay as they are (Proposition 1), so CARE compares Gram matrices under two augme
 Algorithm 1 of the paper, for a batch x of N images; f is backbone, head and normalisation:
   1. draw augmentations a1, a2 for every image; z1_inv = f(a1(x)), z2_inv = f(a2(x));
   2. cut x into K chunks; for each chunk draw two augmentations, the same for all its images;
-     z1_eq and z2_eq are the embeddings of x under the first and under the second of its chunk;
+     z1_eq embeds x after the first augmentation of its chunk, z2_eq after the second;
   3. step f on InfoNCE(z1_inv, z2_inv) + lam * L_equi(z1_eq, z2_eq), where L_equi compares the two
      Gram matrices of every chunk. lam = 0 is SimCLR or, with --base moco, MoCo-v2.
 
@@ -26,8 +26,7 @@ Usage
 Differences between the paper, the authors' code and this file (more: results/README.md):
   - The code draws one pair of augmentations that all chunks share, as --share-pair does here.
   - L_equi is the code's: 2 / m times the sum of the m x m squared differences of a chunk of m
-    images. The paper writes a mean, yet lam is the paper's: 0.01 on CIFAR-10 (code: 0.03). With
-    MoCo lam and chunks are those of SimCLR (paper, ImageNet100: 0.01 and 8).
+    images. The paper writes a mean. lam is the paper's: 0.01 on CIFAR-10 (code: 0.03).
   - ImageNet100: L_equi sees crops, as in the paper (code: the middle of the image). SimCLR's
     negatives come from all GPUs (code: each GPU's own). The probe's rate is 10 (the code's README;
     paper: 30).
@@ -65,12 +64,12 @@ from torchvision.utils import save_image
 
 SCRIPT = "care"
 WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes; torchrun sets it
-RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # of this process among all
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0  # among those of its machine
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # number of this process, from 0
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0  # the same, on its machine
 
 # %% CONFIG ----------------------------------------------------------------------------------------
 def option(default, explanation, choices=""):
-    """A field of Config; its metadata are argparse's arguments for its flag."""
+    """A field of Config; parse_args passes its metadata to add_argument."""
     if default is False:
         flag = {"action": "store_true", "help": explanation}
     else:
@@ -96,7 +95,7 @@ class Config:
                            "infonce uniformity invariance none")
     temperature: float = option(0.5, "temperature of InfoNCE")
     queue: int = option(4096, "how many earlier keys MoCo contrasts an image with")
-    key_momentum: float = option(0.99, "share of its weights that MoCo's key encoder keeps a step")
+    key_momentum: float = option(0.99, "how much of its weights MoCo's key encoder keeps in a step")
     projector: str = option("512-128", "widths of the layers of the head")
     arch: str = option("resnet50", "backbone", "resnet18 resnet50 small")
     epochs: int = option(400, "passes over the training images")
@@ -104,7 +103,7 @@ class Config:
     optimizer: str = option("adam", "optimizer", "adam sgd")
     lr: float = option(1e-3, "peak learning rate, whatever the size of the batch")
     final_lr: float = option(1.0, "learning rate at the end, as a share of the peak")
-    warmup_epochs: int = option(0, "epochs of linear warm-up (not given: at most epochs / 4)")
+    warmup_epochs: int = option(0, "epochs of linear warm-up, at most epochs / 4 unless given")
     weight_decay: float = option(1e-6, "weight decay")
     seed: int = option(0, "random seed of the weights, the batches and the views")
     knn_every: int = option(10, "epochs between kNN evaluations (0: only at the end)")
@@ -130,7 +129,7 @@ PRESETS = {  # what datasets change
     "proteins": dict(lam=1.0, epochs=100, projector="128-16"),  # R^16: paper; others: ours
 }
 PRESETS["chains"] = PRESETS["proteins"]
-# what --base moco changes in the preset; of a dataset that is not in MOCO temperature=0.1 (paper)
+# what --base moco changes in the preset; for a dataset that is not listed temperature=0.1 (paper)
 MOCO_CIFAR = dict(temperature=0.1, optimizer="sgd", lr=0.03, final_lr=0.0, weight_decay=5e-4)
 MOCO = {"cifar10": MOCO_CIFAR, "cifar100": MOCO_CIFAR,  # as in FAIR's demo of MoCo
         "imagenet100": {}}  # the preset's lam and chunks (authors' code); paper: 0.01 and 8
@@ -145,8 +144,8 @@ def stop(message):
     raise SystemExit(f"error: {message}")
 
 # %% METHOD ----------------------------------------------------------------------------------------
-# augment is defined in AUGMENT, the networks in MODEL, gather (for several processes) in TRAIN,
-# what is done to clouds of points in PROTEINS.
+# augment is defined in AUGMENT, the networks in MODEL, MEAN_STD in DATA, gather (for several
+# processes) in TRAIN, what is done to clouds of points in PROTEINS.
 def nt_xent(z1, z2, temperature):
     """NT-Xent, SimCLR's InfoNCE, of the embeddings (N, D) of two views, by cosine similarity.
 
@@ -191,7 +190,7 @@ def moco_loss(queries, keys, queue, temperature):
 class Method(nn.Module):
     """CARE: uint8 images (N, 3, H, W) to the loss of Algorithm 1 and terms for the log.
 
-    Instead of images it also takes clouds of points (N, P, 4).
+    It also takes clouds (N, P, 4) of P points: x, y, z and 1, or 0 where it is padding.
     """
 
     def __init__(self, config):
@@ -207,7 +206,7 @@ class Method(nn.Module):
             self.key_projector = deepcopy(self.projector).requires_grad_(False)
             random_keys = torch.randn(config.queue, self.projector[-1].out_features)
             self.register_buffer("queue", F.normalize(random_keys))
-        mean, std = MEAN_STD[config.dataset]  # not learned, so not saved
+        mean, std = MEAN_STD[config.dataset]  # constants, so not saved
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
@@ -244,18 +243,17 @@ class Method(nn.Module):
         x2_inv = self.augmented(images)
         if config.lam == 0:
             return x1_inv, x2_inv, None, None
-        n = config.equivariance_batch  # images for L_equi, of all processes; parse_args replaces 0
-        images = images[:n // WORLD]
-        share = n if config.share_pair else n // config.chunks  # images with the same augmentation
-        x1_eq = self.augmented(images, share)
-        x2_eq = self.augmented(images, share)
+        total = config.equivariance_batch  # images for L_equi, over all processes
+        alike = total if config.share_pair else total // config.chunks  # with the same augmentation
+        x1_eq = self.augmented(images[:total // WORLD], alike)
+        x2_eq = self.augmented(images[:total // WORLD], alike)
         return x1_inv, x2_inv, x1_eq, x2_eq
 
-    def augmented(self, images, share=1):
-        """A random view of each image; `share` consecutive images get the same augmentation."""
+    def augmented(self, images, alike=1):
+        """A random view of each image; `alike` consecutive images get the same augmentation."""
         if self.config.dataset in CLOUDS:
-            return rotate_randomly(images, share)
-        return augment(images, **view_arguments(self.config), share=share)
+            return rotate_randomly(images, alike)
+        return augment(images, **view_arguments(self.config), alike=alike)
 
     def contrastive_loss(self, z1, z2):
         """InfoNCE of two views, or what --contrast puts in its place for the ablation."""
@@ -281,13 +279,13 @@ class Method(nn.Module):
         return self.key_projector(self.encode(self.key_encoder, x))
 
     def encode(self, encoder, x):
-        """What an encoder makes of images in [0, 1], or of clouds: (N, D), float32."""
+        """Features (N, D), float32, by an encoder, of images in [0, 1], or of clouds."""
         bf16 = self.config.precision == "bf16"
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             return encoder((x - self.mean) / self.std).float()
 
     def features(self, x):
-        """Features (N, D), float32, of images in [0, 1], or of clouds."""
+        """Those of the trained encoder."""
         return self.encode(self.encoder, x)
 
     def embed(self, x):
@@ -303,30 +301,30 @@ def spread(z):
 
 # %% AUGMENT ---------------------------------------------------------------------------------------
 def view_arguments(config):
-    """Arguments of augment: the authors' code's, but photographs are cropped for L_equi, too."""
+    """Arguments of augment, as in the authors' code, but L_equi also sees crops of photographs."""
     if config.dataset in PHOTOS:
         return dict(size=config.size, scale=(0.2, 1.0), blur=0.5, radius=2)
     return dict(size=config.size, scale=(0.08, 1.0), blur=0.5, radius=1)
 
 @torch.no_grad()
 def augment(images, size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2,
-            blur=0, solarize=0, radius=6, share=1):
+            blur=0, solarize=0, radius=6, alike=1):
     """Random views (N, 3, size, size) in [0, 1] of images (N, 3, H, W), uint8 or in [0, 1].
 
     scale: smallest and largest share of the area that a crop keeps. jitter: the largest change of
     brightness, contrast, saturation and hue (1: a full turn), in 80 % of the images. flip,
-    gray, blur and solarize are probabilities. radius: of the blur, in pixels. share: how many
+    gray, blur and solarize are probabilities. radius: of the blur, in pixels. alike: how many
     consecutive images of the batch get the same augmentation.
     """
     n, _, height, width = images.shape
     x = TF.convert_image_dtype(images)  # uint8 to [0, 1]
 
     def uniform(low, high, draws=1):
-        # Images of several processes may share an augmentation. So each process draws the same
-        # numbers (see batches) for all of them, one row for each augmentation, and keeps its own.
-        augmentations = math.ceil(WORLD * n / share)  # up: draw_views may give less than a share
+        # One row of random numbers for each augmentation, the same in all processes (see batches).
+        # Repeated for all images, they are (WORLD n, ...): each process keeps those of its own.
+        augmentations = math.ceil(WORLD * n / alike)  # up, for the few images of views.png
         drawn = x.new_empty(augmentations, draws, 1, 1).uniform_(low, high)
-        return drawn.repeat_interleave(share, dim=0)[RANK * n:RANK * n + n]
+        return drawn.repeat_interleave(alike, dim=0)[RANK * n:RANK * n + n]
 
     def chosen(probability):
         return uniform(0, 1) < probability
@@ -348,7 +346,7 @@ def augment(images, size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1
     return x
 
 def draw_boxes(uniform, height, width, scale):
-    """Boxes (N, 4), top, left, height, width, drawn as by torchvision's RandomResizedCrop.
+    """Boxes (N, 4) of top, left, height, width, drawn as by torchvision's RandomResizedCrop.
 
     Of ten random boxes the first that fits into the image is taken. If none fits, which is rare,
     the first is cut to the image (torchvision: the middle of the image). uniform(low, high, draws)
@@ -382,13 +380,13 @@ def resizing_matrix(start, length, source, size):
     """Weights (N, 1, size, source): row i says how much each old pixel counts in new pixel i.
 
     The box begins at `start` and has `length` old pixels, (N, 1, 1, 1) each. Bilinear: a weight
-    falls linearly with the distance of the two centres, and is 0 from one pixel on: an old pixel if
-    the box is enlarged, a new, larger one if it is shrunk, which prevents aliasing.
+    falls linearly with the distance of the two centres, to 0 at `reach`. This is one old pixel if
+    the box is enlarged, and one new, larger pixel if it is shrunk, to prevent aliasing.
     """
     # the centres, in old pixels from the start of the box: (N, 1, size, 1) and (N, 1, 1, source)
     new = (torch.arange(size, device=start.device)[:, None] + 0.5) * length / size
     old = torch.arange(source, device=start.device) + 0.5 - start
-    reach = (length / size).clamp(min=1)  # the distance at which a weight becomes 0
+    reach = (length / size).clamp(min=1)
     weight = (1 - (old - new).abs() / reach).clamp(min=0)
     weight = weight * ((old > 0) & (old < length))  # nothing from outside of the box
     return weight / weight.sum(3, keepdim=True)
@@ -407,11 +405,11 @@ def saturation(x, change):
     return torch.lerp(TF.rgb_to_grayscale(x), x, 1 + change).clamp_(0, 1)
 
 def shift_hue(x, turns):
-    """Moves the hue by turns (N, 1, 1, 1), one for each image, which TF.adjust_hue cannot."""
+    """Moves the hue by turns (N, 1, 1, 1): each image by its own, unlike TF.adjust_hue."""
     red, green, blue = x.split(1, dim=1)
     value = x.amax(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
-    safe = torch.where(chroma > 0, chroma, 1.0)  # of gray pixels not 0, to divide by
+    safe = torch.where(chroma > 0, chroma, 1.0)  # gray has chroma 0, and divides by 1
     # hue in sixths of a turn, 0 red, 2 green, 4 blue, by the channel that is largest
     hue = (red - green) / safe + 4
     hue = torch.where(value == green, (blue - red) / safe + 2, hue)
@@ -488,7 +486,7 @@ def load_data(config, device):
     elif config.dataset in PHOTOS:
         train, test = load_photos(root, "train"), load_photos(root, "val")
     elif config.dataset in CLOUDS:
-        train, test = load_chains(root, config)
+        train, test = load_clouds(root, config)
     elif config.dataset == "stl10":
         train, bank, test = load_stl10(root)
     else:
@@ -574,7 +572,7 @@ def draw_patterns(n, seed):
 
     A class is a periodic pattern, a sum of waves, seen at a random zoom, tilt, place and light.
     """
-    # a wave (i, j) has i periods across the image and j down; of (i, j) and (-i, -j) one is enough
+    # a wave (i, j) has i periods across the image and j down; (-i, -j) would be the same wave
     waves = [(i, j) for i in range(-2, 3) for j in range(3) if j > 0 or i > 0]
     # a class is one random phase for every wave: (waves, classes)
     phases = math.tau * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
@@ -605,18 +603,18 @@ def draw_patterns(n, seed):
 # Section 5.1 of the paper: proteins as clouds of points, and rotations of space as augmentations.
 # --dataset proteins reads the .pdb files in DATA_ROOT/proteins; chains are random walks.
 # A cloud is (P, 4): coordinates, centred and of mean squared length 1; then 1, or 0 for padding.
-def read_chain(path):
-    """Coordinates (P, 3), in angstrom, of the CA atoms of all chains in a .pdb file's first model.
+def read_protein(path):
+    """Coordinates (P, 3), in angstrom, of the CA atoms in the first model of a .pdb file.
 
-    Columns are fixed. MSE, a methionine with selenium among the HETATM, counts as a methionine.
+    Columns are fixed. Selenomethionine, a residue like others, has HETATM lines with the name MSE.
     """
     points = []
     for line in path.read_text(errors="replace").splitlines():
         if line.startswith("ENDMDL"):
             break
-        selenium = line.startswith("HETATM") and line[17:20] == "MSE"
+        in_residue = line.startswith("ATOM") or (line.startswith("HETATM") and line[17:20] == "MSE")
         first_place = line[16:17] in (" ", "A")  # B: the second of two places of one atom
-        if (line.startswith("ATOM") or selenium) and line[12:16] == " CA " and first_place:
+        if in_residue and first_place and line[12:16] == " CA ":  # "CA  " is calcium
             try:
                 point = [float(line[start:start + 8]) for start in (30, 38, 46)]
             except ValueError:
@@ -629,7 +627,7 @@ def read_chain(path):
     return torch.tensor(points).view(-1, 3)
 
 def draw_chains(n, seed):
-    """n smooth random walks of 20 to 100 CA atoms in steps of 3.8 angstrom: the built-in chains."""
+    """n smooth random walks of 20 to 100 CA atoms in steps of 3.8 angstrom: the built-in data."""
     generator, chains = torch.Generator().manual_seed(seed), []
     for length in torch.randint(20, 101, (n,), generator=generator).tolist():
         direction, steps = torch.zeros(3), []
@@ -639,16 +637,16 @@ def draw_chains(n, seed):
         chains.append(torch.stack(steps).cumsum(0))
     return chains
 
-def load_chains(root, config):
-    """Clouds (N, P, 4) and labels, which are all 0, to train on and to test."""
+def load_clouds(root, config):
+    """Clouds (N, P, 4) to train on and to test, each with labels 0, as all data have labels."""
     if config.dataset == "chains":
         print("data: the built-in random walks, no proteins")
         train, test = draw_chains(2000, seed=1), draw_chains(200, seed=2)
     else:
         train, test = read_proteins(root / "proteins")
     clouds = []
-    for chain in train + test:
-        points = chain - chain.mean(0)
+    for points in train + test:
+        points = points - points.mean(0)
         points = points / points.square().sum(1).mean().sqrt()
         clouds.append(F.pad(points, (0, 1), value=1.0))  # a column of ones: points, not padding
     clouds = nn.utils.rnn.pad_sequence(clouds, batch_first=True)  # (N, P, 4)
@@ -657,10 +655,10 @@ def load_chains(root, config):
     return (clouds[:n], labels[:n]), (clouds[n:], labels[n:])
 
 def read_proteins(folder):
-    """Chains (P, 3) of 20 residues or more to train on and to test, of the .pdb files in a folder.
+    """Proteins (P, 3) of 20 residues or more, to train on and to test, of a folder's .pdb files.
 
     A file's name is its path in the folder, without .pdb. If there are train.txt and val.txt, they
-    list the names, one a line; if not, every tenth chain is to test.
+    list the names, one a line; if not, every tenth file is to test.
     """
     files = {}
     for path in sorted(folder.rglob("*")):
@@ -668,22 +666,22 @@ def read_proteins(folder):
             files[path.relative_to(folder).with_suffix("").as_posix()] = path
     if not files:
         stop(f"{folder} is missing or has no .pdb files; --dataset chains needs no data")
-    train_names = [*files]
-    test_names = train_names[9::10]
-    del train_names[9::10]
     if (folder / "train.txt").exists() and (folder / "val.txt").exists():
         train_names = read_list(folder / "train.txt", files)
         test_names = read_list(folder / "val.txt", files)
+    else:
+        train_names = [name for i, name in enumerate(files) if i % 10 < 9]
+        test_names = [name for i, name in enumerate(files) if i % 10 == 9]
     splits, too_short, without_ca = [], 0, 0
     for split_names in (train_names, test_names):
-        chains = [read_chain(files[name]) for name in split_names]
-        splits.append([chain for chain in chains if len(chain) >= 20])
-        too_short += sum(0 < len(chain) < 20 for chain in chains)
-        without_ca += sum(len(chain) == 0 for chain in chains)
-    print(f"{folder}: {len(splits[0])} chains to train on, {len(splits[1])} to test; left out: "
+        proteins = [read_protein(files[name]) for name in split_names]
+        splits.append([protein for protein in proteins if len(protein) >= 20])
+        too_short += sum(0 < len(protein) < 20 for protein in proteins)
+        without_ca += sum(len(protein) == 0 for protein in proteins)
+    print(f"{folder}: {len(splits[0])} proteins to train on, {len(splits[1])} to test; left out: "
           f"{too_short} of fewer than 20 residues, {without_ca} without CA atoms", flush=True)
     if not splits[0] or not splits[1]:
-        stop(f"{folder} has too few chains of 20 residues to train on and to test")
+        stop(f"{folder} has too few proteins of 20 residues to train on and to test")
     return splits
 
 def read_list(path, files):
@@ -731,28 +729,30 @@ def rotate(clouds, rotations):
     """Cloud i, (P, 4), times rotation i: X R."""
     return torch.cat([clouds[..., :3] @ rotations, clouds[..., 3:]], dim=2)
 
-def rotate_randomly(clouds, share):
-    """Clouds (N, P, 4) turned at random, `share` consecutive ones alike: see augment."""
+def rotate_randomly(clouds, alike):
+    """Clouds (N, P, 4) turned at random, `alike` consecutive ones in the same way: see augment."""
     n = len(clouds)
-    rotations = haar_rotations(math.ceil(WORLD * n / share), clouds.device)
-    rotations = rotations.repeat_interleave(share, dim=0)[RANK * n:RANK * n + n]
+    rotations = haar_rotations(math.ceil(WORLD * n / alike), clouds.device)
+    rotations = rotations.repeat_interleave(alike, dim=0)[RANK * n:RANK * n + n]
     return rotate(clouds, rotations)
 
 def principal_axis(clouds):
     """First principal components (N, 3), signed so that the third moment along them is positive."""
     points = clouds[..., :3].double()
-    axis = torch.linalg.eigh(points.mT @ points).eigenvectors[:, :, -1:]  # (N, 3, 1)
+    _, axes = torch.linalg.eigh(points.mT @ points)  # columns, by increasing eigenvalue
+    axis = axes[:, :, 2:]  # (N, 3, 1)
     moment = (points @ axis).pow(3).sum(1, keepdim=True)
     return torch.where(moment < 0, -axis, axis)[..., 0].float()
 
 def axis_probes(method, data):
-    """How well the principal axis of a turned chain can be read from its embedding.
+    """How well the principal axis of a turned cloud can be read from its embedding.
 
-    The mean squared length of the error and the mean angle of the axis that an MLP (axis_...) and
-    ridge regression (ridge_axis_...) predict, over four random rotations of every chain.
+    An MLP (axis_...) and ridge regression (ridge_axis_...) learn it from four random rotations of
+    each training cloud. Of each test cloud's four: the mean squared error of the axis, a vector of
+    length 1, and the mean angle to it.
     """
     train, _, test = data
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # the same rotations, and the same start of the MLP, for every method
     pairs = []
     method.eval()
     for clouds, _ in (train, test):
@@ -790,9 +790,9 @@ def gather(z):
     values = z.detach()
     parts = [torch.empty_like(z) for _ in range(WORLD)]
     dist.all_gather(parts, values)
-    # all_gather passes no gradient on, so this process's own part is put back. The gradient of the
-    # loss is the sum over the processes, but DistributedDataParallel averages: hence WORLD.
-    parts[RANK] = values + WORLD * (z - values)  # z - values is 0
+    # all_gather passes no gradient on. z - values is 0, but brings back this process's gradient,
+    # times WORLD, since DistributedDataParallel divides the sum over the processes by WORLD.
+    parts[RANK] = values + WORLD * (z - values)
     return torch.cat(parts)
 
 def learning_rate(step, total_steps, warmup_steps, peak, final=0.0):
@@ -924,7 +924,7 @@ def train(config, data, device):
         draw_views(out / "views.png", method, take(images, random_rows(len(images), 4), device))
     if config.compile and WORLD == 1:
         for network in method.children():
-            network.forward = torch.compile(network.forward, dynamic=False)
+            network.forward = torch.compile(network.forward, dynamic=False)  # keeps weights' names
     model = nn.parallel.DistributedDataParallel(method) if WORLD > 1 else method
     done, saved_at = log[-1]["epoch"], time.time()
     print(f"{out}: {done} of {config.epochs} epochs done", flush=True)
@@ -948,7 +948,7 @@ def train(config, data, device):
         lines = [json.dumps(line) + "\n" for line in log]
         (out / "metrics.jsonl").write_text("".join(lines))
         if epoch == config.epochs or time.time() - saved_at > 60 * config.save_every:
-            (out / "results.json").unlink(missing_ok=True)  # finish would take it for this run's
+            (out / "results.json").unlink(missing_ok=True)  # of a run whose checkpoint is gone
             write(out / "checkpoint.pt", {
                 "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
                 "method": method.state_dict(), "optimizer": optimizer.state_dict()})
@@ -1014,7 +1014,7 @@ def frame(image, color):
 def extract(method, images, view=None, rows=None):
     """Features (N, D) of images, or of some rows of them, in eval mode.
 
-    view maps images (n, C, H, W) in [0, 1] to what the encoder sees; else middle does.
+    view: a function of images (n, C, H, W) in [0, 1], whose result is encoded (default: middle).
     """
     if rows is None:
         rows = torch.arange(len(images))
@@ -1024,7 +1024,7 @@ def extract(method, images, view=None, rows=None):
         x = TF.convert_image_dtype(take(images, part, method.mean.device))  # uint8 to [0, 1]
         x = view(x) if view else middle(x, method.config)
         z = method.features(x)
-        if done == 0:  # room for all: a list of parts and their torch.cat would take it twice
+        if done == 0:  # torch.cat of a list of parts would take twice the memory
             features = z.new_empty(len(rows), z.shape[1])
         features[done:done + len(z)] = z
         done += len(z)
@@ -1055,7 +1055,7 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=200, temperature=0.
         right += (votes.argmax(1) == labels).sum().item()
     return 100 * right / len(queries)
 
-def linear_probe(draw_features, labels, test, test_labels, sgd=False, lr=1e-3, weight_decay=1e-6,
+def linear_probe(draw_features, labels, z_test, test_labels, sgd=False, lr=1e-3, weight_decay=1e-6,
                  batch_size=512, epochs=100, milestones=(), probes=3):
     """Mean and standard deviation of the test accuracy, in percent, of linear classifiers.
 
@@ -1063,8 +1063,8 @@ def linear_probe(draw_features, labels, test, test_labels, sgd=False, lr=1e-3, w
     start and in the order of the images. They are trained by Adam, or by SGD; after each epoch in
     milestones the rate falls to a tenth.
     """
-    n, classes = len(labels), int(labels.max()) + 1
-    heads = nn.ModuleList(nn.Linear(test.shape[1], classes) for _ in range(probes)).to(test.device)
+    n, classes, device = len(labels), int(labels.max()) + 1, labels.device
+    heads = nn.ModuleList(nn.Linear(z_test.shape[1], classes) for _ in range(probes)).to(device)
     optimizer = torch.optim.Adam(heads.parameters(), lr, weight_decay=weight_decay)
     if sgd:
         optimizer = torch.optim.SGD(heads.parameters(), lr, momentum=0.9, weight_decay=weight_decay)
@@ -1072,7 +1072,7 @@ def linear_probe(draw_features, labels, test, test_labels, sgd=False, lr=1e-3, w
     steps = max(1, n // batch_size)  # an incomplete last batch is left out
     for _ in with_progress(range(epochs), epochs, "linear probe: epoch"):
         features = draw_features()
-        shuffled = [torch.randperm(n, device=test.device).split(batch_size) for _ in heads]
+        shuffled = [torch.randperm(n, device=device).split(batch_size) for _ in heads]
         for step in range(steps):
             loss = 0  # summed over the heads; each gets the gradient of its own term
             for head, parts in zip(heads, shuffled):
@@ -1082,15 +1082,15 @@ def linear_probe(draw_features, labels, test, test_labels, sgd=False, lr=1e-3, w
             loss.backward()
             optimizer.step()
         schedule.step()
-    correct = [(head(test).argmax(1) == test_labels).float().mean() for head in heads]
+    correct = [(head(z_test).argmax(1) == test_labels).float().mean() for head in heads]
     accuracies = 100 * torch.stack(correct)
     return accuracies.mean().item(), accuracies.std(correction=0).item()
 
-def probe(method, data, config, bank, test):
+def probe(method, data, config, z, z_test):
     """A linear probe on fresh crops and flips in every epoch. --quick: on fixed features."""
     _, (images, labels), (_, test_labels) = data
     if config.quick:
-        return linear_probe(lambda: bank, labels, test, test_labels)
+        return linear_probe(lambda: z, labels, z_test, test_labels)
 
     def crop_and_flip(x):
         return augment(x, config.size, scale=(0.08, 1.0), jitter=None, gray=0)
@@ -1099,7 +1099,7 @@ def probe(method, data, config, bank, test):
     if config.dataset == "imagenet100":  # the rate of the code's README; the paper's is 30
         settings = dict(sgd=True, lr=10.0, weight_decay=1e-4, batch_size=128, epochs=60,
                         milestones=(30, 40, 50))
-    return linear_probe(lambda: extract(method, images, crop_and_flip), labels, test, test_labels,
+    return linear_probe(lambda: extract(method, images, crop_and_flip), labels, z_test, test_labels,
                         **settings)
 
 def evaluate(method, data, config):
@@ -1118,21 +1118,21 @@ def evaluate(method, data, config):
         "knn_protocol": f"k {min(200, len(labels))}, temperature 0.5",
         "linear_protocol": "3 probes on fresh crops and flips; before training and if quick, "
                            "on fixed features"}
-    bank, test = extract(untrained, images), extract(untrained, test_images)
-    results["random_init_knn_top1"] = knn_accuracy(bank, labels, test, test_labels)
-    results["random_init_linear_top1"], _ = linear_probe(lambda: bank, labels, test, test_labels)
-    bank, test = extract(method, images), extract(method, test_images)
-    results["knn_top1"] = knn_accuracy(bank, labels, test, test_labels)
-    draw_neighbours(Path(config.out) / "neighbours.png", data, bank, test)
-    results["linear_top1"], results["linear_top1_std"] = probe(method, data, config, bank, test)
+    z, z_test = extract(untrained, images), extract(untrained, test_images)
+    results["random_init_knn_top1"] = knn_accuracy(z, labels, z_test, test_labels)
+    results["random_init_linear_top1"], _ = linear_probe(lambda: z, labels, z_test, test_labels)
+    z, z_test = extract(method, images), extract(method, test_images)
+    results["knn_top1"] = knn_accuracy(z, labels, z_test, test_labels)
+    draw_neighbours(Path(config.out) / "neighbours.png", data, z, z_test)
+    results["linear_top1"], results["linear_top1_std"] = probe(method, data, config, z, z_test)
     return results
 
-def draw_neighbours(path, data, bank, test):
+def draw_neighbours(path, data, z, z_test):
     """Eight test images, each with its eight nearest training images, green if of its class."""
     _, (images, labels), (test_images, test_labels) = data
     tiles = []
-    for query in random_rows(len(test), 8).tolist():
-        nearest = (bank @ test[query] / bank.norm(dim=1)).topk(min(8, len(bank))).indices
+    for query in random_rows(len(z_test), 8).tolist():
+        nearest = (z @ z_test[query] / z.norm(dim=1)).topk(min(8, len(z))).indices
         tiles.append(frame(test_images[query], "gray"))
         for row in nearest.tolist():
             same = labels[row] == test_labels[query]
@@ -1203,10 +1203,10 @@ def main(argv=None):
     try:
         device = start(config)
         if RANK > 0:
-            dist.barrier()  # waits until the first process has the data
+            dist.barrier()  # the first process loads first, as it may have to download
         data = load_data(config, device)
         if WORLD > 1 and RANK == 0:
-            dist.barrier()  # now the others load them, too
+            dist.barrier()  # lets the others load
         Path(config.out).mkdir(parents=True, exist_ok=True)
         method, log = train(config, data, device)
         if WORLD > 1:
@@ -1229,8 +1229,8 @@ def finish(method, data, config, log):
     out = Path(config.out)
     if not (out / "results.json").exists():
         results = log[0] | log[-1] | {"epochs": config.epochs, "seed": config.seed}
-        images = config.epochs * (len(data[0][1]) // config.batch_size) * config.batch_size
-        results["images_per_second"] = images / results["train_seconds"]
+        seen = config.epochs * (len(data[0][1]) // config.batch_size) * config.batch_size
+        results["images_per_second"] = seen / results["train_seconds"]
         results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30  # of the GPU
         if data[2]:
             results.update(evaluate(method, data, config))

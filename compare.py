@@ -1,15 +1,14 @@
 """What encoders know, side by side: finished runs of the six scripts, measured by one protocol.
 
 Usage
-  python compare.py runs/A runs/B ...     runs on images: one dataset, one size of the images
-  python compare.py RUN                   one run of photonics_reg.py: draws predicted spectra; one
-                                          of care.py on clouds: draws paths of turned clouds
+  python compare.py runs/A runs/B ...   runs on images: one dataset, one size of the images
+  python compare.py RUN                 a run of photonics_reg.py: pictures of predicted spectra
+  python compare.py RUN                 a run of care.py on clouds: geometry, paths of turned clouds
 
 Writes a table (compare.md), all numbers (compare.json) and pictures to the folder --out. Runs that
 differ in their seed alone are one row: mean±standard deviation. Each network is also measured
 untrained. The protocol, in float32 (TF32 on a GPU): up to 10,000 training images to learn from and
-5,000 test images to score, always the same ones, as the evaluation of the first run's script sees
-them.
+5,000 test images to score, always the same ones, cropped and resized as by the first run's script.
 
 accuracy    of the features, in percent: kNN (k 200, temperature 0.1), and a linear probe on
             standardised features (50 epochs, mean of 5), whose learning rate is the best of 0.01,
@@ -21,17 +20,17 @@ R^2         of the parameters of a transformation T, read from pairs of features
             R^2 = 1 - sum of squared errors / sum of squares about the mean of the test images, for
             each parameter, then their mean (facebookresearch/SIE pools the parameters). Two
             readouts: ridge regression (penalty 1 to 10^4), and an MLP (one hidden layer of 512,
-            AdamW 1e-3, weight decay 0.01, batch 256, at most 40 epochs). The held-out fifth chooses
+            AdamW 1e-3, weight decay 0.01, batch 256, 40 epochs). The held-out fifth chooses
             the penalty, the MLP's epoch, and which of the two is shown. compare.json has both.
-geometry    of the projector's outputs (homomorphic.py: of the features) at unit length, under 10
-            augmentations (SimCLR's crop, flip, colours), each the same for all of 2,000 test
-            images. Wahba: the rotation (in SO, or with reflections in O) is fitted on half of them;
-            its root mean square error on the others; undefined if there are more dimensions D than
-            images to fit, as with projectors 2,048 wide. gamma_f of CARE, of 1,000 images: 0 for
-            rotations. moved: mean distance of an image's embeddings before and after. overlap:
+geometry    of the projector's outputs (homomorphic.py: of the features) at unit length, before and
+            after 10 augmentations (SimCLR's crop, flip, colours), each the same for all of 2,000
+            test images. Wahba: a rotation (SO), or one with reflections (O), is fitted to half of
+            the images; shown is its root mean square error on the other half, or "-" if that half
+            has fewer images than an embedding has numbers (D). gamma_f of CARE, of 1,000 images: 0
+            for rotations. moved: mean distance of an image's embeddings before and after. overlap:
             percent of the five nearest training images that stay when the hue of a test image is
-            shifted, for 200 of them. Wahba's error is a root mean square, moved a plain mean.
-layers      of homomorphic.py: relative error of act(f(x), g) as f(T_g x); then that of f(x) itself.
+            shifted, for 200 of them.
+layers      of homomorphic.py: relative error of act(f(x), g) against f(T_g x); in brackets f(x)'s.
 Do not rank features of different width by R^2, nor embeddings of different width D by geometry.
 """
 import json
@@ -250,14 +249,14 @@ def read_by_ridge(x, t, queries):
     """
     x, t, queries = x.double(), t.double(), queries.double()
     held = len(x) // 5
-    ridge = torch.eye(x.shape[1]).to(x)
+    identity = torch.eye(x.shape[1]).to(x)
     gram, product = x[held:].T @ x[held:], x[held:].T @ t[held:]
     errors = {}  # of each penalty, on the held-out fifth
     for penalty in (1, 10, 100, 1000, 10_000):
-        weights = torch.linalg.solve(gram + penalty * ridge, product)  # (D, P)
+        weights = torch.linalg.solve(gram + penalty * identity, product)  # (D, P)
         errors[penalty] = F.mse_loss(x[:held] @ weights, t[:held]).item()
     best = min(errors, key=errors.get)
-    weights = torch.linalg.solve(x.T @ x + best * ridge, x.T @ t)
+    weights = torch.linalg.solve(x.T @ x + best * identity, x.T @ t)
     return errors[best], queries @ weights
 
 def read_by_mlp(x, t, queries):
@@ -297,9 +296,9 @@ def what_is_known(name, method, features, data):
     t = standardised(parameters, n)
     ridge_error, by_ridge = read_by_ridge(pairs[:n], t[:n], pairs[n:])
     mlp_error, by_mlp = read_by_mlp(pairs[:n], t[:n], pairs[n:])
-    known = {"ridge": r2_score(by_ridge, t[n:]), "mlp": r2_score(by_mlp, t[n:])}
-    known["best"] = known["ridge"] if ridge_error < mlp_error else known["mlp"]
-    return known
+    scores = {"ridge": r2_score(by_ridge, t[n:]), "mlp": r2_score(by_mlp, t[n:])}
+    scores["best"] = scores["ridge"] if ridge_error < mlp_error else scores["mlp"]
+    return scores
 
 # %% GEOMETRY --------------------------------------------------------------------------------------
 def wahba_rotation(f, f_a, reflections=False):
@@ -308,7 +307,7 @@ def wahba_rotation(f, f_a, reflections=False):
     Section 4 of CARE, by the singular value decomposition; with reflections, R in O(D).
     """
     u, _, vt = torch.linalg.svd(f_a.double().T @ f.double())
-    if not reflections:
+    if not reflections:  # R must have determinant 1: if not, the weakest direction is flipped
         u[:, -1] *= torch.det(u @ vt).sign()
     return u @ vt
 
@@ -340,15 +339,15 @@ def relative_equivariance(f, f_a):
     pairs = both >= 1e-12
     return (change[pairs].square() / both[pairs]).mean().item()
 
-def augmented(x, share=1):
-    """Images in [0, 1] under the augmentation of SimCLR, `share` consecutive ones alike."""
-    views = augment(x.expand(-1, 3, -1, -1), x.shape[3], share=share)
+def augmented(x, alike=1):
+    """Images in [0, 1] augmented as by SimCLR, `alike` consecutive ones in the same way."""
+    views = augment(x.expand(-1, 3, -1, -1), x.shape[3], alike=alike)
     return views[:, :x.shape[1]]  # gray images stay gray
 
 def geometry(method, images, augmentation):
     """What augmentations, each applied to all images alike, do to embeddings: means over draws.
 
-    augmentation(x, share) augments images or clouds, `share` consecutive ones alike.
+    augmentation(x, alike) augments images or clouds, `alike` consecutive ones in the same way.
     """
     z, draws = embed(method, images), []
     for seed in with_progress(range(AUGMENTATIONS), AUGMENTATIONS, "geometry: augmentation"):
@@ -402,7 +401,7 @@ def layer_errors(method, images):
         elements = [(1, 1)]
     elif group == "translation":
         pixels = torch.full((len(x), 2), math.prod(strides), device=x.device)
-        elements = [(pixels, pixels)]
+        elements = [(pixels, None)]  # g for act is the layer's: see below
     else:
         elements = [(SCALES[i + 1] / SCALES[i], (i, i + 1)) for i in range(len(SCALES) - 1)]
     errors, unmoved = torch.zeros(len(layers)), torch.zeros(len(layers))
@@ -413,14 +412,13 @@ def layer_errors(method, images):
             maps = layer(maps)
             # f(x) and f(T_g x), (N, C, L, H, W) each, with L planes
             z, z_g = maps.reshape(2, len(x), -1, PLANES[group], *maps.shape[-2:])
-            if group == "rotation":
-                moved = act(z, g, group)
-            else:
-                if group == "translation":  # in places of the map, each of many pixels
-                    g = pixels // math.prod(strides[:depth + 1])
-                moved, known = act(z, g, group)
+            if group == "translation":  # in places of the map, each of many pixels
+                g = g_x // math.prod(strides[:depth + 1])
+            moved = act(z, g, group)
+            if group != "rotation":
+                moved, mask = moved  # the mask: where moved comes from z
                 rows, columns = [slice(side // 4, side - side // 4) for side in z.shape[3:]]
-                z, z_g, moved = [(y * known)[..., rows, columns] for y in (z, z_g, moved)]
+                z, z_g, moved = [(y * mask)[..., rows, columns] for y in (z, z_g, moved)]
             errors[depth] += ((moved - z_g).norm() / z_g.norm()).item()
             unmoved[depth] += ((z - z_g).norm() / z_g.norm()).item()
     return (errors / len(elements)).tolist(), (unmoved / len(elements)).tolist()
@@ -432,7 +430,7 @@ def turned_paths(method, cloud):
     """
     angle = torch.linspace(0, math.tau, 101, device=cloud.device)[:, None, None]
     axes = torch.eye(3, device=cloud.device)
-    # spins[i] is the matrix of the cross product with axis i; exp(angle spins[i]) turns about it
+    # spins[i] @ v is the cross product of axis i and v; exp(angle spins[i]) turns about axis i
     spins = torch.linalg.cross(axes[None], axes[:, None])  # (3, 3, 3)
     turns = torch.matrix_exp(angle * spins[:, None]).flatten(0, 1)  # (303, 3, 3)
     z = embed(method, care.rotate(cloud.expand(303, -1, -1), turns))
@@ -442,16 +440,14 @@ def turned_paths(method, cloud):
 
 # %% TABLE -----------------------------------------------------------------------------------------
 def over_seeds(values):
-    """Results of one form as a single one, with pairs (mean, standard deviation) for numbers."""
+    """Several results, nested alike, as one: each number becomes (mean, standard deviation)."""
     first = values[0]
     if isinstance(first, dict):
         return {key: over_seeds([value[key] for value in values]) for key in first}
     if isinstance(first, list):
         return [over_seeds(column) for column in zip(*values)]
-    if isinstance(first, str) and len(values) == 1:
+    if isinstance(first, str):  # a name, which compare_images replaces
         return first
-    if isinstance(first, str):  # names of runs that differ in their seed: what they share
-        return re.sub("-?seed=?[0-9]+", "", first)
     numbers = torch.tensor(values, dtype=torch.float64)
     return numbers.mean().item(), numbers.std(correction=0).item()
 
@@ -460,16 +456,27 @@ def number(pair, digits=2):
     mean, std = pair
     if math.isnan(mean):
         return "-"
+    # z in the format: 0.00, never -0.00
     return f"{mean:z.{digits}f}" + (f"±{std:.{digits}f}" if std > 0 else "")
 
-def short_names(rows):
-    """The names of rows without the words that all of them have."""
-    words = [row["name"].split("-") for row in rows]
+def row_names(groups):
+    """A name for each group of runs: that of its first run, without the seed if there are several.
+
+    Words that all names have are left out. If two names would be alike, the runs' names stay.
+    """
+    words = []
+    for group in groups:
+        name = group[0].name
+        if len(group) > 1:
+            name = re.sub("-?seed=?[0-9]+", "", name)
+        words.append([word for word in name.split("-") if word])
     shared = set(words[0]).intersection(*words)
     names = []
     for parts in words:
         own = [word for word in parts if word not in shared]
         names.append("-".join(own or parts))
+    if "" in names or len(set(names)) < len(names):
+        return [group[0].name for group in groups]
     return names
 
 def markdown(heads, lines):
@@ -484,12 +491,12 @@ COLUMNS = [("kNN", "knn", 1), ("linear", "linear", 1), ("Wahba SO", "wahba_so", 
 
 def tables(rows):
     """Text of all that is shown of rows, as over_seeds returns them."""
-    accuracies, known, layers = [], [], []
-    for name, row in zip(short_names(rows), rows):
-        numbers = row | row["geometry"]
+    accuracies, readouts, layers = [], [], []
+    for row in rows:
+        name, numbers = row["name"], row | row["geometry"]
         accuracies.append([name] + [number(numbers[key], digits) for _, key, digits in COLUMNS])
         best = [number(r2["best"]) for r2 in row["r2"].values()]
-        known.append([name, *best, number(row["r2"]["rotation"]["ridge"])])
+        readouts.append([name, *best, number(row["r2"]["rotation"]["ridge"])])
         if "layers" in row:
             pairs = zip(row["layers"], row["layers_unmoved"])  # [0]: the mean over seeds
             errors = [f"{error[0]:.2g} ({unmoved[0]:.2g})" for error, unmoved in pairs]
@@ -498,24 +505,24 @@ def tables(rows):
     blocks = ["Accuracy in percent, and geometry:",
               markdown(["", *(head for head, _, _ in COLUMNS)], accuracies),
               "R^2 of the parameters of each transformation:",
-              markdown(["", *rows[0]["r2"], "rotation, linear"], known)]
+              markdown(["", *rows[0]["r2"], "rotation, linear"], readouts)]
     return "\n\n".join(blocks + layers) + "\n"
 
 # %% PICTURES --------------------------------------------------------------------------------------
 def draw_r2(path, names, rows, untrained):
     """R^2 of every method (row) and transformation, coloured by how training changed it."""
     def means(row):
-        return [r2["best"][0] for r2 in row["r2"].values()]  # [0]: the mean over seeds
+        return [scores["best"][0] for scores in row["r2"].values()]  # [0]: the mean over seeds
 
-    known = torch.tensor([means(row) for row in rows])
-    gained = known - torch.tensor([means(row) for row in untrained])
+    r2 = torch.tensor([means(row) for row in rows])
+    gained = r2 - torch.tensor([means(row) for row in untrained])
     figure, axis = pyplot.subplots(figsize=(10, 2.5 + 0.6 * len(rows)))
     image = axis.imshow(gained.numpy(), cmap="PuOr", vmin=-0.6, vmax=0.6, aspect="auto")
     for i in range(len(rows)):
         for j, gain in enumerate(gained[i]):
-            axis.text(j, i, f"{known[i, j]:z.2f}\n({gain:+z.2f})", ha="center", va="center",
+            axis.text(j, i, f"{r2[i, j]:z.2f}\n({gain:+z.2f})", ha="center", va="center",
                       color="white" if abs(gain) > 0.4 else "black")
-    axis.set_xticks(range(len(known[0])), rows[0]["r2"], fontsize=10)
+    axis.set_xticks(range(len(r2[0])), rows[0]["r2"], fontsize=10)
     axis.set_yticks(range(len(rows)), names, fontsize=10)
     axis.set_title("R^2 of the parameters of each transformation, read from features\n"
                    "(in brackets and as colour: the change by training)", fontsize=12)
@@ -529,13 +536,13 @@ def histogram(cosines):
     return middles.tolist(), (100 * counts / len(cosines)).tolist()
 
 def draw_lines(path, groups, horizontal, vertical, aspect="auto"):
-    """Lines in groups, {name: [(x, y), ...]}, each name in its own style; titles of the axes."""
+    """Draws {name: lines}, each name in its own style. A line is (xs, ys), two lists of numbers."""
     figure, axis = pyplot.subplots(figsize=(8, 5))
     for i, (name, lines) in enumerate(groups.items()):
         style = f"C{i % 10}" + ("-", "--", ":", "-.")[i % 4]  # dashes: to be told without colours
         axis.plot([], [], style, label=name)  # for the legend, once
-        for x, y in lines:
-            axis.plot(x, y, style)
+        for xs, ys in lines:
+            axis.plot(xs, ys, style)
     axis.set(xlabel=horizontal, ylabel=vertical, aspect=aspect)
     axis.legend(fontsize=10)
     figure.savefig(path)
@@ -561,7 +568,7 @@ def draw_spectra(path, run, device):
     cells, labels = photonics_reg.labelled_cells(run.config, 4, seed=2, device=device)  # to test on
     predicted = photonics_reg.predict(run.method, cells)
     figure, axes = pyplot.subplots(4, 2, figsize=(8, 10), width_ratios=(1, 3))
-    x = [i * photonics_reg.STEP for i in range(photonics_reg.POINTS)]
+    x = [i * photonics_reg.X_STEP for i in range(photonics_reg.POINTS)]
     for (left, right), cell, true, guess in zip(axes, cells, labels, predicted):
         left.imshow(cell.T.tolist(), cmap="gray_r", origin="lower")
         left.set_title(f"permittivity\n{cell.min():.1f} and {cell.max():.1f}", fontsize=10)
@@ -623,13 +630,13 @@ def compare_images(runs, device, out):
     print(f"runs: {len(runs)}. Images to learn from: {len(fit)}, to test: {len(score)}", flush=True)
     groups = group_seeds(runs)
     measure_all(runs, data)
-    trained = [over_seeds([run.row for run in group]) for group in groups]
-    untrained = [over_seeds([run.untrained_row for run in group]) for group in groups]
-    rows, shown = list(trained), set()
-    for row, before in zip(trained, untrained):
-        if str(before) not in shown:  # what was measured once, for several runs, is shown once
-            shown.add(str(before))
-            rows.append(before | {"name": f"untrained, as {row['name']}"})
+    names, trained, untrained, once = row_names(groups), [], [], {}
+    for name, group in zip(names, groups):
+        trained.append(over_seeds([run.row for run in group]) | {"name": name})
+        untrained.append(over_seeds([run.untrained_row for run in group]))
+        # what was measured once, for several runs, is shown once
+        once.setdefault(str(untrained[-1]), untrained[-1] | {"name": f"untrained, as {name}"})
+    rows = trained + list(once.values())
     text = tables(rows)
     write(out / "compare.md", f"{text}\n{__doc__}")
     numbers = {"protocol": __doc__, "fit": len(fit), "score": len(score), "device": str(device),
@@ -638,7 +645,6 @@ def compare_images(runs, device, out):
                "runs": {run.name: [run.row, run.untrained_row] for run in runs}}
     write(out / "compare.json", json.dumps(numbers, indent=1).replace("NaN", "null"))
 
-    names = short_names(rows)[:len(trained)]  # as in the tables
     draw_r2(out / "r2.png", names, trained, untrained)
     draw_pictures(out, names, groups, fit, score)
     print(f"{text}\n{out} has compare.md, compare.json and pictures")
@@ -649,10 +655,9 @@ def draw_pictures(out, names, groups, fit, score):
     for name, group in zip(names, groups):
         curves[name] = []
         for run in group:
-            log = [line for line in run.log if "knn_top1" in line]
-            if log:  # the script logged kNN
-                epochs = [line["epoch"] for line in log]
-                curves[name].append((epochs, [line["knn_top1"] for line in log]))
+            points = [(line["epoch"], line["knn_top1"]) for line in run.log if "knn_top1" in line]
+            if points:  # the script logged kNN
+                curves[name].append(list(zip(*points)))
         cosines[name] = [histogram(positive_cosines(group[0].method, score[:MOVED]))]
     if any(curves.values()):
         draw_lines(out / "curves.png", curves, "epoch", "kNN accuracy by the script, percent")
@@ -692,6 +697,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out = Path(args.out).expanduser()
     try:
+        # start reads and completes these two settings only
         device = start(simclr_essl.Config(device=args.device, precision="fp32"))
         runs = [load_run(folder, args.data_root, device) for folder in args.runs]
         check_alike(runs)

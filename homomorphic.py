@@ -6,11 +6,11 @@ the authors published no code.
 
 Contrastive learning compares two transformed copies T_g1 x and T_g2 x of an image x. The usual way,
 A-SSL, computes the features of both. But if the encoder f is equivariant, f(T_g x) = Gamma_g f(x),
-then a transformation only moves the features, and f(x) contains those of all transformed copies. So
-H-SSL computes f(x), in one forward pass instead of two, and compares two parts of it.
+then a transformation only moves the features: those of T_g x at g0 are those of x at g^-1 g0. So
+H-SSL computes f(x) alone, in one forward pass instead of two, and compares two parts of it.
 
-z = f(x) has C channels in L planes of H x W places: (C, L, H, W). A fiber z(g) is the vector of the
-C channels at one element g of the group: for translation (L = 1) at one place; for rotation and
+z = f(x) has C channels in L planes of H' x W' places: (C, L, H', W'). A fiber z(g) is the vector of
+the C channels at one element g of the group: for translation (L = 1) at one place; for rotation and
 scale in one plane, averaged over its places. Algorithm for N images, head h and temperature tau:
   1. A-SSL: draw two transformations g1, g2 and one fiber g0 for each image;
      v1 = h(f(T_g1 x)(g0)) and v2 = h(f(T_g2 x)(g0));
@@ -29,10 +29,11 @@ Usage
 
 Differences from the paper that change numbers, and choices of ours (more: results/README.md):
   - For rotation, images get a black row and column: a stride of 2 on maps of even size would break
-    the equivariance. With matching draws H-SSL and A-SSL then have the same loss, up to rounding,
-    if --base-size is 1. Longer runs of planes cannot all match: none goes on from last to first.
+    the equivariance. With matching draws H-SSL and A-SSL then have the same loss, up to rounding
+    (not for every draw if --base-size is more than 1, since planes do not wrap around).
   - Ours: orientations do not mix; the rate ignores the batch size; LARS's momentum 0.9 and factor
-    0.001; A-SSL's classifier sees x itself, in a third pass; MNIST's has stride 1 (paper: 2).
+    0.001; A-SSL's classifier sees x itself, in a third pass; that of --arch mnist has stride 1
+    (paper: 2).
   - On a GPU the encoder runs in bfloat16, the rest in TF32. The paper trains in half precision.
 """
 import io
@@ -62,12 +63,12 @@ from torchvision.utils import save_image
 
 SCRIPT = "homomorphic"
 WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes; torchrun sets it
-RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # of this process among all
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0  # among those of its machine
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # number of this process, from 0
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0  # the same, on its machine
 
 # %% CONFIG ----------------------------------------------------------------------------------------
 def option(default, explanation, choices=""):
-    """A field of Config; its metadata are argparse's arguments for its flag."""
+    """A field of Config; parse_args passes its metadata to add_argument."""
     if default is False:
         flag = {"action": "store_true", "help": explanation}
     else:
@@ -106,7 +107,7 @@ class Config:
     optimizer: str = option("lars", "optimizer", "lars sgd")
     lr: float = option(0.1, "peak learning rate, whatever the batch size")
     final_lr: float = option(0.0, "learning rate at the end, as a share of the peak")
-    warmup_epochs: int = option(10, "epochs of linear warm-up (not given: at most epochs / 4)")
+    warmup_epochs: int = option(10, "epochs of linear warm-up, at most epochs / 4 unless given")
     weight_decay: float = option(1e-4, "weight decay")
     seed: int = option(0, "random seed of the weights, the batches and the draws")
     knn_every: int = option(10, "epochs between kNN evaluations (0: only at the end)")
@@ -126,6 +127,7 @@ PRESETS = {  # what datasets change
     "patterns": dict(arch="small", size=32, epochs=50, batch_size=512, optimizer="sgd",
                      warmup_epochs=3),  # ours
 }
+# --quick --dataset cifar10 has these settings, too: hence the limit
 QUICK = PRESETS["patterns"] | dict(dataset="patterns", epochs=8, knn_every=2, limit=4000)
 # what may change when a run is continued
 FREE = ("data_root", "out", "device", "compile", "save_every", "knn_every")
@@ -157,51 +159,23 @@ def nce_loss(v1, v2, temperature):
     log_sum1, log_sum2 = negatives.logsumexp(1).chunk(2)  # (N,) each: of the rows of v1, of v2
     return (torch.logaddexp(log_sum1, log_sum2) - positive).mean()
 
-def act(z, g, group):
-    """Gamma_g z: what f(T_g x) is for features z = f(x), (B, C, L, H, W), if f is equivariant.
-
-    The loss does not call it: H-SSL reads another part of z instead of moving z. compare.py and the
-    tests measure with it how equivariant an encoder is. Rotation returns the moved features alone,
-    translation and scale also a mask of the same shape: True where z determines them.
-
-    rotation: g counts quarter turns, an int or (B,); plane l, turned, becomes plane (l + g) % 4.
-    translation: g (B, 2) counts places down and right, each prod(encoder.strides) pixels of x.
-    scale: g = (i, j); T_g magnifies by SCALES[j] / SCALES[i]; plane i, magnified, becomes plane j.
-    """
-    if group == "rotation":
-        versions = torch.stack([z.rot90(k, (3, 4)).roll(k, 2) for k in range(4)])
-        return versions[g % 4, torch.arange(len(z), device=z.device)]  # version g[n] of image n
-    if group == "translation":
-        maps = z.flatten(1, 2)  # (B, C L, H, W)
-        moved = transform(maps, g, group)
-        known = transform(torch.ones_like(maps), g, group) > 0
-        return moved.view_as(z), known.view_as(z)
-    i, j = g
-    factor = SCALES[j] / SCALES[i]
-    moved, known = torch.zeros_like(z), torch.zeros_like(z)
-    moved[:, :, j] = transform(z[:, :, i], factor, group)
-    known[:, :, j] = transform(torch.ones_like(z[:, :, i]), factor, group)
-    return moved, known > 0.999  # False at the border, where values are partly from outside
-
 class Method(nn.Module):
-    """H-SSL, A-SSL or a baseline: images and labels (N,) to the loss and terms for the log.
+    """H-SSL, A-SSL or a baseline. forward returns the loss and terms for the log.
 
-    Images are uint8 (N, I, H, W) with I = 1 or 3 channels. Only the classifier needs the labels.
+    Images are uint8 (N, I, H, W) with I = 1 or 3 channels. Labels (N,) are for the classifier only.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        mean, std = MEAN_STD[config.dataset]  # not learned, so not saved
+        mean, std = MEAN_STD[config.dataset]  # constants, so not saved
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.encoder = GroupEncoder(config.group, len(mean), config.arch, config.width,
                                     config.structure, config.size)
         self.shape = self.feature_shape()  # L, H', W'
-        # side of the kernel of MNIST's classifier: 7, or the largest odd one that fits smaller maps
-        side = min(7, *self.shape[1:])
-        if side % 2 == 0:
-            side -= 1
+        # side of the kernel of MNIST's classifier: odd, at most 7, and not larger than the maps
+        side = (min(7, *self.shape[1:]) - 1) // 2 * 2 + 1
         self.classifier = Classifier(config, self.encoder.channels, side)
         self.h = None
         if config.ssl in ("homomorphic", "augmented"):
@@ -253,7 +227,8 @@ class Method(nn.Module):
         else:
             fibers = z.mean((3, 4))  # (N, C, L)
         rows = torch.arange(len(z), device=z.device)
-        parts = [fibers[rows, :, g + i] for i in range(self.config.base_size)]  # (N, C) each
+        # (N, C) each: row n of part i is fibers[n, :, g[n] + i]
+        parts = [fibers[rows, :, g + i] for i in range(self.config.base_size)]
         return torch.cat(parts, dim=1)
 
     def draw_fibers(self, n):
@@ -284,8 +259,8 @@ class Method(nn.Module):
     def views(self, images):
         """T_g1 x and T_g2 x in [0, 1], (N, I, H, W) each; x alone for frozen and supervised.
 
-        A-SSL compares the features of these. H-SSL needs them for views.png alone: it transforms x
-        so that, if f is equivariant, a drawn fiber comes to the central place or the first plane.
+        A-SSL compares the features of these. H-SSL does not train on them: views.png shows with
+        them what two drawn fibers stand for.
         """
         x, group = self.canvas(TF.convert_image_dtype(images)), self.config.group
         if self.config.ssl == "augmented":
@@ -297,7 +272,10 @@ class Method(nn.Module):
         return [transform(x, g1, group), transform(x, g2, group)]
 
     def to_center(self, g):
-        """The transformation that moves fiber g (N,) to the central place or the first plane."""
+        """The transformation that moves fiber g (N,) to the central place or the first plane.
+
+        So its features are those that an equivariant f has there for the transformed image.
+        """
         if self.config.group == "rotation":
             return -g
         if self.config.group == "scale":
@@ -315,20 +293,21 @@ class Method(nn.Module):
         return self.f(self.canvas(x)).mean((2, 3, 4))
 
 def fiber_pairs(config, shape):
-    """The pairs of fibers that may be drawn, their numbers (P, 2), for features of shape (L, H, W).
+    """Numbers (P, 2) of the pairs of fibers that may be drawn; the shape is that of features.
 
-    The two are at most --distance apart, or the same; each starts a run of --base-size in its row.
+    The two are at most --distance apart and may be the same. From each on there must be --base-size
+    fibers in its row.
     """
     planes, height, width = shape
     if config.group != "translation":
         height, width = 1, planes  # the planes are one row
     places = torch.cartesian_prod(torch.arange(height), torch.arange(width))  # (row, column) each
-    fibers = (places[:, 1] + config.base_size <= width).nonzero().flatten()  # (E,): their numbers
-    starts = places[fibers].float()
-    distances = (starts[:, None] - starts).norm(dim=2)  # (E, E)
+    numbers = (places[:, 1] + config.base_size <= width).nonzero().flatten()  # (E,)
+    points = places[numbers].float()  # (E, 2)
+    distances = (points[:, None] - points).norm(dim=2)  # (E, E)
     largest = config.distance if config.distance > 0 else math.inf
-    pairs = fibers[(distances <= largest).nonzero()]  # (P, 2)
-    if len(pairs) <= len(fibers):  # only those of a fiber with itself
+    pairs = numbers[(distances <= largest).nonzero()]  # (P, 2)
+    if len(pairs) <= len(numbers):  # only those of a fiber with itself
         stop(f"--base-size and --distance leave no two different fibers of {height} x {width}: "
              "make --base-size smaller or --distance larger (0: any)")
     return pairs
@@ -339,6 +318,32 @@ def spread(z):
     1 if they are spread evenly over the sphere, 0 if they collapse.
     """
     return F.normalize(z.detach()).std(0).mean() * z.shape[1] ** 0.5
+
+def act(z, g, group):
+    """Gamma_g z, which equals f(T_g x) for z = f(x), (N, C, L, H', W'), if f is equivariant.
+
+    The loss does not use it: H-SSL reads another part of z instead of moving z. compare.py and the
+    tests measure with it how equivariant an encoder is. Translation and scale also return a mask of
+    the same shape: True where the result comes from z, False where it would come from outside.
+
+    rotation: g counts quarter turns, an int or (N,); plane l, turned, becomes plane (l + g) % 4.
+    translation: g (N, 2) counts places down and right, each prod(encoder.strides) pixels of x.
+    scale: g = (i, j); T_g magnifies by SCALES[j] / SCALES[i]; plane i, magnified, becomes plane j.
+    """
+    if group == "rotation":
+        versions = torch.stack([z.rot90(k, (3, 4)).roll(k, 2) for k in range(4)])
+        return versions[g % 4, torch.arange(len(z), device=z.device)]  # version g[n] of image n
+    if group == "translation":
+        maps = z.flatten(1, 2)  # (N, C L, H', W')
+        moved = transform(maps, g, group)
+        known = transform(torch.ones_like(maps), g, group) > 0
+        return moved.view_as(z), known.view_as(z)
+    i, j = g
+    factor = SCALES[j] / SCALES[i]
+    moved, known = torch.zeros_like(z), torch.zeros_like(z)
+    moved[:, :, j] = transform(z[:, :, i], factor, group)
+    known[:, :, j] = transform(torch.ones_like(z[:, :, i]), factor, group)
+    return moved, known > 0.999  # False at the border, where values are partly from outside
 
 # %% AUGMENT ---------------------------------------------------------------------------------------
 def transform(x, g, group):
@@ -351,9 +356,9 @@ def transform(x, g, group):
     if group == "rotation":
         versions = torch.stack([x.rot90(k, (2, 3)) for k in range(4)])  # (4, B, C, H, W)
         return versions[g % 4, torch.arange(n, device=x.device)]
-    # theta maps (right, down, 1) of a pixel of the result to the point of x that it shows. To move
-    # the image to the right, a pixel must show what lies to its left: hence the minus, and 1 / g
-    # for scale. Coordinates run from -1 to 1, so that a pixel is 2 / width wide.
+    # theta @ (column, row, 1) is the point of x that a pixel of the result shows. To move the image
+    # to the right, a pixel must show what lies to its left: hence the minus, and 1 / g for scale.
+    # Columns and rows run from -1 to 1, so that a pixel is 2 / width wide.
     theta = x.new_zeros(n, 2, 3)
     if group == "translation":
         mode = "nearest"
@@ -427,7 +432,7 @@ class GroupConv(nn.Module):
         # kernel[l, o, i] = sum over f of weight[o, i, f] * basis[l, f]
         kernel = torch.einsum("oif,lfyx->loiyx", self.weight, self.basis)
         kernel = kernel.flatten(0, 1)  # (L O, I, size, size)
-        if x.is_cuda:  # the order in memory that train gives x, too; slower on a CPU
+        if x.is_cuda:  # the order in memory that is fastest there; slower on a CPU
             kernel = kernel.contiguous(memory_format=torch.channels_last)
         groups = 1  # x is an image, which all kernels see
         if x.ndim == 5:  # x is planes: plane l meets the kernels of plane l alone
@@ -450,7 +455,7 @@ class Block(nn.Module):
         self.norm2 = norm(outputs)
         self.conv2 = conv(outputs, outputs, 7, 3, 1)
         self.stride = stride
-        self.widen = None  # the skip connection is the identity
+        self.widen = None  # then the skip connection is the identity
         if inputs != outputs or stride > 1:
             self.widen = nn.Linear(inputs, outputs, bias=False)  # a 1 x 1 convolution of each plane
 
@@ -458,14 +463,14 @@ class Block(nn.Module):
         y = F.relu(self.norm1(x))
         skip = x
         if self.widen is not None:
-            skip = y[..., ::self.stride, ::self.stride].movedim(1, -1)  # channels last, for Linear
+            skip = y[..., ::self.stride, ::self.stride].movedim(1, -1)  # (B, ..., channels)
             skip = self.widen(skip).movedim(-1, 1)
         return skip + self.conv2(F.relu(self.norm2(self.conv1(y))))
 
-# of every layer: channels, side of the kernel, orders of its basis, stride
+# each layer: channels, side of the kernels, orders of their basis, stride
 CONVOLUTIONS = {"mnist": [(32, 11, 11, 1), (64, 7, 3, 2), (128, 7, 3, 2)],
                 "small": [(16, 5, 3, 1), (32, 5, 3, 2), (64, 5, 3, 1)]}
-# channels of every stage of residual blocks, and the number of blocks in each
+# the channels of each stage of residual blocks, and the number of blocks in every stage
 STAGES = {"resnet20": ((128, 256, 512), 3), "tiny": ((64, 128, 256, 512), 2)}
 
 class GroupEncoder(nn.Module):
@@ -481,11 +486,11 @@ class GroupEncoder(nn.Module):
         super().__init__()
         self.group = group
         plain = structure == "none"
-        copies = PLANES[group] if plain else 1  # a plain convolution has the L planes as channels
+        planes = PLANES[group] if plain else 1  # a plain convolution has the L planes as channels
         norm = nn.BatchNorm2d if plain else nn.BatchNorm3d  # 3d: all planes share statistics
 
-        def scaled(channels):
-            return max(1, round(channels * width)) * copies
+        def wide(channels):
+            return max(1, round(channels * width)) * planes
 
         # side: of the kernel; orders: number of Hermite polynomials in each direction
         def conv(inputs, outputs, side, orders, stride):
@@ -498,31 +503,31 @@ class GroupEncoder(nn.Module):
                                  nn.ReLU())
 
         if plain and group == "translation":
-            last = scaled(128)  # channels of the last layer so far
+            last = wide(128)
             self.strides = [1]
-            widths = [in_channels * image_size**2, scaled(784), scaled(1024), 16 * last]
+            widths = [in_channels * image_size**2, wide(784), wide(1024), 16 * last]
             layers = [nn.Sequential(nn.Flatten(), *linear_layers(widths, bias=False),
                                     nn.Unflatten(1, (last, 1, 4, 4)))]
         elif arch in CONVOLUTIONS:
-            last = in_channels
+            last = in_channels  # of the last layer so far
             layers, self.strides = [], []
             for channels, side, orders, stride in CONVOLUTIONS[arch]:
-                layers.append(layer(last, scaled(channels), side, orders, stride))
-                last = scaled(channels)
+                layers.append(layer(last, wide(channels), side, orders, stride))
+                last = wide(channels)
                 self.strides.append(stride)
         else:
-            last = scaled(64)
-            layers = [conv(in_channels, scaled(9), 7, 7, 1), layer(scaled(9), last, 7, 3, 1)]
+            last = wide(64)
+            layers = [conv(in_channels, wide(9), 7, 7, 1), layer(wide(9), last, 7, 3, 1)]
             self.strides = [1, 1]
             stages, blocks = STAGES[arch]
             for channels in stages:
                 for block in range(blocks):
                     stride = 2 if block == 0 and channels != stages[0] else 1
-                    layers.append(Block(conv, norm, last, scaled(channels), stride))
-                    last = scaled(channels)
+                    layers.append(Block(conv, norm, last, wide(channels), stride))
+                    last = wide(channels)
                     self.strides.append(stride)
         self.layers = nn.Sequential(*layers)
-        self.channels = last // copies  # C
+        self.channels = last // planes  # C
 
     def forward(self, x):
         for layer, stride in zip(self.layers, self.strides):
@@ -550,10 +555,10 @@ def make_projector(config, channels):
     return nn.Sequential(*layers)
 
 class Classifier(nn.Module):
-    """Logits (N, classes) of features (N, C, L, H, W): the maximum over planes, and a linear layer.
+    """Logits (N, classes) of features (N, C, L, H', W').
 
-    For --arch mnist, one more convolution, with a kernel of side x side, and the mean over space
-    come before the maximum; for others, BatchNorm, ReLU and the mean over space come after it.
+    --arch mnist: convolution (side x side), mean over space, maximum over planes, linear layer.
+    Others: maximum over planes, BatchNorm, ReLU, mean over space, linear layer.
     """
 
     def __init__(self, config, channels, side):
@@ -667,7 +672,7 @@ def draw_patterns(n, seed):
 
     A class is a periodic pattern, a sum of waves, seen at a random zoom, tilt, place and light.
     """
-    # a wave (i, j) has i periods across the image and j down; of (i, j) and (-i, -j) one is enough
+    # a wave (i, j) has i periods across the image and j down; (-i, -j) would be the same wave
     waves = [(i, j) for i in range(-2, 3) for j in range(3) if j > 0 or i > 0]
     # a class is one random phase for every wave: (waves, classes)
     phases = math.tau * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
@@ -702,9 +707,9 @@ def gather(z):
     values = z.detach()
     parts = [torch.empty_like(z) for _ in range(WORLD)]
     dist.all_gather(parts, values)
-    # all_gather passes no gradient on, so this process's own part is put back. The gradient of the
-    # loss is the sum over the processes, but DistributedDataParallel averages: hence WORLD.
-    parts[RANK] = values + WORLD * (z - values)  # z - values is 0
+    # all_gather passes no gradient on. z - values is 0, but brings back this process's gradient,
+    # times WORLD, since DistributedDataParallel divides the sum over the processes by WORLD.
+    parts[RANK] = values + WORLD * (z - values)
     return torch.cat(parts)
 
 def learning_rate(step, total_steps, warmup_steps, peak, final=0.0):
@@ -796,12 +801,11 @@ def with_progress(items, total, name):
 
 def batches(images, labels, config, device, epoch):
     """Yields this process's images and labels of every batch of an epoch, in a random order."""
-    # The order of the images has one seed for all processes, the views have one for each. The hash
-    # of a tuple of integers is the same in every run.
+    # all processes draw the same order; the hash of a tuple of integers is the same in every run
     torch.manual_seed(hash((config.seed, epoch)))
     order = torch.randperm(len(images)).to(images.device)
     labels = labels[order.to(device)]  # all at once: in every step the CPU would wait for the GPU
-    torch.manual_seed(hash((config.seed, epoch, RANK)))
+    torch.manual_seed(hash((config.seed, epoch, RANK)))  # of the views, others in each process
     mine = config.batch_size // WORLD
     for step in range(len(images) // config.batch_size):
         first = step * config.batch_size + RANK * mine
@@ -854,7 +858,7 @@ def train(config, data, device):
         draw_views(out / "views.png", method, take(images, random_rows(len(images), 4), device))
     if config.compile and WORLD == 1:
         for network in method.children():
-            network.forward = torch.compile(network.forward, dynamic=False)
+            network.forward = torch.compile(network.forward, dynamic=False)  # keeps weights' names
     model = nn.parallel.DistributedDataParallel(method) if WORLD > 1 else method
     done, saved_at = log[-1]["epoch"], time.time()
     print(f"{out}: {done} of {config.epochs} epochs done", flush=True)
@@ -878,7 +882,7 @@ def train(config, data, device):
         lines = [json.dumps(line) + "\n" for line in log]
         (out / "metrics.jsonl").write_text("".join(lines))
         if epoch == config.epochs or time.time() - saved_at > 60 * config.save_every:
-            (out / "results.json").unlink(missing_ok=True)  # finish would take it for this run's
+            (out / "results.json").unlink(missing_ok=True)  # of a run whose checkpoint is gone
             write(out / "checkpoint.pt", {
                 "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
                 "method": method.state_dict(), "optimizer": optimizer.state_dict()})
@@ -942,7 +946,7 @@ def frame(image, color):
 def extract(method, images, view=None, rows=None):
     """Features (N, D) of images, or of some rows of them, in eval mode.
 
-    view maps images (n, C, H, W) in [0, 1] to what the encoder sees; else middle does.
+    view: a function of images (n, C, H, W) in [0, 1], whose result is encoded (default: middle).
     """
     if rows is None:
         rows = torch.arange(len(images))
@@ -952,7 +956,7 @@ def extract(method, images, view=None, rows=None):
         x = TF.convert_image_dtype(take(images, part, method.mean.device))  # uint8 to [0, 1]
         x = view(x) if view else middle(x, method.config)
         z = method.features(x)
-        if done == 0:  # room for all: a list of parts and their torch.cat would take it twice
+        if done == 0:  # torch.cat of a list of parts would take twice the memory
             features = z.new_empty(len(rows), z.shape[1])
         features[done:done + len(z)] = z
         done += len(z)
@@ -980,23 +984,24 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=200, temperature=0.
         right += (votes.argmax(1) == labels).sum().item()
     return 100 * right / len(queries)
 
-def linear_probe(draw_features, labels, test, test_labels, lr=30.0, final_lr=0.0, weight_decay=0.0,
-                 epochs=100, probes=5):
+def linear_probe(draw_features, labels, z_test, test_labels, lr=30.0, final_lr=0.0,
+                 weight_decay=0.0, epochs=100, probes=5):
     """Mean and standard deviation of the test accuracy, in percent, of linear classifiers.
 
     draw_features() gives the training features (N, D) of an epoch. The classifiers differ in their
     start and in the order of the images.
     """
-    n, classes = len(labels), int(labels.max()) + 1
-    heads = nn.ModuleList(nn.Linear(test.shape[1], classes) for _ in range(probes)).to(test.device)
+    n, classes, device = len(labels), int(labels.max()) + 1, labels.device
+    heads = nn.ModuleList(nn.Linear(z_test.shape[1], classes) for _ in range(probes)).to(device)
     optimizer = torch.optim.SGD(heads.parameters(), lr, momentum=0.9, weight_decay=weight_decay)
     steps = max(1, n // 256)  # an incomplete last batch is left out
     for epoch in with_progress(range(epochs), epochs, "linear probe: epoch"):
         features = draw_features()
-        shuffled = [torch.randperm(n, device=test.device).split(256) for _ in heads]
+        shuffled = [torch.randperm(n, device=device).split(256) for _ in heads]
         for step in range(steps):
             now = epoch * steps + step
-            optimizer.param_groups[0]["lr"] = learning_rate(now, epochs * steps, 0, lr, final_lr)
+            rate = learning_rate(now, epochs * steps, 0, lr, final_lr * lr)
+            optimizer.param_groups[0]["lr"] = rate
             loss = 0  # summed over the heads; each gets the gradient of its own term
             for head, parts in zip(heads, shuffled):
                 rows = parts[step]
@@ -1004,8 +1009,8 @@ def linear_probe(draw_features, labels, test, test_labels, lr=30.0, final_lr=0.0
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        del features  # of all of ImageNet 10 GB, before the next are made
-    correct = [(head(test).argmax(1) == test_labels).float().mean() for head in heads]
+        del features  # before the next are made: those of ImageNet take 10 GB
+    correct = [(head(z_test).argmax(1) == test_labels).float().mean() for head in heads]
     accuracies = 100 * torch.stack(correct)
     return accuracies.mean().item(), accuracies.std(correction=0).item()
 
@@ -1030,24 +1035,24 @@ def evaluate(method, data, config):
         "classifier_protocol": "trained beside the encoder (supervised: with it), last epoch"}
     torch.manual_seed(config.seed)  # as train does: the weights before training
     untrained = Method(config).to(method.mean.device, memory_format=torch.channels_last)
-    bank, test = extract(untrained, images), extract(untrained, test_images)
-    results["random_init_knn_top1"] = knn_accuracy(bank, labels, test, test_labels)
-    results["random_init_linear_top1"], _ = linear_probe(lambda: bank, labels, test, test_labels,
+    z, z_test = extract(untrained, images), extract(untrained, test_images)
+    results["random_init_knn_top1"] = knn_accuracy(z, labels, z_test, test_labels)
+    results["random_init_linear_top1"], _ = linear_probe(lambda: z, labels, z_test, test_labels,
                                                          lr=1.0)
-    bank, test = extract(method, images), extract(method, test_images)
-    results["knn_top1"] = knn_accuracy(bank, labels, test, test_labels)
-    draw_neighbours(Path(config.out) / "neighbours.png", data, bank, test)
+    z, z_test = extract(method, images), extract(method, test_images)
+    results["knn_top1"] = knn_accuracy(z, labels, z_test, test_labels)
+    draw_neighbours(Path(config.out) / "neighbours.png", data, z, z_test)
     results["linear_top1"], results["linear_top1_std"] = linear_probe(
-        lambda: bank, labels, test, test_labels, lr=1.0)
+        lambda: z, labels, z_test, test_labels, lr=1.0)
     results["classifier_top1"] = classifier_accuracy(method, test_images, test_labels)
     return results
 
-def draw_neighbours(path, data, bank, test):
+def draw_neighbours(path, data, z, z_test):
     """Eight test images, each with its eight nearest training images, green if of its class."""
     _, (images, labels), (test_images, test_labels) = data
     tiles = []
-    for query in random_rows(len(test), 8).tolist():
-        nearest = (bank @ test[query] / bank.norm(dim=1)).topk(min(8, len(bank))).indices
+    for query in random_rows(len(z_test), 8).tolist():
+        nearest = (z @ z_test[query] / z.norm(dim=1)).topk(min(8, len(z))).indices
         tiles.append(frame(test_images[query], "gray"))
         for row in nearest.tolist():
             same = labels[row] == test_labels[query]
@@ -1110,10 +1115,10 @@ def main(argv=None):
     try:
         device = start(config)
         if RANK > 0:
-            dist.barrier()  # waits until the first process has the data
+            dist.barrier()  # the first process loads first, as it may have to download
         data = load_data(config, device)
         if WORLD > 1 and RANK == 0:
-            dist.barrier()  # now the others load them, too
+            dist.barrier()  # lets the others load
         Path(config.out).mkdir(parents=True, exist_ok=True)
         method, log = train(config, data, device)
         if WORLD > 1:
@@ -1136,8 +1141,8 @@ def finish(method, data, config, log):
     out = Path(config.out)
     if not (out / "results.json").exists():
         results = log[0] | log[-1] | {"epochs": config.epochs, "seed": config.seed}
-        images = config.epochs * (len(data[0][1]) // config.batch_size) * config.batch_size
-        results["images_per_second"] = images / results["train_seconds"]
+        seen = config.epochs * (len(data[0][1]) // config.batch_size) * config.batch_size
+        results["images_per_second"] = seen / results["train_seconds"]
         results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30  # of the GPU
         if data[1]:
             results.update(evaluate(method, data, config))

@@ -16,7 +16,7 @@ Algorithm for a batch of N cells, encoder f, projector p1, predictor p2, regress
   2. v = every cell itself, not a view of it, in four versions: turned by 0, 90, 180 and 270 degrees
      (gpm), or shifted by half a cell along no axis, y, x and both (blob);
   3. loss_equivariance = cross-entropy of p2(f(v)) against the class of the version: for blob its
-     shift; for gpm whether 90 or 270 degrees turned the mirror axis (authors' code: the turn);
+     shift; for gpm whether the mirror axis was turned, by 90 or 270 degrees ([C]: which turn);
   4. step f, p1 and p2 on loss_invariance + alpha * loss_equivariance.
   5. Afterwards, with one view of every cell of a labelled batch: step f and h, or with --frozen h
      alone, on the mean squared difference between h(f(view)) + 2 pi x and the DOS. x is the
@@ -38,7 +38,7 @@ Differences from paper [P] and authors' code [C] that change numbers (more: resu
   - As in [C], the fine-tuning's loss is a squared error ([P], --absolute: an absolute one), and the
     test error leaves out x below 0.24 ([P]: nothing).
   - The error is the last epoch's ([C]: the lowest of all, from encoders of epochs 100 and 200).
-  - A split is a random 6/7 of one pool; the rest are validation cells, which [C] has not.
+  - A split trains on a random 6/7 of one pool and validates on the rest ([C]: no validation).
   - On a GPU the encoder runs in bfloat16 and matrix products in TF32.
 """
 import io
@@ -64,7 +64,7 @@ SCRIPT = "photonics_reg"
 
 # %% CONFIG ----------------------------------------------------------------------------------------
 def option(default, explanation, choices=""):
-    """A field of Config; its metadata are argparse's arguments for its flag."""
+    """A field of Config; parse_args passes its metadata to add_argument."""
     if default is False:
         flag = {"action": "store_true", "help": explanation}
     else:
@@ -117,7 +117,7 @@ QUICK = dict(mode="all", arch="small", epochs=10, batch_size=64, lr=0.01, tune_e
 FREE = ("data_root", "out", "device", "compile", "save_every", "eval_every")
 MODES = ("supervised", "simclr", "simclr+transform", "essl")
 SIDE = 32  # pixels of a cell's side
-POINTS, STEP = 400, 1.2 / 499  # labels: the DOS at x = 0, STEP, 2 STEP, ..., 399 STEP = 0.96
+POINTS, X_STEP = 400, 1.2 / 499  # labels: the DOS at x = 0, X_STEP, ..., 399 X_STEP, near 0.96
 
 def stop(message):
     """Ends the program with one line."""
@@ -139,7 +139,7 @@ def nt_xent(z1, z2, temperature):
 
 def empty_lattice(device):
     """The DOS (400,) of a homogeneous cell: 2 pi x, at the x of the labels."""
-    return 2 * math.pi * torch.arange(POINTS, device=device) * STEP
+    return 2 * math.pi * torch.arange(POINTS, device=device) * X_STEP
 
 class Method(nn.Module):
     """One stage: the pre-training (split 0), or the fine-tuning on labelled split 1, 2, ...
@@ -180,17 +180,18 @@ class Method(nn.Module):
             return loss_invariance, terms
 
         v, target = versions(cells, config.dataset)  # (4N, 32, 32), classes (4N,)
-        v_equivariance = p2(f(v))  # logits (4N, 2), or (4N, 4) for blob
-        loss_equivariance = F.cross_entropy(v_equivariance, target)
+        logits = p2(f(v))  # (4N, 2), or (4N, 4) for blob
+        loss_equivariance = F.cross_entropy(logits, target)
         terms["equivariance"] = loss_equivariance
-        terms["transform_top1"] = 100 * (v_equivariance.argmax(1) == target).float().mean()
+        terms["transform_top1"] = 100 * (logits.argmax(1) == target).float().mean()
         return loss_invariance + config.alpha * loss_equivariance, terms
 
     def fine_tune(self, cells, labels):
         """The loss of step 5 of the algorithm, and no terms."""
-        loss = F.l1_loss if self.config.absolute else F.mse_loss
-        view = random_views(cells, self.config)
-        return loss(self.predict_dos(view), labels), {}
+        prediction = self.predict_dos(random_views(cells, self.config))
+        if self.config.absolute:
+            return F.l1_loss(prediction, labels), {}
+        return F.mse_loss(prediction, labels), {}
 
     def views(self, cells):
         """Two random views of every cell."""
@@ -233,13 +234,11 @@ def draw_symmetries(n, kind, transformed, device):
     mirror = torch.randint(3, (n,), device=device)
     turn = torch.randint(4, (n,), device=device)
     shift = torch.randint(SIDE, (n, 2), device=device)
-    if kind == "blob":
+    if kind == "gpm":
+        turn = turn * transformed  # 0 unless transformed
+    else:
         half = SIDE // 2
-        shift = shift // half * half  # 0 or half a cell
-    if not transformed and kind == "gpm":
-        turn = torch.zeros_like(turn)
-    if not transformed and kind == "blob":
-        shift = torch.zeros_like(shift)
+        shift = shift // half * half * transformed  # 0 or half a cell; 0 unless transformed
     return mirror, turn, shift
 
 def apply_symmetries(cells, mirror, turn, shift):
@@ -252,7 +251,7 @@ def apply_symmetries(cells, mirror, turn, shift):
     cells = mirrored[mirror, i]  # (N, 32, 32): of cell i the version mirror[i]
     turned = torch.stack([cells.rot90(k, (1, 2)) for k in range(4)])  # (4, N, 32, 32)
     cells = turned[turn, i]
-    # pixel p of the shifted cell is pixel p - shift of the cell, which repeats after 32
+    # row p of a shifted cell is row p - shift of the cell, modulo 32; columns alike
     p = torch.arange(SIDE, device=cells.device)
     rows = (p - shift[:, :1]) % SIDE  # (N, 32)
     columns = (p - shift[:, 1:]) % SIDE
@@ -308,10 +307,10 @@ def make_regressor(widths):
 
 # %% DATA ------------------------------------------------------------------------------------------
 def load_data(config, device):
-    """A list: data[0] for the pre-training, data[s] for split s; each (training, validation, test).
+    """data[0] for the pre-training and data[s] for each split s: (training, validation, test).
 
-    Each of the three is a pair of cells (N, 32, 32) and labels (N, 400). The pre-training has zeros
-    (N,) for labels, and None to validate on.
+    Each of the three is a pair of cells (N, 32, 32) and labels (N, 400). The pre-training has no
+    cells to validate on (None), and zeros (N,) for labels, which it does not use.
     """
     unlabelled = draw_cells(config.dataset, config.unlabelled, seed=99).float().to(device)
     size = config.limit + config.limit // 6  # the pool: six parts to train on, one to validate on
@@ -334,8 +333,8 @@ def labelled_cells(config, n, seed, device):
     folder = Path(config.data_root) / "photonics"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{config.dataset}-centered-cutoff{config.cutoff}-seed{seed}.pt"
-    # kept labels are used only if these agree; the last stands for the first cell
-    made_by = [K_LINE, BANDS, WIDTH, STEP, round(cells[0].sum().item(), 3)]
+    # kept labels are used only if their settings and the sum of their first cell are the same
+    made_by = [K_LINE, BANDS, SMOOTHING, X_STEP, round(cells[0].sum().item(), 3)]
     if path.exists():
         try:
             kept = torch.load(path, weights_only=True)
@@ -356,7 +355,7 @@ def labelled_cells(config, n, seed, device):
         for first in with_progress(firsts, len(firsts), f"labels of seed {seed}: part"):
             solved = workers.map(solve, cells[first:first + block].split(1))
             labels = torch.cat([labels, *solved])
-            # another run may write the same labels now: each has a file of its own, then renames it
+            # another run may write these labels now, so each writes a file of its own
             own = path.with_name(f"{path.name}.{os.getpid()}")
             write(own, {"labels": labels, "made_by": made_by})
             os.replace(own, path)
@@ -374,10 +373,11 @@ def draw_cells(kind, n, seed):
     the same for every n.
     """
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.rand(n, 16, generator=generator, dtype=torch.float64)  # numbers that make a cell
-    # columns 14, 15: permittivities; 0 to 12: level_set (gpm), or 0 to 8: star (blob)
+    # of 16 numbers that are drawn for a cell the last two make its permittivities, the others its
+    # shape (not all are used)
+    drawn = torch.rand(n, 16, generator=generator, dtype=torch.float64)
     parts = []
-    for part in drawn.split(500):
+    for part in drawn.split(500):  # all cells at once would take much memory
         if kind == "gpm":
             inside = level_set(part)
         else:
@@ -400,13 +400,13 @@ def level_set(drawn):
     return fourier_sum(drawn, midpoints(3 * SIDE)) > torch.stack(levels)[:, None, None]
 
 def fourier_sum(drawn, line):
-    """Re sum_g c_g exp(2 pi i (g1 x + g2 y)) over g1, g2 = -1, 0, 1, at x and y of the line (X,).
+    """Re sum_g c_g exp(2 pi i (g1 x + g2 y)) over g1, g2 = -1, 0, 1, for all x and y of line (X,).
 
     c_g = r exp(i phi) is the same for g1 and -g1, hence the mirror x -> -x. Returns (n, X, X).
     """
-    r = drawn[:, :6].view(-1, 2, 3)  # of |g1| = 0, 1 and g2 = -1, 0, 1
+    r = drawn[:, :6].view(-1, 2, 3)  # indices: cell, |g1|, g2 + 1
     phi = 2 * math.pi * drawn[:, 6:12].view(-1, 2, 3)
-    c = torch.polar(r, phi)[:, [1, 0, 1]]  # of g1 and g2 = -1, 0, 1: (n, 3, 3)
+    c = torch.polar(r, phi)[:, [1, 0, 1]]  # (n, 3, 3); indices: cell, g1 + 1, g2 + 1
     g = torch.tensor([-1, 0, 1])[:, None]
     waves = torch.exp(2j * math.pi * (g * line))  # (3, X), along x as along y
     return torch.einsum("ngh,gx,hy->nxy", c, waves, waves).real
@@ -434,7 +434,7 @@ def star(drawn):
 # Lengths are in units of the cell's side a, wave vectors in 2 pi / a, frequencies in 2 pi c / a.
 K_LINE = 25  # wave vectors along each direction
 BANDS = 6  # per wave vector; in a hundred cells only the lowest four reached below x = 1
-WIDTH = 0.010  # standard deviation in x of the Gaussian that smooths the DOS
+SMOOTHING = 0.010  # standard deviation in x of the Gaussian that smooths the DOS
 
 def photonic_bands(eps, k, bands, cutoff=4):
     """The lowest frequencies (N, K, bands) of TM modes and group velocities (..., 2) in units of c.
@@ -444,16 +444,16 @@ def photonic_bands(eps, k, bands, cutoff=4):
     w if for every g
         |k + g|^2 E_g = w^2 sum_g' eps_(g - g') E_g',
     where eps_g are the Fourier coefficients of eps. The matrix eps_(g - g') is L L^+ (Cholesky; L^+
-    is the conjugate transpose). With A = L^-1, u = L^+ E and D = diag(|k + g|^2) this is the
-    Hermitian eigenvalue problem A D A^+ u = w^2 u, |u| = 1. By the Hellmann-Feynman theorem the
-    group velocity is dw/dk = sum_g (k + g) |E_g|^2 / w. All in float64.
+    is the conjugate transpose). With A = L^-1, D = diag(|k + g|^2) and E = A^+ u it becomes the
+    Hermitian eigenvalue problem A D A^+ u = w^2 u. With |u| = 1, which is E^+ L L^+ E = 1, the
+    group velocity is dw/dk = sum_g (k + g) |E_g|^2 / w (Hellmann-Feynman). All in float64.
     """
     n = eps.shape[-1]
     eps = eps.cpu().double()  # eigh of matrices larger than 32 is slow on GPUs
     line = torch.arange(-cutoff, cutoff + 1)
     g = torch.cartesian_prod(line, line)  # (M, 2): M = (2 cutoff + 1)^2 plane waves
-    coefficients = torch.fft.fft2(eps) / n**2  # the origin is pixel 0; another changes no frequency
-    difference = (g[:, None] - g) % n  # (M, M, 2): g - g', within +-n / 2; -1 is stored at n - 1
+    coefficients = torch.fft.fft2(eps) / n**2  # eps_g
+    difference = (g[:, None] - g) % n  # (M, M, 2): g - g'; fft2 stores -1 at n - 1
     L = torch.linalg.cholesky(coefficients[:, difference[..., 0], difference[..., 1]])  # (N, M, M)
     A = torch.linalg.solve_triangular(L, torch.eye(len(g), dtype=L.dtype), upper=False)
     q = k.double()[:, None] + g  # k + g: (K, M, 2)
@@ -477,26 +477,24 @@ def states_below(edges, w, velocities):
     """The share (..., B) of each wave vector's square with a frequency below each bin edge (B,).
 
     w (...,) and velocities (..., 2) are in the unit of the edges. Within its square a frequency is
-    taken as linear, w + velocity dk (generalised Gilat-Raubenheimer method, arXiv:1711.07993). With
-    dk uniform in the square, it is w plus two uniform random numbers, within +-h vx and +-h vy; h
-    is half the side of the square. Their density is a trapezoid centered at w: half its base is
-    h (|vx| + |vy|), half its flat top h ||vx| - |vy||.
+    taken as linear, w + velocity dk (generalised Gilat-Raubenheimer method, arXiv:1711.07993). The
+    frequencies of the square are then distributed as a trapezoid about w, with a base of
+    2 h (|vx| + |vy|) and a flat top of 2 h ||vx| - |vy||; h is half the side of the square.
     """
     h = 0.5 / K_LINE
     vx = velocities[..., :1].abs()  # (..., 1)
     vy = velocities[..., 1:].abs()
-    base = (h * (vx + vy)).clamp(min=1e-9)  # of half the trapezoid; for a velocity of 0: all at w
-    top = h * (vx - vy).abs()
+    half_base = (h * (vx + vy)).clamp(min=1e-9)  # never 0
+    half_top = h * (vx - vy).abs()
+    slope = half_base - half_top  # the width of a slope; 0 if vx or vy is 0
     distance = edges - w[..., None]  # (..., B)
     t = distance.abs()
-    # beyond: the area of the trapezoid further from w than t, on one side. All area is 1, so the
-    # trapezoid is 1 / (base + top) high. If t is on the slope, a triangle lies beyond it; if t is
-    # under the top, one half less a rectangle t wide.
-    slope = base - top  # the width of the slope
-    share = ((base - t) / slope.clamp(min=1e-12)).clamp(0, 1)  # of the slope, beyond t
-    triangle = share.square() * slope / (2 * (base + top))
-    beyond = torch.where(t < top, 0.5 - t / (base + top), triangle)
-    return torch.where(distance < 0, beyond, 1 - beyond)
+    # tail: the area beyond t, on one side of a trapezoid of area 1, 1 / (half_base + half_top) high
+    part = ((half_base - t) / slope.clamp(min=1e-12)).clamp(0, 1)  # of the slope, beyond t
+    triangle = part.square() * slope / (2 * (half_base + half_top))
+    rectangle = t / (half_base + half_top)  # from w to t, under the top
+    tail = torch.where(t < half_top, 0.5 - rectangle, triangle)
+    return torch.where(distance < 0, tail, 1 - tail)
 
 def density_of_states(eps, cutoff=4):
     """The DOS y (N, 400), float64, of permittivities (N, n, n): states per cell and unit of x.
@@ -506,21 +504,20 @@ def density_of_states(eps, cutoff=4):
     and leaves out the one state of frequency 0.
     """
     eps = eps.cpu().double()
-    # k and -k have the same frequencies: of the 625 wave vectors 312 stand for two, k = 0 for one
-    k = wave_vectors()[:K_LINE**2 // 2 + 1]
-    weights = torch.full((len(k), 1, 1), 2 / K_LINE**2, dtype=torch.float64)
-    weights[-1] /= 2  # k = 0, the last
+    k = wave_vectors()[:K_LINE**2 // 2 + 1]  # 313 of 625: the frequencies at -k are those at k
+    weights = torch.full((len(k), 1, 1), 2 / K_LINE**2, dtype=torch.float64)  # of k and -k
+    weights[-1] /= 2  # the last is k = 0, its own negative
     w, velocities = photonic_bands(eps, k, BANDS, cutoff)
-    w[:, -1, 0] = torch.inf  # of k = 0 and the lowest band: the state of frequency 0, left out
+    w[:, -1, 0] = torch.inf  # the lowest band at k = 0: its state of frequency 0 is left out
     root = eps.mean((1, 2)).sqrt()[:, None, None]  # root * w is x
-    edges = 0.0015 * torch.arange(701, dtype=torch.float64)  # 700 bins: 9 WIDTH beyond x = 0.96
+    edges = 0.0015 * torch.arange(701, dtype=torch.float64)  # 700 bins, 9 SMOOTHING beyond 0.96
     below = states_below(edges, root * w, root[..., None] * velocities)  # (N, K, bands, 701)
     counts = (weights * below).sum((1, 2)).diff(dim=1)  # states in each bin: (N, 700)
     centers = ((edges[1:] + edges[:-1]) / 2)[:, None]
-    x = STEP * torch.arange(POINTS, dtype=torch.float64)
-    gauss = torch.exp(-((x - centers) / WIDTH).square() / 2)  # (700, 400)
-    gauss += torch.exp(-((x + centers) / WIDTH).square() / 2)  # the part reflected at x = 0
-    return counts @ gauss / (WIDTH * math.sqrt(2 * math.pi))
+    x = X_STEP * torch.arange(POINTS, dtype=torch.float64)
+    gauss = torch.exp(-((x - centers) / SMOOTHING).square() / 2)  # (700, 400)
+    gauss += torch.exp(-((x + centers) / SMOOTHING).square() / 2)  # the part reflected at x = 0
+    return counts @ gauss / (SMOOTHING * math.sqrt(2 * math.pi))
 
 # %% TRAIN -----------------------------------------------------------------------------------------
 def learning_rate(step, total_steps, warmup_steps, peak, final=0.0):
@@ -580,22 +577,22 @@ def with_progress(items, total, name):
         yield item
 
 def stages(config):
-    """A list of (split, number, settings), one for each epoch of the run.
+    """The epochs of the run: a list of (split, epoch within its stage from 1, settings).
 
-    split 0 is the pre-training. number counts the epochs of a stage from 1. settings is the Config
-    with the epochs and the batch_size of the stage.
+    split 0 is the pre-training. settings is the Config with the stage's epochs and batch_size.
     """
     tuning = replace(config, epochs=config.tune_epochs, batch_size=config.tune_batch_size)
     plan = []
     if config.mode != "supervised" and not config.pretrained:
-        plan += [(0, number, config) for number in range(1, config.epochs + 1)]
+        plan += [(0, epoch, config) for epoch in range(1, config.epochs + 1)]
     for split in range(1, config.splits + 1):
-        plan += [(split, number, tuning) for number in range(1, tuning.epochs + 1)]
+        plan += [(split, epoch, tuning) for epoch in range(1, tuning.epochs + 1)]
     return plan
 
 def begin(config, split, pretrained, device):
     """Method and optimizer at the start of a stage; pretrained: weights of the encoder, or None."""
-    torch.manual_seed(hash((config.seed, split)))  # the same in every run: see batches
+    # the hash of a tuple of integers is the same in every run
+    torch.manual_seed(hash((config.seed, split)))
     # channels_last: the order in memory in which convolutions are fastest on a GPU
     method = Method(config, split).to(device, memory_format=torch.channels_last)
     if pretrained:
@@ -603,14 +600,16 @@ def begin(config, split, pretrained, device):
     optimizer = make_optimizer(method, config)
     if config.compile:
         for network in method.children():
-            network.forward = torch.compile(network.forward, dynamic=False)
+            network.forward = torch.compile(network.forward, dynamic=False)  # keeps weights' names
     return method, optimizer
 
 def batches(data, settings, split, epoch):
-    """Yields the cells and labels of every batch of an epoch, in a random order."""
+    """Yields the cells and labels of every batch of an epoch, in a random order.
+
+    An incomplete last batch is left out.
+    """
     cells, labels = data
-    # All random numbers of an epoch follow from this seed. The hash of a tuple of integers is
-    # the same in every run.
+    # all random numbers of an epoch follow from this seed
     torch.manual_seed(hash((settings.seed, split, epoch)))
     order = torch.randperm(len(cells)).to(cells.device)
     for step in range(len(cells) // settings.batch_size):
@@ -625,15 +624,12 @@ def train_epoch(method, optimizer, data, settings, epoch):
     pre-training, and is constant in the fine-tuning.
     """
     steps, sums = len(data[0]) // settings.batch_size, {}
-    total = settings.epochs * steps
-    peak = optimizer.defaults["lr"]  # make_optimizer's; the groups' rates change below
-    final = peak if method.split > 0 else 0.0  # peak: the rate is constant
     epoch_batches = batches(data, settings, method.split, epoch)
     what = f"epoch {epoch} of {settings.epochs}: step"
     for step, batch in enumerate(with_progress(epoch_batches, steps, what)):
-        now = (epoch - 1) * steps + step
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(now, total, 0, peak, final)
+        if method.split == 0:
+            now, total = (epoch - 1) * steps + step, settings.epochs * steps
+            optimizer.param_groups[0]["lr"] = learning_rate(now, total, 0, settings.lr)
         loss, terms = method(*batch)
         optimizer.zero_grad()
         loss.backward()
@@ -664,15 +660,15 @@ def train(config, data, device, saved, pretrained):
     print(f"{out}: {done} of {len(plan)} epochs done", flush=True)
 
     for epoch in range(done + 1, len(plan) + 1):
-        split, number, settings = plan[epoch - 1]  # number: of the epoch in its stage
+        split, stage_epoch, settings = plan[epoch - 1]
         stage = f"split {split}" if split > 0 else "pre-training"
         training, validation, test = data[split]
-        if number == 1:
+        if stage_epoch == 1:
             method, optimizer = begin(config, split, pretrained, device)
-        if number == 1 and split == 0:
+        if stage_epoch == 1 and split == 0:
             draw_views(out / "views.png", method, training[0][:4])
         began = time.time()
-        means = train_epoch(method, optimizer, training, settings, number)
+        means = train_epoch(method, optimizer, training, settings, stage_epoch)
         finite = all(parameter.isfinite().all() for parameter in method.parameters())
         if not finite or not math.isfinite(means["loss"]):
             stop(f"loss or weights are not finite in epoch {epoch}: lower "
@@ -680,20 +676,20 @@ def train(config, data, device, saved, pretrained):
         passed = time.time() - began
         steps = len(training[0]) // settings.batch_size
         means["images_per_second"] = steps * settings.batch_size / passed
-        if split > 0 and (number % config.eval_every == 0 or number == settings.epochs):
+        if split > 0 and (stage_epoch % config.eval_every == 0 or stage_epoch == settings.epochs):
             for name, (cells, labels) in (("validation", validation), ("test", test)):
                 means[f"{name}_error"] = 100 * dos_error(predict(method, cells), labels)
         log.append({"epoch": epoch, "train_seconds": log[-1]["train_seconds"] + passed,
                     "split": split, **means})
-        left = timedelta(seconds=round(passed * (settings.epochs - number)))
+        left = timedelta(seconds=round(passed * (settings.epochs - stage_epoch)))
         shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
         print(f"epoch {epoch}/{len(plan)}, {stage}  {shown}  {left} left in this stage", flush=True)
-        if split == 0 and number == settings.epochs:
+        if split == 0 and stage_epoch == settings.epochs:
             pretrained = method.encoder.state_dict()
         lines = [json.dumps(line) + "\n" for line in log]
         (out / "metrics.jsonl").write_text("".join(lines))
         if epoch == len(plan) or time.time() - saved_at > 60 * config.save_every:
-            (out / "results.json").unlink(missing_ok=True)  # run would take it for this training's
+            (out / "results.json").unlink(missing_ok=True)  # of a run whose checkpoint is gone
             write(out / "checkpoint.pt", {
                 "script": SCRIPT, "config": asdict(config), "data": {}, "log": log,
                 "method": method.state_dict(), "optimizer": optimizer.state_dict(),
@@ -789,26 +785,24 @@ def predict(method, cells):
 
 def evaluate(data, config, log):
     """Test errors in percent, their mean and standard deviation over the splits, from the log."""
-    cells, labels = data[0][2]  # the test cells
+    _, _, (cells, labels) = data[0]  # every stage has the same test cells
     results = {
         "dos_error_empty_lattice": 100 * dos_error(empty_lattice(labels.device), labels),
         "dos_error_protocol": f"{config.splits} splits, {len(cells)} test cells; dos_error: last "
                               "epoch; minimum: epoch of least validation or test error"}
-    errors = {}  # of every split, at the last epoch and two others
+    errors = {"dos_error": [], "dos_error_validation_minimum": [], "dos_error_test_minimum": []}
     for split in range(1, config.splits + 1):
         tested = [line for line in log[1:] if line["split"] == split and "test_error" in line]
-        chosen = {
-            "dos_error": tested[-1],
-            "dos_error_validation_minimum": min(tested, key=lambda line: line["validation_error"]),
-            "dos_error_test_minimum": min(tested, key=lambda line: line["test_error"])}
-        for name, line in chosen.items():
-            errors.setdefault(name, []).append(line["test_error"])
+        best = min(tested, key=lambda line: line["validation_error"])
+        errors["dos_error"].append(tested[-1]["test_error"])  # of the last epoch
+        errors["dos_error_validation_minimum"].append(best["test_error"])
+        errors["dos_error_test_minimum"].append(min(line["test_error"] for line in tested))
     for name, values in errors.items():
         results[name] = torch.tensor(values).mean().item()
         results[name + "_std"] = torch.tensor(values).std(correction=0).item()
-    for line in log:
+    for line in log:  # the last epoch of the pre-training counts
         if "transform_top1" in line:
-            results["transform_top1"] = line["transform_top1"]  # the last one stays
+            results["transform_top1"] = line["transform_top1"]
     return results
 
 # %% MAIN ------------------------------------------------------------------------------------------
@@ -892,7 +886,7 @@ def run_all_modes(config, device):
     for mode in MODES:
         run(replace(config, mode=mode, out=str(out / mode)), device)
         of_mode = json.loads((out / mode / "results.json").read_text())
-        results.update(of_mode)  # keys that all modes have: essl, the last, counts
+        results.update(of_mode)  # what all modes have is in the end that of the last, essl
         results[f"dos_error_{mode}"] = of_mode["dos_error"]
         results[f"dos_error_{mode}_std"] = of_mode["dos_error_std"]
     write(out / "results.json", json.dumps(results, indent=1))

@@ -4,14 +4,14 @@
   python simclr_essl.py --dataset folder --data-root data/mine
 
 PATH/train/CLASS/ holds the images to train on, PATH/val/CLASS/ those to evaluate on, of any format
-that Pillow reads. Without classes they lie in PATH/train/ itself, and PATH/val/ may be missing.
+that Pillow reads. Without classes they lie in PATH/train/ itself. PATH/val/ may be missing.
 Every image is turned upright by its EXIF tag, its middle square is cut out and resized to --size.
 
 Written are train-images.npy, uint8 (N, 3, size, size), train-labels.npy, int64 (N,), the same two
 for val (with N = 0 if there is none) and classes.json, the names of the classes. Arrays of your own
 with these names do as well. An image of the default size takes 442 kB, ImageNet 567 GB, or 252 GB
 with --size 256. What does not fit into memory is read from the disk in random order, so that should
-be a fast local one. Lost are an eighth of a 4:3 picture at either end, and its resolution.
+be a fast local one. A 4:3 picture loses an eighth at either end, and resolution.
 """
 import json
 import os
@@ -31,7 +31,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 NO_PICTURES = "BUFR EPS FITS FLI GRIB HDF5 IPTC MPEG PALM PCD PDF WMF".split()  # known to PIL
 LEFTOVERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")  # folders that systems leave
-# a PNG may hold up to 1 GB of text and colour profiles, which are not used here
+# lets Pillow read a PNG with up to 1 GB of text and colour profiles, which are not used here
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
 def stop(message):
@@ -89,8 +89,9 @@ def list_pictures(path, wanted, per_class):
     if it is empty. per_class: the most images of a class.
     """
     loose, folders = list_folder(path)  # loose files are beside the folders of classes
-    if not folders:
+    if not folders:  # no classes
         loose, folders = [], [path]
+    # real paths, so that walk follows no link back into one of these
     visited = {os.path.realpath(folder) for folder in [path, *folders]}
     pictures, ignored = {}, []
     for folder in folders:
@@ -104,7 +105,7 @@ def list_pictures(path, wanted, per_class):
         if not found and path.name == "train":  # val may lack classes
             stop(f"{folder} has no image that Pillow reads (.heic: convert to JPEG first), but: "
                  f"{count_kinds(files) or 'nothing'}")
-        pictures |= dict.fromkeys(found, name)
+        pictures |= {file: name for file in found}
     classes = set(pictures.values()) - {"."}
     print(f"{path}: {len(pictures)} images, {len(classes)} classes", flush=True)
     if ignored:
@@ -143,7 +144,7 @@ def to_8_bits(gray, has_16_bits):
     return np.uint8(255 * np.nan_to_num(scaled).clip(0, 1))
 
 def write_header(file, n, size):
-    """Writes the header of a .npy file of n uint8 images; it is as long for any n."""
+    """Writes the header of a .npy file of n uint8 images, which is equally long for every n."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (n, 3, size, size)}
     np.lib.format.write_array_header_1_0(file, header)
 
@@ -197,13 +198,13 @@ def choose(config):
 def write_arrays(splits, classes, config):
     """Decodes into OUT.part, a folder that takes the name OUT when all is there."""
     out = config.out.resolve()
-    described = {"size": config.size}  # by which the same images are recognised
+    described = {"size": config.size}  # source.json: tells whether OUT is of the same images
     for split, pictures in splits.items():
         files = [f"{file.relative_to(config.path)} {file.lstat().st_size}" for file in pictures]
         described[split] = zlib.crc32(os.fsencode("\n".join(files)))
     source = json.dumps(described)
-    known = out / "source.json"
-    if known.exists() and known.read_text() == source:
+    written = out / "source.json"
+    if written.exists() and written.read_text() == source:
         print(f"{out} holds the arrays of these images already")
         return
     if out.exists() and any(out.iterdir()):
@@ -236,10 +237,10 @@ def write_arrays(splits, classes, config):
             shutil.rmtree(part)
             stop(f"{len(damaged)} files cannot be read; --skip-damaged leaves them out:\n{lines}")
         print(f"left out {len(damaged)} files that cannot be read:\n{lines}")
-    (part / "classes.json").write_text(json.dumps(classes))
-    if damaged.keys() >= splits["train"].keys():
+    if all(file in damaged for file in splits["train"]):
         shutil.rmtree(part)
         stop("no training image is left")
+    (part / "classes.json").write_text(json.dumps(classes))
     part.rename(out)
     print(f"{out} is ready: --dataset folder --data-root {config.out}")
 

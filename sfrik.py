@@ -7,8 +7,8 @@ Two views of an image should have similar embeddings, and the embeddings of a ba
 evenly over the unit sphere in R^q, so that they do not all become equal. How uneven they are is
 measured by their maximum mean discrepancy (MMD) to the uniform distribution, for a kernel that
 rotations of the sphere do not change: K(u, v) = sum of b_l P_l(q; u.v) over l = 1, ..., L, with
-weights b_l >= 0 and Legendre polynomials P_l of dimension q; L is 2 or 3. Its mean over all u of
-the sphere is 0: of the squared MMD only the mean of K over all pairs of embeddings is left.
+weights b_l >= 0 and Legendre polynomials P_l of dimension q; L is 2 or 3. For every v the mean of
+K(u, v) over all u of the sphere is 0, so the squared MMD is the mean of K over pairs of embeddings.
 
 Algorithm, for a batch x of N images, backbone f and projector g, whose outputs get length 1:
   1. draw two random views t1(x), t2(x) of every image; z1 = g(f(t1(x))), z2 = g(f(t2(x)));
@@ -27,13 +27,13 @@ Usage
   torchrun --nproc_per_node=4 sfrik.py --dataset imagenet20 --data-root PATH
   (PATH holds 20 % of ImageNet: python prepare.py IMAGENET --per-class 260 --out PATH)
 
-Differences from the authors' slides and code that change numbers (more: results/README.md); the
-body of the paper was not at hand:
-  - As in the code, the loss is step 4's divided by lam: L_inv / q, a mean over all N q numbers, has
-    the weight q / lam. The code sets this weight (4000 for q = 8192), here lam is set.
-  - Published are the b_l of L = 3 only, and the baselines' settings for 20 % of ImageNet only (AUH:
-    q / lam = 3000 for q = 8192). CIFAR, patterns and folders are ours; on patterns and all of
-    ImageNet the baselines have SFRIK's rate and lam (ours).
+Differences from the authors' slides and code that change numbers (the body of the paper was not at
+hand; more: results/README.md):
+  - As in the code, the loss is step 4's divided by lam. So L_inv / q, the mean over all N q squared
+    differences, has the weight q / lam. The code sets this weight (4000 for q = 8192), we set lam.
+  - Only the b_l of L = 3 are published, and the baselines' settings only for 20 % of ImageNet (AUH:
+    q / lam = 3000 for q = 8192). The settings for CIFAR, patterns and folders are ours; on patterns
+    and all of ImageNet the baselines have SFRIK's rate and lam (ours).
   - Views are bilinear (code: bicubic) and computed in floating point; a batch shares one order of
     the colour operations. On a GPU the networks run in bfloat16 and matrix products in TF32.
   - The code keeps the probe's best epoch, here the last counts. For 1 and 10 % of the labels the
@@ -68,12 +68,12 @@ from torchvision.utils import save_image
 
 SCRIPT = "sfrik"
 WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes; torchrun sets it
-RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # of this process among all
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0  # among those of its machine
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # number of this process, from 0
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0  # the same, on its machine
 
 # %% CONFIG ----------------------------------------------------------------------------------------
 def option(default, explanation, choices=""):
-    """A field of Config; its metadata are argparse's arguments for its flag."""
+    """A field of Config; parse_args passes its metadata to add_argument."""
     if default is False:
         flag = {"action": "store_true", "help": explanation}
     else:
@@ -84,7 +84,7 @@ def option(default, explanation, choices=""):
 
 @dataclass
 class Config:
-    """Our CIFAR-10 run, with the authors' kernel. BASELINES: other losses; PRESETS: other data."""
+    """Our CIFAR-10 run, with the authors' kernel. BASELINES and PRESETS have what others change."""
     dataset: str = option("cifar10", "what to train on (folder: your own images)",
                           "cifar10 cifar100 stl10 folder imagenet20 imagenet patterns")
     data_root: str = option("data", "folder that holds the dataset, or to download it to")
@@ -109,7 +109,7 @@ class Config:
     optimizer: str = option("lars", "optimizer", "lars sgd")
     lr: float = option(1.2, "peak learning rate per 256 images of the batch")
     final_lr: float = option(0.001, "learning rate at the end, as a share of the peak")
-    warmup_epochs: int = option(10, "epochs of linear warm-up (not given: at most epochs / 4)")
+    warmup_epochs: int = option(10, "epochs of linear warm-up, at most epochs / 4 unless given")
     weight_decay: float = option(1e-6, "weight decay (lars: not of biases and BatchNorm)")
     seed: int = option(0, "random seed of the weights, the batches and the views")
     knn_every: int = option(10, "epochs between kNN evaluations (0: only at the end)")
@@ -133,6 +133,7 @@ PRESETS = {  # what datasets change, whatever the loss
     "patterns": dict(arch="small", epochs=100, batch_size=256, optimizer="sgd", lr=0.03, lam=0.5,
                      warmup_epochs=3, weight_decay=5e-4, projector="1024-1024-1024"),  # ours
 }
+# --quick --dataset cifar10 has these settings, too: hence the limit
 QUICK = PRESETS["patterns"] | dict(dataset="patterns", epochs=12, knn_every=2, limit=4000)
 # what may change when a run is continued
 FREE = ("data_root", "out", "device", "compile", "save_every", "knn_every")
@@ -156,7 +157,7 @@ def legendre(degree, q, t):
     return P
 
 def mean_kernel(z, weights):
-    """Mean of K(z_i, z_j) over all pairs of rows of z (N, q), also i = j; the rows have length 1.
+    """L_reg: mean of K(z_i, z_j) over all pairs of rows of z (N, q), also i = j, of length 1.
 
     K is the kernel in this file's docstring; the weights are its b_1, ..., b_L.
     """
@@ -167,39 +168,33 @@ def mean_kernel(z, weights):
         mean = mean + b * legendre(l, q, t).mean()
     return mean
 
-def mmd_to_uniform(z, weights):
-    """L_reg, the squared MMD to the uniform distribution, of embeddings (N, q) of any length."""
-    return mean_kernel(F.normalize(z), weights)
-
-def sfrik_loss(z1, z2, sim_coeff, mmd_coeff, weights):
-    """SFRIK's loss of the embeddings (N, q) of two views, in the form of the authors' code.
-
-    F.mse_loss is the mean over all N q numbers, L_inv / q. So with sim_coeff = q / lam and
-    mmd_coeff = 1 this is the loss of the algorithm's step 4, divided by lam.
-    """
+def sfrik_loss(z1, z2, lam, weights):
+    """SFRIK's loss of the embeddings (N, q) of two views: that of step 4, divided by lam."""
     z1, z2 = F.normalize(z1), F.normalize(z2)
+    q = z1.shape[1]
     L_reg = (mean_kernel(z1, weights) + mean_kernel(z2, weights)) / 2
-    return sim_coeff * F.mse_loss(z1, z2) + mmd_coeff * L_reg
+    return q / lam * F.mse_loss(z1, z2) + L_reg  # F.mse_loss, a mean over all numbers: L_inv / q
 
-def auh_loss(z1, z2, sim_coeff, unif_coeff, scale):
+def auh_loss(z1, z2, lam, scale):
     """AUH: alignment and uniformity on the hypersphere, of the embeddings (N, q) of two views.
 
-    Uniformity: log of the mean of exp(-scale |z_i - z_j|^2) over pairs i != j, mean of both views.
+    L_inv / lam + uniformity, the logarithm of the mean of exp(-scale |z_i - z_j|^2) over all pairs
+    i != j of a view; then the mean over both views.
     """
     z1, z2 = F.normalize(z1), F.normalize(z2)
-    n = len(z1)
-    loss = sim_coeff * F.mse_loss(z1, z2)
+    n, q = z1.shape
+    loss = q / lam * F.mse_loss(z1, z2)
     for z in (z1, z2):
         # (N, N): |z_i - z_j|^2 = 2 - 2 z_i.z_j; infinite for i = j, so that exp is 0 there
         squared = (2 - 2 * z @ z.T).fill_diagonal_(torch.inf)
         mean = (-scale * squared).exp().sum() / (n * (n - 1))
-        loss = loss + unif_coeff * mean.log() / 2
+        loss = loss + mean.log() / 2
     return loss
 
 def vicreg_loss(z1, z2, sim_coeff, std_coeff, cov_coeff):
     """VICReg's loss of the embeddings (N, q) of two views, which it does not normalise.
 
-    Each coordinate should have a standard deviation of at least 1, each pair a covariance of 0. As
+    Each coordinate should have a standard deviation of at least 1, each two a covariance of 0. As
     in its code, the variance term is averaged over the views, the covariance term summed.
     """
     loss = sim_coeff * F.mse_loss(z1, z2)
@@ -208,8 +203,9 @@ def vicreg_loss(z1, z2, sim_coeff, std_coeff, cov_coeff):
         z = z - z.mean(0)
         std = (z.var(0) + 1e-4).sqrt()  # (q,)
         covariance = z.T @ z / (n - 1)  # (q, q)
-        off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()  # squares
-        loss = loss + std_coeff * F.relu(1 - std).mean() / 2 + cov_coeff * off_diagonal / q
+        # the sum of the squares off the diagonal
+        squares = covariance.square().sum() - covariance.diagonal().square().sum()
+        loss = loss + std_coeff * F.relu(1 - std).mean() / 2 + cov_coeff * squares / q
     return loss
 
 def nt_xent(z1, z2, temperature):
@@ -231,24 +227,21 @@ class Method(nn.Module):
         super().__init__()
         self.config = config
         self.weights = [float(b) for b in config.weights.split(",")]
-        q = int(config.projector.split("-")[-1])
-        self.mse_weight = q / config.lam  # of F.mse_loss(z1, z2), which is L_inv / q
-        size = config.size
-        if config.dataset == "stl10":
-            size = 224  # for ImageNet's stem, which the authors keep though views have 64 pixels
-        self.encoder, width = make_encoder(config.arch, size)
+        # for STL-10 the authors keep ImageNet's stem, though views have 64 pixels
+        stem_size = 224 if config.dataset == "stl10" else config.size
+        self.encoder, width = make_encoder(config.arch, stem_size)
         self.projector = make_projector(config, width)
-        self.view1, self.view2 = view_arguments(config)  # of augment
-        mean, std = MEAN_STD[config.dataset]  # not learned, so not saved
+        self.view1, self.view2 = view_arguments(config)
+        mean, std = MEAN_STD[config.dataset]  # constants, so not saved
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, images):
         x1, x2 = self.views(images)  # (N, 3, S, S)
-        z1 = gather(self.embed(x1))  # (N, q), of all processes
+        z1 = gather(self.embed(x1))  # (WORLD N, q): those of all processes
         z2 = gather(self.embed(x2))
         if self.config.loss == "sfrik":
-            loss = sfrik_loss(z1, z2, self.mse_weight, mmd_coeff=1, weights=self.weights)
+            loss = sfrik_loss(z1, z2, self.config.lam, self.weights)
         else:
             loss = self.baseline_loss(z1, z2)
         return loss, log_terms(z1, z2, self.weights)
@@ -259,7 +252,7 @@ class Method(nn.Module):
         if config.loss == "simclr":
             return nt_xent(z1, z2, config.temperature)
         if config.loss == "auh":
-            return auh_loss(z1, z2, self.mse_weight, unif_coeff=1, scale=config.auh_scale)
+            return auh_loss(z1, z2, config.lam, config.auh_scale)
         return vicreg_loss(z1, z2, config.sim_coeff, config.std_coeff, config.cov_coeff)
 
     def views(self, images):
@@ -280,14 +273,14 @@ class Method(nn.Module):
 
 @torch.no_grad()
 def log_terms(z1, z2, weights):
-    """Terms for the log: distance is L_inv, std is spread, mmd is L_reg(z1) over the pairs i != j.
+    """For the log: distance is L_inv, std is spread(z1), mmd is L_reg(z1) over pairs i != j only.
 
-    mmd, from 256 rows of z1 (N, q), is near 0, above or below it, if the embeddings are uniform.
+    mmd is taken from 256 rows. For uniform embeddings it is near 0, and can be negative.
     """
-    z = z1[:256].double()  # double, since nearly equal numbers are subtracted
+    z = F.normalize(z1[:256].double())  # double, since nearly equal numbers are subtracted
     n = len(z)
     # K(z_i, z_i) = sum(weights), so this is (n^2 L_reg - n sum(weights)) / (n^2 - n)
-    mmd = (n * mmd_to_uniform(z, weights) - sum(weights)) / (n - 1)
+    mmd = (n * mean_kernel(z, weights) - sum(weights)) / (n - 1)
     distance = (F.normalize(z1) - F.normalize(z2)).square().sum(1).mean()
     return {"distance": distance, "mmd": mmd, "std": spread(z1)}
 
@@ -350,7 +343,7 @@ def augment(images, size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1
     return x
 
 def draw_boxes(uniform, height, width, scale):
-    """Boxes (N, 4), top, left, height, width, drawn as by torchvision's RandomResizedCrop.
+    """Boxes (N, 4) of top, left, height, width, drawn as by torchvision's RandomResizedCrop.
 
     Of ten random boxes the first that fits into the image is taken. If none fits, which is rare,
     the first is cut to the image (torchvision: the middle of the image). uniform(low, high, draws)
@@ -384,13 +377,13 @@ def resizing_matrix(start, length, source, size):
     """Weights (N, 1, size, source): row i says how much each old pixel counts in new pixel i.
 
     The box begins at `start` and has `length` old pixels, (N, 1, 1, 1) each. Bilinear: a weight
-    falls linearly with the distance of the two centres, and is 0 from one pixel on: an old pixel if
-    the box is enlarged, a new, larger one if it is shrunk, which prevents aliasing.
+    falls linearly with the distance of the two centres, to 0 at `reach`. This is one old pixel if
+    the box is enlarged, and one new, larger pixel if it is shrunk, to prevent aliasing.
     """
     # the centres, in old pixels from the start of the box: (N, 1, size, 1) and (N, 1, 1, source)
     new = (torch.arange(size, device=start.device)[:, None] + 0.5) * length / size
     old = torch.arange(source, device=start.device) + 0.5 - start
-    reach = (length / size).clamp(min=1)  # the distance at which a weight becomes 0
+    reach = (length / size).clamp(min=1)
     weight = (1 - (old - new).abs() / reach).clamp(min=0)
     weight = weight * ((old > 0) & (old < length))  # nothing from outside of the box
     return weight / weight.sum(3, keepdim=True)
@@ -409,11 +402,11 @@ def saturation(x, change):
     return torch.lerp(TF.rgb_to_grayscale(x), x, 1 + change).clamp_(0, 1)
 
 def shift_hue(x, turns):
-    """Moves the hue by turns (N, 1, 1, 1), one for each image, which TF.adjust_hue cannot."""
+    """Moves the hue by turns (N, 1, 1, 1): each image by its own, unlike TF.adjust_hue."""
     red, green, blue = x.split(1, dim=1)
     value = x.amax(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
-    safe = torch.where(chroma > 0, chroma, 1.0)  # of gray pixels not 0, to divide by
+    safe = torch.where(chroma > 0, chroma, 1.0)  # gray has chroma 0, and divides by 1
     # hue in sixths of a turn, 0 red, 2 green, 4 blue, by the channel that is largest
     hue = (red - green) / safe + 4
     hue = torch.where(value == green, (blue - red) / safe + 2, hue)
@@ -447,6 +440,7 @@ def make_encoder(arch, size):
                        nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
         layers[-1] = nn.AdaptiveAvgPool2d(1)  # in place of the last max-pool
         return nn.Sequential(*layers, nn.Flatten()), 128
+    # for photographs residual branches start at zero, as in the authors' code for ImageNet
     encoder = models.get_model(arch, zero_init_residual=size > 64)
     width = encoder.fc.in_features
     encoder.fc = nn.Identity()
@@ -602,7 +596,7 @@ def draw_patterns(n, seed):
 
     A class is a periodic pattern, a sum of waves, seen at a random zoom, tilt, place and light.
     """
-    # a wave (i, j) has i periods across the image and j down; of (i, j) and (-i, -j) one is enough
+    # a wave (i, j) has i periods across the image and j down; (-i, -j) would be the same wave
     waves = [(i, j) for i in range(-2, 3) for j in range(3) if j > 0 or i > 0]
     # a class is one random phase for every wave: (waves, classes)
     phases = math.tau * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
@@ -637,9 +631,9 @@ def gather(z):
     values = z.detach()
     parts = [torch.empty_like(z) for _ in range(WORLD)]
     dist.all_gather(parts, values)
-    # all_gather passes no gradient on, so this process's own part is put back. The gradient of the
-    # loss is the sum over the processes, but DistributedDataParallel averages: hence WORLD.
-    parts[RANK] = values + WORLD * (z - values)  # z - values is 0
+    # all_gather passes no gradient on. z - values is 0, but brings back this process's gradient,
+    # times WORLD, since DistributedDataParallel divides the sum over the processes by WORLD.
+    parts[RANK] = values + WORLD * (z - values)
     return torch.cat(parts)
 
 def learning_rate(step, total_steps, warmup_steps, peak, final=0.0):
@@ -731,11 +725,10 @@ def with_progress(items, total, name):
 
 def batches(images, config, device, epoch):
     """Yields this process's images of every batch of an epoch, in a random order."""
-    # The order of the images has one seed for all processes, the views have one for each. The hash
-    # of a tuple of integers is the same in every run.
+    # all processes draw the same order; the hash of a tuple of integers is the same in every run
     torch.manual_seed(hash((config.seed, epoch)))
     order = torch.randperm(len(images)).to(images.device)
-    torch.manual_seed(hash((config.seed, epoch, RANK)))
+    torch.manual_seed(hash((config.seed, epoch, RANK)))  # of the views, others in each process
     mine = config.batch_size // WORLD
     for step in range(len(images) // config.batch_size):
         first = step * config.batch_size + RANK * mine
@@ -787,7 +780,7 @@ def train(config, data, device):
         draw_views(out / "views.png", method, take(images, random_rows(len(images), 4), device))
     if config.compile and WORLD == 1:
         for network in method.children():
-            network.forward = torch.compile(network.forward, dynamic=False)
+            network.forward = torch.compile(network.forward, dynamic=False)  # keeps weights' names
     model = nn.parallel.DistributedDataParallel(method) if WORLD > 1 else method
     done, saved_at = log[-1]["epoch"], time.time()
     print(f"{out}: {done} of {config.epochs} epochs done", flush=True)
@@ -811,7 +804,7 @@ def train(config, data, device):
         lines = [json.dumps(line) + "\n" for line in log]
         (out / "metrics.jsonl").write_text("".join(lines))
         if epoch == config.epochs or time.time() - saved_at > 60 * config.save_every:
-            (out / "results.json").unlink(missing_ok=True)  # finish would take it for this run's
+            (out / "results.json").unlink(missing_ok=True)  # of a run whose checkpoint is gone
             write(out / "checkpoint.pt", {
                 "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
                 "method": method.state_dict(), "optimizer": optimizer.state_dict()})
@@ -875,7 +868,7 @@ def frame(image, color):
 def extract(method, images, view=None, rows=None):
     """Features (N, D) of images, or of some rows of them, in eval mode.
 
-    view maps images (n, C, H, W) in [0, 1] to what the encoder sees; else middle does.
+    view: a function of images (n, C, H, W) in [0, 1], whose result is encoded (default: middle).
     """
     if rows is None:
         rows = torch.arange(len(images))
@@ -885,7 +878,7 @@ def extract(method, images, view=None, rows=None):
         x = TF.convert_image_dtype(take(images, part, method.mean.device))  # uint8 to [0, 1]
         x = view(x) if view else middle(x, method.config)
         z = method.features(x)
-        if done == 0:  # room for all: a list of parts and their torch.cat would take it twice
+        if done == 0:  # torch.cat of a list of parts would take twice the memory
             features = z.new_empty(len(rows), z.shape[1])
         features[done:done + len(z)] = z
         done += len(z)
@@ -918,20 +911,20 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=200, temperature=0.
         right += (votes.argmax(1) == labels).sum().item()
     return 100 * right / len(queries)
 
-def linear_probe(draw_features, labels, test, test_labels, lr=0.4, weight_decay=1e-6, epochs=100,
+def linear_probe(draw_features, labels, z_test, test_labels, lr=0.4, weight_decay=1e-6, epochs=100,
                  probes=3):
     """Mean and standard deviation of the test accuracy, in percent, of linear classifiers.
 
     draw_features() gives the training features (N, D) of an epoch. The classifiers differ in their
     start and in the order of the images.
     """
-    n, classes = len(labels), int(labels.max()) + 1
-    heads = nn.ModuleList(nn.Linear(test.shape[1], classes) for _ in range(probes)).to(test.device)
+    n, classes, device = len(labels), int(labels.max()) + 1, labels.device
+    heads = nn.ModuleList(nn.Linear(z_test.shape[1], classes) for _ in range(probes)).to(device)
     optimizer = torch.optim.SGD(heads.parameters(), lr, momentum=0.9, weight_decay=weight_decay)
     steps = max(1, n // 256)  # an incomplete last batch is left out
     for epoch in with_progress(range(epochs), epochs, "linear probe: epoch"):
         features = draw_features()
-        shuffled = [torch.randperm(n, device=test.device).split(256) for _ in heads]
+        shuffled = [torch.randperm(n, device=device).split(256) for _ in heads]
         for step in range(steps):
             now = epoch * steps + step
             optimizer.param_groups[0]["lr"] = learning_rate(now, epochs * steps, 0, lr)
@@ -942,16 +935,16 @@ def linear_probe(draw_features, labels, test, test_labels, lr=0.4, weight_decay=
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        del features  # of all of ImageNet 10 GB, before the next are made
-    correct = [(head(test).argmax(1) == test_labels).float().mean() for head in heads]
+        del features  # before the next are made: those of ImageNet take 10 GB
+    correct = [(head(z_test).argmax(1) == test_labels).float().mean() for head in heads]
     accuracies = 100 * torch.stack(correct)
     return accuracies.mean().item(), accuracies.std(correction=0).item()
 
-def probe(method, data, config, bank, test, percent):
+def probe(method, data, config, z, z_test, percent):
     """The authors' linear probe, trained on a percentage of each class, the same images every time.
 
-    It sees fresh crops and flips in every epoch; with --quick, and for STL-10 as in the authors'
-    code, the fixed features in bank. bank and test: features (N, D) of training and test images.
+    In every epoch it sees fresh crops and flips; with --quick, and for STL-10 as in the authors'
+    code, the fixed features z. z and z_test: features (N, D) of training and test images.
     """
     _, (images, labels), (_, test_labels) = data
     chosen = []
@@ -961,12 +954,12 @@ def probe(method, data, config, bank, test, percent):
     rows = torch.cat(chosen)
     labels = labels[rows]
     if config.quick or config.dataset == "stl10":
-        return linear_probe(lambda: bank[rows], labels, test, test_labels)
+        return linear_probe(lambda: z[rows], labels, z_test, test_labels)
 
     def crop_and_flip(x):
         return augment(x, config.size, scale=(0.08, 1.0), jitter=None, gray=0)
 
-    return linear_probe(lambda: extract(method, images, crop_and_flip, rows), labels, test,
+    return linear_probe(lambda: extract(method, images, crop_and_flip, rows), labels, z_test,
                         test_labels)
 
 def linear_svm(x, labels, cost):
@@ -976,10 +969,10 @@ def linear_svm(x, labels, cost):
     x (N, D), float64; y_i is 1 for images of the class and -1 for others.
     """
     y = 2 * F.one_hot(labels).to(x) - 1  # (N, C), 1 or -1; .to(x): type and device of x
-    # Newton's method with momentum 0.8 and a fixed matrix, the second derivative where every
-    # max(0, ...) is positive. The true one is never larger, so that no step goes too far.
-    hessian = torch.eye(x.shape[1]).to(x) + 2 * cost * (x.T @ x)  # (D, D)
-    inverse = torch.linalg.inv(hessian)
+    # Gradient descent with momentum (Nesterov) and, in place of a learning rate, the inverse of the
+    # largest possible second derivative: that where every max(0, ...) is positive.
+    largest = torch.eye(x.shape[1]).to(x) + 2 * cost * (x.T @ x)  # (D, D)
+    inverse = torch.linalg.inv(largest)
     w = previous = torch.zeros(x.shape[1], y.shape[1]).to(x)
     for _ in range(2000):
         ahead = w + 0.8 * (w - previous)
@@ -1021,31 +1014,31 @@ def evaluate(method, data, config):
                            "STL-10 and with --quick, on fixed features"}
     torch.manual_seed(config.seed)  # as train does: the weights before training
     untrained = Method(config).to(method.mean.device, memory_format=torch.channels_last)
-    bank, test = extract(untrained, images), extract(untrained, test_images)
-    results["random_init_knn_top1"] = knn_accuracy(bank, labels, test, test_labels)
-    results["random_init_linear_top1"], _ = linear_probe(lambda: bank, labels, test, test_labels)
-    bank, test = extract(method, images), extract(method, test_images)
+    z, z_test = extract(untrained, images), extract(untrained, test_images)
+    results["random_init_knn_top1"] = knn_accuracy(z, labels, z_test, test_labels)
+    results["random_init_linear_top1"], _ = linear_probe(lambda: z, labels, z_test, test_labels)
+    z, z_test = extract(method, images), extract(method, test_images)
     for k in (10, 20, 100, 200):
-        results[f"knn_top1_k{k}"] = knn_accuracy(bank, labels, test, test_labels, k)
+        results[f"knn_top1_k{k}"] = knn_accuracy(z, labels, z_test, test_labels, k)
     results["knn_top1"] = results["knn_top1_k200"]
-    draw_neighbours(Path(config.out) / "neighbours.png", data, bank, test)
-    results["linear_top1_1pc"], _ = probe(method, data, config, bank, test, percent=1)
-    results["linear_top1_10pc"], _ = probe(method, data, config, bank, test, percent=10)
+    draw_neighbours(Path(config.out) / "neighbours.png", data, z, z_test)
+    results["linear_top1_1pc"], _ = probe(method, data, config, z, z_test, percent=1)
+    results["linear_top1_10pc"], _ = probe(method, data, config, z, z_test, percent=10)
     results["linear_top1"], results["linear_top1_std"] = probe(
-        method, data, config, bank, test, percent=100)
-    if len(bank) > 100_000:
-        results["svm_protocol"] = f"no SVM: {len(bank)} images are too many"
+        method, data, config, z, z_test, percent=100)
+    if len(z) > 100_000:
+        results["svm_protocol"] = f"no SVM: {len(z)} images are too many"
     else:
-        results["svm_top1"], cost = svm_accuracy(bank, labels, test, test_labels)
+        results["svm_top1"], cost = svm_accuracy(z, labels, z_test, test_labels)
         results["svm_protocol"] = f"one class against the others, cost {cost:g}"
     return results
 
-def draw_neighbours(path, data, bank, test):
+def draw_neighbours(path, data, z, z_test):
     """Eight test images, each with its eight nearest training images, green if of its class."""
     _, (images, labels), (test_images, test_labels) = data
     tiles = []
-    for query in random_rows(len(test), 8).tolist():
-        nearest = (bank @ test[query] / bank.norm(dim=1)).topk(min(8, len(bank))).indices
+    for query in random_rows(len(z_test), 8).tolist():
+        nearest = (z @ z_test[query] / z.norm(dim=1)).topk(min(8, len(z))).indices
         tiles.append(frame(test_images[query], "gray"))
         for row in nearest.tolist():
             same = labels[row] == test_labels[query]
@@ -1110,10 +1103,10 @@ def main(argv=None):
     try:
         device = start(config)
         if RANK > 0:
-            dist.barrier()  # waits until the first process has the data
+            dist.barrier()  # the first process loads first, as it may have to download
         data = load_data(config, device)
         if WORLD > 1 and RANK == 0:
-            dist.barrier()  # now the others load them, too
+            dist.barrier()  # lets the others load
         Path(config.out).mkdir(parents=True, exist_ok=True)
         method, log = train(config, data, device)
         if WORLD > 1:
@@ -1136,8 +1129,8 @@ def finish(method, data, config, log):
     out = Path(config.out)
     if not (out / "results.json").exists():
         results = log[0] | log[-1] | {"epochs": config.epochs, "seed": config.seed}
-        images = config.epochs * (len(data[0][1]) // config.batch_size) * config.batch_size
-        results["images_per_second"] = images / results["train_seconds"]
+        seen = config.epochs * (len(data[0][1]) // config.batch_size) * config.batch_size
+        results["images_per_second"] = seen / results["train_seconds"]
         results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30  # of the GPU
         if data[1]:
             results.update(evaluate(method, data, config))

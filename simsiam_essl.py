@@ -57,12 +57,12 @@ from torchvision.utils import save_image
 
 SCRIPT = "simsiam_essl"
 WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes; torchrun sets it
-RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # of this process among all
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0  # among those of its machine
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # number of this process, from 0
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0  # the same, on its machine
 
 # %% CONFIG ----------------------------------------------------------------------------------------
 def option(default, explanation, choices=""):
-    """A field of Config; its metadata are argparse's arguments for its flag."""
+    """A field of Config; parse_args passes its metadata to add_argument."""
     if default is False:
         flag = {"action": "store_true", "help": explanation}
     else:
@@ -89,7 +89,7 @@ class Config:
     batch_size: int = option(512, "images per step, over all processes")
     lr: float = option(0.06, "peak learning rate per 256 images of the batch")
     final_lr: float = option(0.0, "learning rate at the end, as a share of the peak")
-    warmup_epochs: int = option(10, "epochs of linear warm-up (not given: at most epochs / 4)")
+    warmup_epochs: int = option(10, "epochs of linear warm-up, at most epochs / 4 unless given")
     weight_decay: float = option(5e-4, "weight decay")
     seed: int = option(0, "random seed of the weights, the batches and the views")
     knn_every: int = option(10, "epochs between kNN evaluations (0: only at the end)")
@@ -109,6 +109,7 @@ PRESETS = {  # what datasets change
     "patterns": dict(arch="small", epochs=100, batch_size=256, warmup_epochs=3,
                      projector="512-512", bottleneck=128, predictor="128-128"),  # ours
 }
+# --quick --dataset cifar10 has these settings, too: hence the limit
 QUICK = PRESETS["patterns"] | dict(dataset="patterns", epochs=12, knn_every=2, limit=4000)
 # what may change when a run is continued
 FREE = ("data_root", "out", "device", "compile", "save_every", "knn_every")
@@ -140,8 +141,8 @@ class Method(nn.Module):
         self.h = make_h(config)
         self.predicts = config.lam > 0
         self.predictor = make_predictor(config, width, self.num_versions) if self.predicts else None
-        self.large1, self.large2, self.small = view_arguments(config)  # of augment
-        mean, std = MEAN_STD[config.dataset]  # not learned, so not saved
+        self.large1, self.large2, self.small = view_arguments(config)
+        mean, std = MEAN_STD[config.dataset]  # constants, so not saved
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -238,7 +239,7 @@ def augment(images, size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1
     return x
 
 def draw_boxes(uniform, height, width, scale):
-    """Boxes (N, 4), top, left, height, width, drawn as by torchvision's RandomResizedCrop.
+    """Boxes (N, 4) of top, left, height, width, drawn as by torchvision's RandomResizedCrop.
 
     Of ten random boxes the first that fits into the image is taken. If none fits, which is rare,
     the first is cut to the image (torchvision: the middle of the image). uniform(low, high, draws)
@@ -272,13 +273,13 @@ def resizing_matrix(start, length, source, size):
     """Weights (N, 1, size, source): row i says how much each old pixel counts in new pixel i.
 
     The box begins at `start` and has `length` old pixels, (N, 1, 1, 1) each. Bilinear: a weight
-    falls linearly with the distance of the two centres, and is 0 from one pixel on: an old pixel if
-    the box is enlarged, a new, larger one if it is shrunk, which prevents aliasing.
+    falls linearly with the distance of the two centres, to 0 at `reach`. This is one old pixel if
+    the box is enlarged, and one new, larger pixel if it is shrunk, to prevent aliasing.
     """
     # the centres, in old pixels from the start of the box: (N, 1, size, 1) and (N, 1, 1, source)
     new = (torch.arange(size, device=start.device)[:, None] + 0.5) * length / size
     old = torch.arange(source, device=start.device) + 0.5 - start
-    reach = (length / size).clamp(min=1)  # the distance at which a weight becomes 0
+    reach = (length / size).clamp(min=1)
     weight = (1 - (old - new).abs() / reach).clamp(min=0)
     weight = weight * ((old > 0) & (old < length))  # nothing from outside of the box
     return weight / weight.sum(3, keepdim=True)
@@ -297,11 +298,11 @@ def saturation(x, change):
     return torch.lerp(TF.rgb_to_grayscale(x), x, 1 + change).clamp_(0, 1)
 
 def shift_hue(x, turns):
-    """Moves the hue by turns (N, 1, 1, 1), one for each image, which TF.adjust_hue cannot."""
+    """Moves the hue by turns (N, 1, 1, 1): each image by its own, unlike TF.adjust_hue."""
     red, green, blue = x.split(1, dim=1)
     value = x.amax(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
-    safe = torch.where(chroma > 0, chroma, 1.0)  # of gray pixels not 0, to divide by
+    safe = torch.where(chroma > 0, chroma, 1.0)  # gray has chroma 0, and divides by 1
     # hue in sixths of a turn, 0 red, 2 green, 4 blue, by the channel that is largest
     hue = (red - green) / safe + 4
     hue = torch.where(value == green, (blue - red) / safe + 2, hue)
@@ -335,6 +336,7 @@ def make_encoder(arch, size):
                        nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
         layers[-1] = nn.AdaptiveAvgPool2d(1)  # in place of the last max-pool
         return nn.Sequential(*layers, nn.Flatten()), 128
+    # for photographs residual branches start at zero, as in the authors' code for ImageNet
     encoder = models.get_model(arch, zero_init_residual=size > 64)
     width = encoder.fc.in_features
     encoder.fc = nn.Identity()
@@ -453,7 +455,7 @@ def draw_patterns(n, seed):
 
     A class is a periodic pattern, a sum of waves, seen at a random zoom, tilt, place and light.
     """
-    # a wave (i, j) has i periods across the image and j down; of (i, j) and (-i, -j) one is enough
+    # a wave (i, j) has i periods across the image and j down; (-i, -j) would be the same wave
     waves = [(i, j) for i in range(-2, 3) for j in range(3) if j > 0 or i > 0]
     # a class is one random phase for every wave: (waves, classes)
     phases = math.tau * torch.rand(len(waves), 10, generator=torch.Generator().manual_seed(0))
@@ -570,11 +572,10 @@ def with_progress(items, total, name):
 
 def batches(images, config, device, epoch):
     """Yields this process's images of every batch of an epoch, in a random order."""
-    # The order of the images has one seed for all processes, the views have one for each. The hash
-    # of a tuple of integers is the same in every run.
+    # all processes draw the same order; the hash of a tuple of integers is the same in every run
     torch.manual_seed(hash((config.seed, epoch)))
     order = torch.randperm(len(images)).to(images.device)
-    torch.manual_seed(hash((config.seed, epoch, RANK)))
+    torch.manual_seed(hash((config.seed, epoch, RANK)))  # of the views, others in each process
     mine = config.batch_size // WORLD
     for step in range(len(images) // config.batch_size):
         first = step * config.batch_size + RANK * mine
@@ -627,7 +628,7 @@ def train(config, data, device):
         draw_views(out / "views.png", method, take(images, random_rows(len(images), 4), device))
     if config.compile and WORLD == 1:
         for network in method.children():
-            network.forward = torch.compile(network.forward, dynamic=False)
+            network.forward = torch.compile(network.forward, dynamic=False)  # keeps weights' names
     model = nn.parallel.DistributedDataParallel(method) if WORLD > 1 else method
     done, saved_at = log[-1]["epoch"], time.time()
     print(f"{out}: {done} of {config.epochs} epochs done", flush=True)
@@ -651,7 +652,7 @@ def train(config, data, device):
         lines = [json.dumps(line) + "\n" for line in log]
         (out / "metrics.jsonl").write_text("".join(lines))
         if epoch == config.epochs or time.time() - saved_at > 60 * config.save_every:
-            (out / "results.json").unlink(missing_ok=True)  # finish would take it for this run's
+            (out / "results.json").unlink(missing_ok=True)  # of a run whose checkpoint is gone
             write(out / "checkpoint.pt", {
                 "script": SCRIPT, "config": asdict(config), "data": trained_on, "log": log,
                 "method": method.state_dict(), "optimizer": optimizer.state_dict()})
@@ -718,7 +719,7 @@ def frame(image, color):
 def extract(method, images, view=None, rows=None):
     """Features (N, D) of images, or of some rows of them, in eval mode.
 
-    view maps images (n, C, H, W) in [0, 1] to what the encoder sees; else middle does.
+    view: a function of images (n, C, H, W) in [0, 1], whose result is encoded (default: middle).
     """
     if rows is None:
         rows = torch.arange(len(images))
@@ -728,7 +729,7 @@ def extract(method, images, view=None, rows=None):
         x = TF.convert_image_dtype(take(images, part, method.mean.device))  # uint8 to [0, 1]
         x = view(x) if view else middle(x, method.config)
         z = method.features(x)
-        if done == 0:  # room for all: a list of parts and their torch.cat would take it twice
+        if done == 0:  # torch.cat of a list of parts would take twice the memory
             features = z.new_empty(len(rows), z.shape[1])
         features[done:done + len(z)] = z
         done += len(z)
@@ -759,25 +760,26 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=200, temperature=0.
         right += (votes.argmax(1) == labels).sum().item()
     return 100 * right / len(queries)
 
-def linear_probe(draw_features, labels, test, test_labels, lr=30.0, final_lr=0.0, weight_decay=0.0,
-                 epochs=100, probes=5, batch=256, lars=False):
+def linear_probe(draw_features, labels, z_test, test_labels, lr=30.0, final_lr=0.0,
+                 weight_decay=0.0, epochs=100, probes=5, batch=256, lars=False):
     """Mean and standard deviation of the test accuracy, in percent, of linear classifiers.
 
     draw_features() gives the training features (N, D) of an epoch. The classifiers differ in their
     start and in the order of the images.
     """
-    n, classes = len(labels), int(labels.max()) + 1
-    heads = nn.ModuleList(nn.Linear(test.shape[1], classes) for _ in range(probes)).to(test.device)
+    n, classes, device = len(labels), int(labels.max()) + 1, labels.device
+    heads = nn.ModuleList(nn.Linear(z_test.shape[1], classes) for _ in range(probes)).to(device)
     optimizer = torch.optim.SGD(heads.parameters(), lr, momentum=0.9, weight_decay=weight_decay)
     if lars:
         optimizer = LARS(heads.parameters(), lr, weight_decay)
     steps = max(1, n // batch)  # an incomplete last batch is left out
     for epoch in with_progress(range(epochs), epochs, "linear probe: epoch"):
         features = draw_features()
-        shuffled = [torch.randperm(n, device=test.device).split(batch) for _ in heads]
+        shuffled = [torch.randperm(n, device=device).split(batch) for _ in heads]
         for step in range(steps):
             now = epoch * steps + step
-            optimizer.param_groups[0]["lr"] = learning_rate(now, epochs * steps, 0, lr, final_lr)
+            rate = learning_rate(now, epochs * steps, 0, lr, final_lr * lr)
+            optimizer.param_groups[0]["lr"] = rate
             loss = 0  # summed over the heads; each gets the gradient of its own term
             for head, parts in zip(heads, shuffled):
                 rows = parts[step]
@@ -785,16 +787,16 @@ def linear_probe(draw_features, labels, test, test_labels, lr=30.0, final_lr=0.0
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        del features  # of all of ImageNet 10 GB, before the next are made
-    correct = [(head(test).argmax(1) == test_labels).float().mean() for head in heads]
+        del features  # before the next are made: those of ImageNet take 10 GB
+    correct = [(head(z_test).argmax(1) == test_labels).float().mean() for head in heads]
     accuracies = 100 * torch.stack(correct)
     return accuracies.mean().item(), accuracies.std(correction=0).item()
 
-def probe(method, data, config, bank, test):
+def probe(method, data, config, z, z_test):
     """The authors' linear probe: fresh crops and flips in every epoch. --quick: fixed features."""
     _, (images, labels), (test_images, test_labels) = data
     if config.quick:
-        return linear_probe(lambda: bank, labels, test, test_labels)
+        return linear_probe(lambda: z, labels, z_test, test_labels)
 
     def crop_and_flip(x):
         return augment(x, config.size, scale=(0.08, 1.0), jitter=None, gray=0)
@@ -803,11 +805,11 @@ def probe(method, data, config, bank, test):
     if config.dataset == "imagenet":
         settings = dict(lr=1.6, epochs=90, probes=1, batch=4096, lars=True)
     elif config.dataset == "folder":  # as in simclr_essl.py
-        settings = dict(lr=0.3, final_lr=0.3, weight_decay=1e-6)
+        settings = dict(lr=0.3, final_lr=1.0, weight_decay=1e-6)
     else:  # test images are enlarged by 9/8 and cut
         zoom = T.Compose([T.Resize(config.size * 9 // 8), T.CenterCrop(config.size)])
-        test = extract(method, test_images, zoom)
-    return linear_probe(lambda: extract(method, images, crop_and_flip), labels, test, test_labels,
+        z_test = extract(method, test_images, zoom)
+    return linear_probe(lambda: extract(method, images, crop_and_flip), labels, z_test, test_labels,
                         **settings)
 
 def evaluate(method, data, config):
@@ -819,21 +821,21 @@ def evaluate(method, data, config):
                            "quick, on fixed features"}
     torch.manual_seed(config.seed)  # as train does: the weights before training
     untrained = Method(config).to(method.mean.device, memory_format=torch.channels_last)
-    bank, test = extract(untrained, images), extract(untrained, test_images)
-    results["random_init_knn_top1"] = knn_accuracy(bank, labels, test, test_labels)
-    results["random_init_linear_top1"], _ = linear_probe(lambda: bank, labels, test, test_labels)
-    bank, test = extract(method, images), extract(method, test_images)
-    results["knn_top1"] = knn_accuracy(bank, labels, test, test_labels)
-    draw_neighbours(Path(config.out) / "neighbours.png", data, bank, test)
-    results["linear_top1"], results["linear_top1_std"] = probe(method, data, config, bank, test)
+    z, z_test = extract(untrained, images), extract(untrained, test_images)
+    results["random_init_knn_top1"] = knn_accuracy(z, labels, z_test, test_labels)
+    results["random_init_linear_top1"], _ = linear_probe(lambda: z, labels, z_test, test_labels)
+    z, z_test = extract(method, images), extract(method, test_images)
+    results["knn_top1"] = knn_accuracy(z, labels, z_test, test_labels)
+    draw_neighbours(Path(config.out) / "neighbours.png", data, z, z_test)
+    results["linear_top1"], results["linear_top1_std"] = probe(method, data, config, z, z_test)
     return results
 
-def draw_neighbours(path, data, bank, test):
+def draw_neighbours(path, data, z, z_test):
     """Eight test images, each with its eight nearest training images, green if of its class."""
     _, (images, labels), (test_images, test_labels) = data
     tiles = []
-    for query in random_rows(len(test), 8).tolist():
-        nearest = (bank @ test[query] / bank.norm(dim=1)).topk(min(8, len(bank))).indices
+    for query in random_rows(len(z_test), 8).tolist():
+        nearest = (z @ z_test[query] / z.norm(dim=1)).topk(min(8, len(z))).indices
         tiles.append(frame(test_images[query], "gray"))
         for row in nearest.tolist():
             same = labels[row] == test_labels[query]
@@ -891,10 +893,10 @@ def main(argv=None):
     try:
         device = start(config)
         if RANK > 0:
-            dist.barrier()  # waits until the first process has the data
+            dist.barrier()  # the first process loads first, as it may have to download
         data = load_data(config, device)
         if WORLD > 1 and RANK == 0:
-            dist.barrier()  # now the others load them, too
+            dist.barrier()  # lets the others load
         Path(config.out).mkdir(parents=True, exist_ok=True)
         method, log = train(config, data, device)
         if WORLD > 1:
@@ -917,8 +919,8 @@ def finish(method, data, config, log):
     out = Path(config.out)
     if not (out / "results.json").exists():
         results = log[0] | log[-1] | {"epochs": config.epochs, "seed": config.seed}
-        images = config.epochs * (len(data[0][1]) // config.batch_size) * config.batch_size
-        results["images_per_second"] = images / results["train_seconds"]
+        seen = config.epochs * (len(data[0][1]) // config.batch_size) * config.batch_size
+        results["images_per_second"] = seen / results["train_seconds"]
         results["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30  # of the GPU
         if data[1]:
             results.update(evaluate(method, data, config))

@@ -347,16 +347,16 @@ def assert_same_step(method, loss, want):
 
 def interrupted(script, step, line, monkeypatch, capsys):
     """Runs the line, with Ctrl-C at a step, counted from where the run begins or goes on."""
-    rate, calls = script.learning_rate, []
+    forward, calls = script.Method.forward, []
 
     def at_step(*args):
         calls.append(1)
         if len(calls) == step:
             raise KeyboardInterrupt
-        return rate(*args)
+        return forward(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, "learning_rate", at_step)
+        patch.setattr(script.Method, "forward", at_step)
         assert "same command" in stopped(capsys, *line, script=script)
 
 def test_shares_blocks_to_the_letter():
@@ -687,7 +687,7 @@ def test_features_are_those_of_eval_mode_and_leave_no_trace(script):
 SGD = functools.partial(torch.optim.SGD, momentum=0.9)
 COSINE = [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
 LINEAR_PROBES = [  # settings; the optimiser of a head; its rate in the four steps, as a share of the first
-    (simclr_essl, dict(final_lr=0.1), SGD, [0.2 + 0.8 * share for share in COSINE]),
+    (simclr_essl, dict(final_lr=0.2), SGD, [0.2 + 0.8 * share for share in COSINE]),
     (simsiam_essl, dict(batch=250), SGD, COSINE),
     (simsiam_essl, dict(batch=250, lars=True), simsiam_essl.LARS, COSINE),
     (care, dict(batch_size=256, milestones=(1,)), torch.optim.Adam, [1, 1, 0.1, 0.1]),
@@ -726,7 +726,7 @@ def test_probe_of_fewer_images_than_a_batch():
 E_SSL = dict(lr=30, final_lr=0, weight_decay=0, epochs=100, probes=5)
 CARES = dict(sgd=False, lr=1e-3, weight_decay=1e-6, batch_size=512, epochs=100, milestones=(), probes=3)
 AUTHORS_PROBES = [  # defaults; settings of another dataset
-    (simclr_essl, E_SSL, "imagenet", dict(lr=0.3, final_lr=0.3, weight_decay=1e-6)),
+    (simclr_essl, E_SSL, "imagenet", dict(lr=0.3, final_lr=1.0, weight_decay=1e-6)),
     (simsiam_essl, E_SSL, "imagenet", dict(lr=1.6, epochs=90, probes=1, batch=4096, lars=True)),
     (care, CARES, "imagenet100", dict(sgd=True, lr=10.0, weight_decay=1e-4, batch_size=128, epochs=60,
                                       milestones=(30, 40, 50))),
@@ -885,7 +885,7 @@ def test_steps_draw_anew_and_epochs_follow_from_their_number(script, monkeypatch
 
 KILLS = [  # in a step, before a file is renamed, and while it evaluates; cells: in the second split, and in the first
     (simclr_essl, "learning_rate", 9), (simclr_essl, "replace", 2), (simclr_essl, "knn_accuracy", 2),
-    (care, "learning_rate", 9), (homomorphic, "learning_rate", 9), (photonics_reg, "learning_rate", 12),
+    (care, "learning_rate", 9), (homomorphic, "learning_rate", 9), (photonics_reg, "random_views", 18),
     (photonics_reg, "dos_error", 2)]
 
 @pytest.mark.parametrize("script, function, at", KILLS)
@@ -1681,7 +1681,7 @@ def test_care_is_algorithm_1():
     assert method.encoder[1].num_batches_tracked == 4  # four forward passes
     torch.manual_seed(1)
     how = dict(size=32, scale=(0.08, 1.0), blur=0.5, radius=1)
-    views = [care.augment(images, **how, share=share) for share in (1, 1, 4, 4)]
+    views = [care.augment(images, **how, alike=alike) for alike in (1, 1, 4, 4)]
     z = [method.projector(method.encoder(normalised(care, view))) for view in views]
     equivariance = care.equivariance_loss(z[2], z[3], 4)
     assert_same_step(method, loss, care.nt_xent(z[0], z[1], 0.5) + 0.3 * equivariance)
@@ -1690,7 +1690,7 @@ def test_care_is_algorithm_1():
 def test_what_care_draws(monkeypatch):
     """How many images share an augmentation, of which images, under every flag; and of clouds."""
     drawn, draw = [], care.augment
-    spy = lambda x, size, share=1, **how: drawn.append((x, share)) or draw(x, size, share=share, **how)
+    spy = lambda x, size, alike=1, **how: drawn.append((x, alike)) or draw(x, size, alike=alike, **how)
     monkeypatch.setattr(care, "augment", spy)
     for flags, of_pairs in (([], [(16, 4)] * 2), (["--share-pair"], [(16, 16)] * 2),
                             (["--equivariance-batch", "8"], [(8, 2)] * 2), (["--lam", "0"], [])):
@@ -1702,7 +1702,7 @@ def test_what_care_draws(monkeypatch):
         assert ("equivariance" in terms) == (len(of_pairs) > 0)
     same, cloud = images[:1].expand(16, -1, -1, -1), torch.rand(1, 9, 4)
     turned = care.rotate_randomly(cloud.expand(16, -1, -1), 4)
-    for x in draw(same, 32, blur=0.5, solarize=0.5, share=4), turned:
+    for x in draw(same, 32, blur=0.5, solarize=0.5, alike=4), turned:
         alike = (x[:, None] == x[None]).flatten(2).all(2)
         assert torch.equal(alike, torch.arange(16)[:, None] // 4 == torch.arange(16) // 4)
     assert (turned[..., 3] == cloud[..., 3]).all() and not torch.allclose(turned, cloud)
@@ -1716,7 +1716,7 @@ def test_what_care_draws(monkeypatch):
 def test_processes_draw_alike_and_take_their_part(share, monkeypatch):
     """Whatever the number of processes: also where two have a part of one chunk."""
     images, clouds = care.draw_patterns(16, 0)[0], torch.rand(16, 9, 4)
-    draws = (lambda part: care.augment(images[part], 24, blur=0.5, share=share),
+    draws = (lambda part: care.augment(images[part], 24, blur=0.5, alike=share),
              lambda part: care.rotate_randomly(clouds[part], share))
     for draw in draws:
         torch.manual_seed(3)
@@ -1843,7 +1843,7 @@ def test_protein_files(tmp_path, capsys):
     config = care.parse_args(line)
     train, bank, test = care.load_data(config, CPU)
     assert (len(train[1]), bank, len(test[1])) == (26, None, 3)  # one is too short
-    assert "26 chains to train on, 3 to test; left out: 1 of fewer than 20 residues" in capsys.readouterr().out
+    assert "26 proteins to train on, 3 to test; left out: 1 of fewer than 20 residues" in capsys.readouterr().out
     assert train[0].shape[1] == 49 and test[0][0, :, 3].sum() == 29  # p09: the tenth
     points = train[0][0][train[0][0, :, 3] > 0, :3]
     assert points.mean(0).abs().max() < 1e-5 and points.square().sum(1).mean().item() == pytest.approx(1, rel=1e-5)
@@ -1875,18 +1875,18 @@ def test_lines_of_protein_files(tmp_path):
     for lines, want in (([first, other], both), ([first, selenium], both), ([], []),
                         ([first, other.replace("CA  ", "CA A")], both), (["ATOM", "ATOM      1  CA"[:14]], [])):
         path.write_text("\n".join(lines))
-        assert care.read_chain(path).tolist() == want
+        assert care.read_protein(path).tolist() == want
     for lines in ([first, selenium.replace("MSE", "CA ")], [first, "ENDMDL", other],
                   [first, other.replace(" CA ", " CB "), other.replace("CA  GLY", "CA BGLY")]):
         path.write_text("\n".join(lines))
-        assert care.read_chain(path).tolist() == both[:1]  # one atom alone
+        assert care.read_protein(path).tolist() == both[:1]  # one atom alone
     path.write_text("\n".join([first, first]))
     with pytest.raises(SystemExit, match="x.pdb has all its atoms in one place"):
-        care.read_chain(path)
+        care.read_protein(path)
     for bad in (first[:30] + 24 * "*", first[:36], first.replace("   1.500", "     nan")):
         path.write_text("\n".join([other, bad]))
         with pytest.raises(SystemExit, match="error: .*x.pdb has no finite coordinates in the line 'ATOM"):
-            care.read_chain(path)
+            care.read_protein(path)
 
 def test_the_axis_probes_tell_what_an_embedding_knows(monkeypatch):
     method = care.Method(care.parse_args(["--dataset", "chains"]))
@@ -1907,13 +1907,13 @@ def test_the_axis_probes_tell_what_an_embedding_knows(monkeypatch):
 
 # golden: SFRIK's code, [loss, |dloss/dz1|, |dloss/dz2|] of two pairs of waves
 SFRIK = {
-    "sfrik L=3": (lambda a, b: sfrik.sfrik_loss(a, b, 4000, 1, (1, 40, 40)),
+    "sfrik L=3": (lambda a, b: sfrik.sfrik_loss(a, b, a.shape[1] / 4000, (1, 40, 40)),
                   (62.16760081, 79.23587012, 79.38914667), (54.52702587, 9.268830717, 9.252951397)),
-    "sfrik L=2": (lambda a, b: sfrik.sfrik_loss(a, b, 4000, 1, (1, 40)),
+    "sfrik L=2": (lambda a, b: sfrik.sfrik_loss(a, b, a.shape[1] / 4000, (1, 40)),
                   (52.50968718, 79.03729242, 79.77217541), (52.57507878, 9.266053039, 9.240061913)),
     "vicreg": (lambda a, b: sfrik.vicreg_loss(a, b, 10, 10, 1),
                (4.524743145, 0.8360672494, 0.6912275662), (5.921771430, 0.3815566971, 0.3783212184)),
-    "auh": (lambda a, b: sfrik.auh_loss(a, b, 3000, 1, 2.5),
+    "auh": (lambda a, b: sfrik.auh_loss(a, b, a.shape[1] / 3000, 2.5),
             (29.75807678, 59.25586892, 59.64061004), (32.29701228, 6.950002529, 6.938032909)),
     "simclr": (lambda a, b: sfrik.nt_xent(a, b, 0.15),
                (1.053758979, 0.3573980766, 0.3103226399), (0.1603186429, 0.05338357747, 0.05329532594)),
@@ -1937,7 +1937,7 @@ def test_legendre_polynomials():
     got = sfrik.legendre(4, 8192, torch.tensor(0.3).double())
     assert got.item() == pytest.approx(0.008040044344, rel=1e-6)  # golden: SFRIK's code
 
-def test_mmd_to_uniform():
+def test_mean_kernel():
     """Its slow loop, and its value on a collapsed batch."""
     weights = (1, 40, 40)
     for n, q in ((6, 4), (5, 16), (40, 3)):
@@ -1946,13 +1946,13 @@ def test_mmd_to_uniform():
             t = u @ v
             p2, p3 = (q * t**2 - 1) / (q - 1), ((q + 2) * t**3 - 3 * t) / (q - 1)
             slow += (t + 40 * p2 + 40 * p3).item() / n**2
-        assert sfrik.mmd_to_uniform(z, weights).item() == pytest.approx(slow, rel=1e-12) and slow > 0
-    assert sfrik.mmd_to_uniform(torch.ones(9, 5), weights).item() == pytest.approx(81)
+        assert sfrik.mean_kernel(F.normalize(z), weights).item() == pytest.approx(slow, rel=1e-12) and slow > 0
+    assert sfrik.mean_kernel(F.normalize(torch.ones(9, 5)), weights).item() == pytest.approx(81)
 
 @pytest.mark.parametrize("name, function", (
-    ("sfrik", lambda z1, z2: sfrik.sfrik_loss(z1, z2, 7, 1, (1, 30))),
+    ("sfrik", lambda z1, z2: sfrik.sfrik_loss(z1, z2, 32 / 7, (1, 30))),
     ("vicreg", lambda z1, z2: sfrik.vicreg_loss(z1, z2, 7, 8, 3)),
-    ("auh", lambda z1, z2: sfrik.auh_loss(z1, z2, 7, 1, 1.5)),
+    ("auh", lambda z1, z2: sfrik.auh_loss(z1, z2, 32 / 7, 1.5)),
     ("simclr", lambda z1, z2: sfrik.nt_xent(z1, z2, 0.2))))
 def test_sfrik_is_its_algorithm(name, function):
     flags = ("--lam 4.571428571428571 --sim-coeff 7 --weights 1,30,0 --std-coeff 8 --cov-coeff 3 --auh-scale 1.5 "
@@ -1967,7 +1967,7 @@ def test_sfrik_is_its_algorithm(name, function):
     assert loss.item() == pytest.approx(function(z1, z2).item(), rel=1e-5)
     distance = (F.normalize(z1) - F.normalize(z2)).norm(dim=1).square().mean()
     assert terms["distance"].item() == pytest.approx(distance.item(), rel=1e-5)
-    off = sfrik.mmd_to_uniform(z1, (1, 30)).item() * 16 / 15 - 31 / 15  # without i = j
+    off = sfrik.mean_kernel(F.normalize(z1), (1, 30)).item() * 16 / 15 - 31 / 15  # without i = j
     assert terms["mmd"].item() == pytest.approx(off, rel=1e-4)
     loss.backward()
     assert all(p.grad.abs().sum() > 0 for n, p in method.named_parameters() if "weight" in n)
@@ -3095,6 +3095,16 @@ def test_compare_photographs_and_gray_images(channels, tmp_path, monkeypatch):
     assert [*saved["means"][0]["r2"]] == names[:6 if channels == 1 else 8]
     assert saved["runs"]["a"][1]["name"] == "untrained, as a" and (saved["fit"], saved["score"]) == (120, 50)
     assert (tmp_path / "retrieval.png").exists() == (channels == 3)
+
+@pytest.mark.parametrize("runs, names", (
+    (["x-a-seed0 x-a-seed1", "x-b-seed=0 x-b-seed=1", "x-c"], ["a", "b", "c"]),
+    (["e-simclr-seed0 e-simclr-seed1"], ["e-simclr"]),
+    (["a-x", "b-x"], ["a", "b"]),
+    (["seed0 seed1", "a"], ["seed0", "a"]),  # nothing would be left
+    (["a-seed0 a-seed1", "a-seed2 a-seed3"], ["a-seed0", "a-seed2"])))  # alike without the seed
+def test_rows_have_names_of_their_own(runs, names):
+    groups = [[types.SimpleNamespace(name=name) for name in group.split()] for group in runs]
+    assert compare.row_names(groups) == names
 
 def test_compare_from_end_to_end(runs, tmp_path, monkeypatch, capsys):
     """Runs of two scripts, one of them with two seeds."""
