@@ -496,7 +496,7 @@ def load_data(config, device):
         train = train[0][rows], train[1][rows]
     if len(train[1]) < config.batch_size:
         stop(f"--batch-size {config.batch_size} is more than the {len(train[1])} images: try a "
-             "quarter of that")
+             "quarter of their number")
     train, test = place(train, device), place(test, device)
     if config.dataset in CLOUDS:
         return train, None, test
@@ -1193,7 +1193,8 @@ def check(config):
         stop(f"--equivariance-batch {n} must be at most {config.batch_size} and a multiple "
              f"of {WORLD}")
     if config.lam > 0 and (n % chunks > 0 or n == chunks):
-        stop(f"{chunks} chunks must cut {n} images into equal parts of 2 or more")
+        stop(f"--chunks {chunks} must cut the {n} images of --batch-size, or --equivariance-batch, "
+             "into equal parts of 2 or more")
     if config.base == "moco" and config.contrast != "infonce":
         stop(f"MoCo has no contrast {config.contrast}, only infonce")
 

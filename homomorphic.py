@@ -605,7 +605,7 @@ def load_data(config, device):
         train = train[0][rows], train[1][rows]
     if len(train[1]) < config.batch_size:
         stop(f"--batch-size {config.batch_size} is more than the {len(train[1])} images: try a "
-             "quarter of that")
+             "quarter of their number")
     classes = int(train[1].max()) + 1
     if classes > config.classes:
         stop(f"the images have {classes} classes, not {config.classes}: add --classes {classes}")

@@ -499,7 +499,7 @@ def load_data(config, device):
         train = place(unlabelled, device)
     if len(train[1]) < config.batch_size:
         stop(f"--batch-size {config.batch_size} is more than the {len(train[1])} images: try a "
-             "quarter of that")
+             "quarter of their number")
     if len(test[1]) == 0 or int(bank[1].max()) == 0:
         print("no evaluation: it needs test images (val/), and two or more classes")
         return train, None, None

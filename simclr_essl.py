@@ -446,7 +446,7 @@ def load_data(config, device):
         train = train[0][rows], train[1][rows]
     if len(train[1]) < config.batch_size:
         stop(f"--batch-size {config.batch_size} is more than the {len(train[1])} images: try a "
-             "quarter of that")
+             "quarter of their number")
     train = place(train, device)
     if len(test[1]) == 0 or int(train[1].max()) == 0:
         print("no evaluation: it needs test images (val/), and two or more classes")
