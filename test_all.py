@@ -1007,7 +1007,7 @@ BAD = [
 BAD_OF = {
     simclr_essl: [("--small-size 7", "8 or more")],
     simsiam_essl: [("--small-size 7", "8 or more")],
-    care: [("--chunks 5", "5 chunks"), ("--chunks 32", "parts of 2"), ("--equivariance-batch 100", "100 must"),
+    care: [("--chunks 5", "--chunks 5 must"), ("--chunks 32", "parts of 2"), ("--equivariance-batch 100", "100 must"),
            ("--contrast none", "MoCo has no contrast none"),
            ("--size 7", "8 or more")],
     sfrik: [("--loss rbf", "rbf"), ("--weights 1,x", "1,x"), ("--weights 1,-40", "1,40,40"), ("--lam 0", "lam must be"),
